@@ -1,0 +1,98 @@
+"""Digests and atomic writes: a path either holds all of its bytes or does not exist."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 20
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of one file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_path(path: Path) -> str:
+    """Return the SHA-256 of a file, or of a directory's relative names and file digests.
+
+    Parameters
+    ----------
+    path : Path
+        A file, or a directory (walked in sorted order; empty folders do not count).
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    """
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:  # noqa: ANN401
+    """Return the SHA-256 of a JSON-serialisable value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `target` to write a file or directory to, then rename it.
+
+    On success the result replaces whatever `target` was; on an exception nothing of it changes and
+    the temporary path is removed.
+
+    Parameters
+    ----------
+    target : Path
+        Where the finished file or directory shall be.
+
+    Yields
+    ------
+    Path
+        A path that does not exist yet, on the same file system.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh = scratch / target.name
+        yield fresh
+        _sync(fresh)
+        if target.is_dir():
+            os.replace(target, scratch / "old")
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or every file of a directory, to disk, so that a rename never precedes it."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
+    """Write a JSON-serialisable value atomically, indented, keys in the given order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,23 @@
+"""Joint CP factorisation of LoRA adapters: exact compression, batched solver, shared factors.
+
+Everything is computed from the adapters' factors; no dense update is ever formed.
+"""
+
+from tclora.tensor.compress import Core, compress
+from tclora.tensor.cp import CPSolution, cp_als
+from tclora.tensor.diagnostics import component_diagnostics, shared_share
+from tclora.tensor.factorise import explained_variance_curve, factorise
+from tclora.tensor.library import CPFactors, LibraryFactors
+
+__all__ = [
+    "CPFactors",
+    "CPSolution",
+    "Core",
+    "LibraryFactors",
+    "component_diagnostics",
+    "compress",
+    "cp_als",
+    "explained_variance_curve",
+    "factorise",
+    "shared_share",
+]

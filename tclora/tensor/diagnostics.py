@@ -1,0 +1,64 @@
+"""What the components of a factorised library hold: energy, and which clusters share it.
+
+Symbols: K adapters, R the CP rank.
+"""
+
+import pandas as pd
+import torch
+
+from tclora.tensor.library import CPFactors, LibraryFactors
+
+_COLUMNS = ["module", "component", "energy", "energy_share", "spread", "top", "top_share"]
+
+
+def component_diagnostics(factors: LibraryFactors) -> pd.DataFrame:
+    """Describe every component of every module.
+
+    Parameters
+    ----------
+    factors : LibraryFactors
+
+    Returns
+    -------
+    DataFrame
+        One row per module and component: `energy` Σ_k C[k, ρ]², its share of the module's
+        component energy, `spread` over clusters (participation ratio (Σ c²)² / Σ c⁴ from 1, one
+        cluster's own, to K, shared evenly), and the cluster of the largest loading, `top`, with
+        its share of the energy.
+    """
+    parts = [_describe(module, cp, factors.names) for module, cp in factors.modules.items()]
+    return pd.concat(parts, ignore_index=True)[_COLUMNS]
+
+
+def shared_share(factors: LibraryFactors) -> float:
+    """Return the share of component energy that is shared rather than one cluster's own (0–1).
+
+    Notes
+    -----
+    A component of spread s counts (s − 1) / (K − 1) of its energy as shared; 0 for one adapter.
+    """
+    K = len(factors.names)
+    frame = component_diagnostics(factors)
+    total = frame["energy"].sum()
+    if K == 1 or not total:
+        return 0.0
+    return float(((frame["spread"] - 1) / (K - 1) * frame["energy"]).sum() / total)
+
+
+def _describe(module: str, cp: CPFactors, names: tuple[str, ...]) -> pd.DataFrame:
+    squared = cp.C.double().square()  # (K, R)
+    energy = squared.sum(0)
+    total = float(energy.sum())
+    shares = squared / torch.where(energy > 0, energy, 1)
+    top_share, owner = shares.max(0)
+    return pd.DataFrame(
+        {
+            "module": module,
+            "component": range(cp.rank),
+            "energy": energy.numpy(),
+            "energy_share": (energy / total if total else energy).numpy(),
+            "spread": torch.where(energy > 0, 1 / shares.square().sum(0), 1.0).numpy(),
+            "top": [names[k] for k in owner.tolist()],
+            "top_share": top_share.numpy(),
+        }
+    )

@@ -1,0 +1,203 @@
+"""Joint CP factorisation of adapters, module by module, without ever forming a dense update.
+
+Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the CP rank.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import pandas as pd
+import torch
+
+from tclora.adapter import Adapter
+from tclora.errors import AdapterError
+from tclora.tensor.compress import Core, compress, module_factors, module_names
+from tclora.tensor.cp import CPSolution, cp_als, cp_exact, extended, stack_norm
+from tclora.tensor.library import CPFactors, LibraryFactors
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+# Bytes of orthonormal bases held at a time: what bounds memory on large models.
+_BATCH_BYTES = 256 << 20
+
+
+def factorise(
+    adapters: Sequence[Adapter],
+    rank: int,
+    *,
+    n_starts: int = 3,
+    n_iter: int = 100,
+    tol: float = 1e-5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LibraryFactors:
+    """Factorise the adapters' updates jointly, Δ_k ≈ U diag(C[k]) Vᵀ per module.
+
+    Parameters
+    ----------
+    adapters : sequence of K Adapter
+        With distinct names and one base model; a module that an adapter lacks counts as zero.
+    rank : int
+        CP rank R. Where it exceeds a module's Σ r_k it is clamped to it, which is exact.
+    n_starts, n_iter, tol, seed
+        See `cp_als`.
+    progress : callable, optional
+        Called with (modules done, modules in all).
+
+    Returns
+    -------
+    LibraryFactors
+
+    Raises
+    ------
+    ValueError
+        If `rank` is below 1.
+    AdapterError
+        If there is no adapter, names repeat, or shapes disagree.
+    """
+    check_adapters(adapters)
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    found: dict[str, CPFactors] = {}
+    names = module_names(adapters)
+    clamped = 0
+    for modules, cores, bound in _batches(adapters, names):
+        used = min(rank, bound)
+        clamped += len(modules) * (used < rank)
+        B, A = torch.stack([c.B for c in cores]), torch.stack([c.A for c in cores])
+        if used == bound:
+            solution = cp_exact(B, A, used)
+        else:
+            solution = cp_als(B, A, used, n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
+        found.update(_expand(modules, cores, solution))
+        if progress:
+            progress(len(found), len(names))
+    if clamped:
+        logger.warning(
+            "CP rank %d exceeds the adapters' total rank in %d of %d modules; "
+            "the total rank, which is exact, is used there",
+            rank, clamped, len(names),
+        )  # fmt: skip
+    return LibraryFactors(
+        names=tuple(adapter.name for adapter in adapters),
+        rank=rank,
+        modules=dict(sorted(found.items())),
+        base_model=adapters[0].base_model,
+    )
+
+
+def explained_variance_curve(
+    adapters: Sequence[Adapter],
+    ranks: Sequence[int],
+    *,
+    n_starts: int = 1,
+    n_iter: int = 50,
+    tol: float = 1e-4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Measure how much of the adapters' energy joint factors keep at each CP rank.
+
+    Parameters
+    ----------
+    adapters : sequence of K Adapter
+    ranks : sequence of int
+        CP ranks R; each distinct one is solved once, in ascending order.
+    n_starts, n_iter, tol, seed
+        See `cp_als`; every rank also starts from the factors of the rank before it.
+    progress : callable, optional
+        Called with (modules done, modules in all).
+
+    Returns
+    -------
+    DataFrame
+        Columns module, rank, explained_variance (fraction 0–1, non-decreasing in rank); the rows
+        of module "overall" weigh modules by their energy.
+    """
+    check_adapters(adapters)
+    names = module_names(adapters)
+    ascending = sorted(set(ranks))
+    if not ascending or ascending[0] < 1:
+        raise ValueError(f"ranks must be at least one number, each at least 1, got {list(ranks)}")
+    rows: list[tuple[str, int, float, float]] = []
+    done = 0
+    for modules, cores, bound in _batches(adapters, names):
+        B, A = torch.stack([c.B for c in cores]), torch.stack([c.A for c in cores])
+        energy = stack_norm(B, A).square().tolist()
+        start = None
+        for rank in ascending:
+            error = [0.0] * len(modules)
+            if rank < bound:
+                solution = cp_als(
+                    B, A, rank, n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed, start=start
+                )
+                error = solution.error.tolist()
+                following = next((r for r in ascending if r > rank), rank)
+                start = extended(B, A, solution, min(following, bound))
+            rows += [
+                (m, rank, 1 - e * e, w) for m, e, w in zip(modules, error, energy, strict=True)
+            ]
+        done += len(modules)
+        if progress:
+            progress(done, len(names))
+    return _with_overall(rows)
+
+
+def check_adapters(adapters: Sequence[Adapter]) -> None:
+    """Refuse an empty list of adapters, adapters without modules, and repeated names."""
+    names = [adapter.name for adapter in adapters]
+    if not names:
+        raise AdapterError("adapters must be at least one, got none")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise AdapterError(
+            f"adapter names must differ, got {', '.join(repeated)} twice; name them on reading"
+        )
+    if not any(adapter.modules for adapter in adapters):
+        raise AdapterError(f"adapters must update at least one module, got none in {names}")
+
+
+def _batches(
+    adapters: Sequence[Adapter], names: Sequence[str]
+) -> Iterator[tuple[list[str], list[Core], int]]:
+    """Compress modules and yield them grouped by core shape and total rank Σ r_k."""
+    groups: dict[tuple[object, ...], tuple[list[str], list[Core], int]] = {}
+    held = 0
+    for module in names:
+        factors = module_factors(adapters, module)
+        core = compress([f.B for f in factors], [f.A for f in factors])
+        bound = sum(min(f.rank, *f.shape) for f in factors)
+        key = (core.B.shape, core.A.shape, bound)
+        modules, cores, _ = groups.setdefault(key, ([], [], bound))
+        modules.append(module)
+        cores.append(core)
+        held += core.left.nbytes + core.right.nbytes
+        if held > _BATCH_BYTES:
+            yield from groups.values()
+            groups, held = {}, 0
+    yield from groups.values()
+
+
+def _expand(
+    modules: Sequence[str], cores: Sequence[Core], solution: CPSolution
+) -> Iterator[tuple[str, CPFactors]]:
+    """Leave the compressed bases: U = Q_B Ũ, V = Q_A Ṽ."""
+    for i, (module, core) in enumerate(zip(modules, cores, strict=True)):
+        U, V = core.left @ solution.U[i], core.right @ solution.V[i]
+        energy = float(stack_norm(core.B[None], core.A[None]).square())
+        fit = 1 - float(solution.error[i]) ** 2
+        yield module, CPFactors(U, V, solution.C[i], fit, energy)
+
+
+def _with_overall(rows: Sequence[tuple[str, int, float, float]]) -> pd.DataFrame:
+    """Sort rows (module, rank, explained variance, energy) and add the energy-weighted total."""
+    frame = pd.DataFrame(rows, columns=["module", "rank", "explained_variance", "energy"])
+    frame = frame.sort_values(["module", "rank"], ignore_index=True)
+    lost = (1 - frame["explained_variance"]) * frame["energy"]
+    totals = pd.DataFrame({"lost": lost, "energy": frame["energy"]}).groupby(frame["rank"]).sum()
+    share = (totals["lost"] / totals["energy"].where(totals["energy"] > 0)).fillna(0.0)
+    overall = pd.DataFrame(
+        {"module": "overall", "rank": totals.index, "explained_variance": 1 - share.to_numpy()}
+    )
+    return pd.concat([frame.drop(columns="energy"), overall], ignore_index=True)

@@ -1,0 +1,163 @@
+"""The factors of a library: what clusters share (U, V) and what each one owns (its loadings).
+
+Symbols: K adapters, d_out × d_in the module, R the CP rank; Δ_k ≈ U diag(C[k]) Vᵀ.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.errors import LibraryError
+from tclora.files import atomic_path
+
+_FORMAT = "tclora-factors-1"
+
+
+class CPFactors(NamedTuple):
+    """Joint CP factors of one module: unit-norm U and V columns, all scale in C.
+
+    Components are sorted by energy and Σ_k C[k, ρ] ≥ 0.
+    """
+
+    U: Tensor  # (d_out, R)
+    V: Tensor  # (d_in, R)
+    C: Tensor  # (K, R)
+    explained_variance: float  # 1 − ‖residual‖²/‖𝒳‖², 1 where 𝒳 = 0
+    energy: float  # ‖𝒳‖²
+
+    @property
+    def rank(self) -> int:
+        """The CP rank R of this module."""
+        return self.C.shape[1]
+
+    def weighted(self, weights: Tensor) -> LoraFactors:
+        """Return the rank-R update U diag(weights) Vᵀ for weights of shape (R,)."""
+        return LoraFactors(self.U * weights.to(self.U), self.V.mT)
+
+
+@dataclass(frozen=True)
+class LibraryFactors:
+    """Joint CP factors of K adapters.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Adapter names in the order of the rows of every C.
+    rank : int
+        CP rank R asked for; a module whose adapters have a smaller total rank uses that.
+    modules : Mapping[str, CPFactors]
+        Module path → factors, in sorted order.
+    base_model : str or None
+        The base model of the adapters.
+    """
+
+    names: tuple[str, ...]
+    rank: int
+    modules: Mapping[str, CPFactors]
+    base_model: str | None = None
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the total energy Σ ‖𝒳‖² that the factors keep, over all modules (0–1)."""
+        energy = sum(cp.energy for cp in self.modules.values())
+        lost = sum(cp.energy * (1 - cp.explained_variance) for cp in self.modules.values())
+        return 1 - lost / energy if energy else 1.0
+
+    def index(self, adapter: str | int) -> int:
+        """Return the row of an adapter given by name or by row.
+
+        Raises
+        ------
+        ValueError
+            If there is no such adapter.
+        """
+        if isinstance(adapter, str) and adapter in self.names:
+            return self.names.index(adapter)
+        if isinstance(adapter, int) and 0 <= adapter < len(self.names):
+            return adapter
+        raise ValueError(
+            f"adapter must be one of {', '.join(self.names)} or a row below {len(self.names)}, "
+            f"got {adapter!r}"
+        )
+
+    def reconstruct(self, adapter: str | int) -> Adapter:
+        """Return one cluster's own update back from the shared factors, a LoRA of rank R."""
+        k = self.index(adapter)
+        weights = {module: cp.C[k] for module, cp in self.modules.items()}
+        return self.adapter(weights, name=self.names[k])
+
+    def adapter(self, weights: Mapping[str, Tensor], name: str = "tc-lora") -> Adapter:
+        """Return the adapter U diag(w) Vᵀ.
+
+        Parameters
+        ----------
+        weights : Mapping[str, Tensor]
+            Component weights w of shape (R,) per module; every module must have them.
+        name : str
+            Name of the result.
+
+        Returns
+        -------
+        Adapter
+        """
+        modules = {module: cp.weighted(weights[module]) for module, cp in self.modules.items()}
+        return Adapter(name, modules, self.base_model)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically; names, ranks and fit go to its header."""
+        tensors = {
+            f"{module}.{part}": getattr(cp, part).to(torch.float32, copy=True).contiguous()
+            for module, cp in self.modules.items()
+            for part in "UVC"
+        }
+        fit = {module: [cp.explained_variance, cp.energy] for module, cp in self.modules.items()}
+        header = {
+            "format": _FORMAT,
+            "names": json.dumps(self.names),
+            "rank": str(self.rank),
+            "base_model": json.dumps(self.base_model),
+            "explained_variance": json.dumps(self.explained_variance),
+            "fit": json.dumps(fit),
+        }
+        with atomic_path(Path(path)) as fresh:
+            save_file(tensors, fresh, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LibraryFactors":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        LibraryError
+            If the file is missing, damaged or of another format.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("format") != _FORMAT:
+                    raise LibraryError(
+                        f"{path}: format must be {_FORMAT}, got {header.get('format')!r}; "
+                        "factorise the adapters again"
+                    )
+                modules = {
+                    module: CPFactors(
+                        *(file.get_tensor(f"{module}.{part}") for part in "UVC"), *fit
+                    )
+                    for module, fit in json.loads(header["fit"]).items()
+                }
+        except (OSError, SafetensorError) as error:
+            raise LibraryError(f"{path}: cannot be read as factors: {error}") from error
+        return cls(
+            names=tuple(json.loads(header["names"])),
+            rank=int(header["rank"]),
+            modules=modules,
+            base_model=json.loads(header["base_model"]),
+        )

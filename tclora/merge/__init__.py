@@ -1,0 +1,8 @@
+"""Merging LoRA adapters in factor space: a registry of methods and the engine that runs them."""
+
+from tclora.merge import cp, linear  # noqa: F401  (registers the methods)
+from tclora.merge.engine import Merge, merge
+from tclora.merge.registry import MethodInfo, methods, register
+from tclora.merge.statistics import ActivationStatistics
+
+__all__ = ["ActivationStatistics", "Merge", "MethodInfo", "merge", "methods", "register"]

@@ -1,6 +1,14 @@
 """Merging LoRA adapters in factor space: a registry of methods and the engine that runs them."""
 
-from tclora.merge import cp, linear  # noqa: F401  (registers the methods)
+from tclora.merge import (  # noqa: F401  (registers the methods)
+    activation,
+    cp,
+    dense,
+    leastsquares,
+    linear,
+    spectral,
+    subspace,
+)
 from tclora.merge.engine import Merge, merge
 from tclora.merge.registry import MethodInfo, methods, register
 from tclora.merge.statistics import ActivationStatistics

@@ -119,8 +119,10 @@ def merge(
         read = module_factors(adapters, module)
         stack = ModuleStack(
             module=module,
+            names=_names(adapters),
             factors=[LoraFactors(f.B.double(), f.A.double()) for f in read],
             weights=share,
+            rank=rank,
             seed=seed + zlib.crc32(module.encode()),
             cp=factors.modules[module] if factors else None,
             grams=statistics.of(module, _names(adapters)) if statistics else None,
@@ -148,7 +150,7 @@ def _notes(
     notes = []
     if "scale" in method.info.options:
         scale = options.get("scale", method.info.options["scale"])
-        notes.append(f"scale {scale:g}{'' if 'scale' in options else ' (published)'}")
+        notes.append(f"scale {scale:g}{'' if 'scale' in options else ' (default)'}")
     if factors:
         share = factors.explained_variance
         notes.append(f"CP rank {factors.rank} explains {share:.1%} of the variance")

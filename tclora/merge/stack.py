@@ -23,21 +23,27 @@ class ModuleStack:
     ----------
     module : str
         Module path.
+    names : sequence of K str
+        Adapter names.
     factors : sequence of K LoraFactors
         In double precision; an adapter without this module has rank zero.
     weights : Tensor, shape (K,)
         Relative weights of the adapters, with sum 1.
+    rank : int or None
+        Rank R asked for; the engine truncates to it whatever the method does with it.
     seed : int
         Seed of anything random; different for every module.
     cp : CPFactors or None
         Joint CP factors, rows of C in the order of `factors`, for methods that need them.
     grams : Tensor or None, shape (K, d_in, d_in)
-        Gram matrices of the module's inputs per adapter, for methods that need them.
+        Mean x xᵀ of the module's inputs x per adapter's cluster, for methods that need them.
     """
 
     module: str
+    names: Sequence[str]
     factors: Sequence[LoraFactors]
     weights: Tensor
+    rank: int | None = None
     seed: int = 0
     cp: CPFactors | None = None
     grams: Tensor | None = None

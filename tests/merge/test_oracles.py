@@ -1,0 +1,221 @@
+"""Every method against its dense, published form on small shapes."""
+
+import pytest
+import torch
+from torch.linalg import svd
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.merge import merge
+
+from .examples import D_IN, MODULES, make_adapter, make_statistics
+
+MODULE = "layers.0.q"
+
+
+def dense(adapters):
+    return torch.stack([a.modules[MODULE].delta() for a in adapters])  # (K, d_out, d_in)
+
+
+def merged(adapters, method, **options):
+    return merge(adapters, method, **options).adapter.modules[MODULE].delta()
+
+
+def full_rank_adapters(K=2):
+    """Adapters that fill the space, where span-restricted and published forms agree."""
+    return [make_adapter(f"a{k}", rank=16, seed=k) for k in range(K)]
+
+
+def truncated(delta, rank):
+    U, S, Vh = svd(delta, full_matrices=False)
+    return U[:, :rank] * S[:rank] @ Vh[:rank]
+
+
+def trimmed(deltas, density):
+    flat = deltas.flatten(1)
+    kept = flat.abs().topk(int(density * flat.shape[1]), dim=1).indices
+    return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).reshape(deltas.shape)
+
+
+def ties(deltas, density):
+    values = trimmed(deltas, density)
+    signs = torch.where(values.sum(0) >= 0, 1, -1)
+    agree = values.sign() == signs
+    return (values * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def check(found, expected, tolerance=1e-6):
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_averages_and_sums(adapters):
+    X = dense(adapters)
+    check(merged(adapters, "uniform"), X.mean(0))
+    check(merged(adapters, "cat"), X.sum(0))
+    check(merged(adapters, "task-arithmetic", scale=0.3), 0.3 * X.sum(0))
+    weighted = torch.tensordot(torch.tensor([0.25, 0.75, 0.0]).double(), X, dims=1)
+    check(merged(adapters, "uniform", weights=[1, 3, 0]), weighted)
+    check(merged(adapters, "uniform", weights={"law": 3, "prose": 0, "algebra": 1}), weighted)
+
+
+def test_svd_truncates_the_average_optimally(adapters):
+    mean = dense(adapters).mean(0)
+    check(merged(adapters, "svd"), truncated(mean, 3))
+    check(merged(adapters, "uniform", rank=5), truncated(mean, 5))
+    _, S, _ = svd(mean)
+    one = [Adapter(a.name, {MODULE: a.modules[MODULE]}) for a in adapters]
+    loss = merge(one, "uniform", rank=5).truncation_loss
+    assert loss == pytest.approx(float(S[5:].square().sum() / S.square().sum()))
+
+
+def test_the_cp_mean_at_full_rank_is_the_average(adapters):
+    check(merged(adapters, "tc-lora", rank=9), dense(adapters).mean(0))
+    check(merged(adapters, "tc-lora-sum", rank=9, scale=1), dense(adapters).sum(0))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1])
+def test_ties(adapters, density):
+    expected = ties(dense(adapters), density)
+    check(merged(adapters, "ties", density=density, scale=0.7, rank=16), 0.7 * expected)
+
+
+def test_magnitude_pruning(adapters):
+    expected = trimmed(dense(adapters), 0.3).mean(0)
+    check(merged(adapters, "magnitude-pruning", density=0.3, rank=16), expected)
+
+
+def test_dare_keeps_the_expectation(adapters):
+    X = dense(adapters)
+    runs = [merged(adapters, "dare", density=0.5, rank=16, seed=s) for s in range(300)]
+    check(torch.stack(runs).mean(0), X.mean(0), 0.1)
+    values = runs[0] * 3  # every entry is a sum of terms 0 or 2 Δ_k
+    combos = torch.tensor([[i >> k & 1 for k in range(3)] for i in range(8)]).double()
+    possible = 2 * torch.tensordot(combos, X, dims=1)
+    assert (possible - values).abs().amin(0).max() < 1e-4
+
+
+@pytest.mark.parametrize("density", [0.3, 1])
+def test_knots(adapters, density):
+    X = dense(adapters)
+    U, S, Vh = svd(torch.cat(list(X), dim=1), full_matrices=False)
+    kept = S > 1e-8
+    blocks = torch.stack((S[kept, None] * Vh[kept]).split(D_IN, dim=1))
+    expected = U[:, kept] @ ties(blocks, density)
+    check(merged(adapters, "knots-ties", density=density, scale=0.5), 0.5 * expected)
+
+
+def test_core_space_on_balanced_factors(adapters):
+    X = dense(adapters)
+    U, S, Vh = (part[:, :3] if part.ndim == 2 else part for part in svd(X, full_matrices=False))
+    U, Vh = U[..., :3], Vh[:, :3]
+    root = S.sqrt()[:, None]
+    Q_B, s_B, _ = svd(torch.cat(list(U * root), dim=1), full_matrices=False)
+    Q_A, s_A, _ = svd(torch.cat(list(Vh.mT * root), dim=1), full_matrices=False)
+    Q_B, Q_A = Q_B[:, s_B > 1e-8], Q_A[:, s_A > 1e-8]
+    cores = Q_B.mT @ X @ Q_A
+    check(merged(adapters, "core-space", density=0.4), Q_B @ ties(cores, 0.4) @ Q_A.mT)
+
+
+def test_tsv_m_at_the_published_number_of_components():
+    """Each of K updates gives min(d)/K singular vectors; together they fill the space."""
+    adapters = full_rank_adapters()
+    U, S, Vh = svd(dense(adapters), full_matrices=False)
+    k = D_IN // 2
+    left, right = torch.cat(list(U[..., :k]), dim=1), torch.cat(list(Vh[:, :k]))
+    (P, _, Qh), (G, _, Hh) = svd(left, full_matrices=False), svd(right, full_matrices=False)
+    expected = P @ Qh @ torch.diag(S[:, :k].flatten()) @ G @ Hh
+    check(merged(adapters, "tsv-m", components=k), expected)
+
+
+def test_iso_c_published():
+    adapters = full_rank_adapters()
+    U, S, Vh = svd(dense(adapters).sum(0), full_matrices=False)
+    check(merged(adapters, "iso-c", scale=1.3), 1.3 * S.mean() * U @ Vh)
+
+
+def test_iso_cts_published():
+    adapters = full_rank_adapters()
+    X, K = dense(adapters), 2
+    size = D_IN
+    own = round((size - int(size * 0.8)) / K)
+    common = size - own * K
+    U, S, Vh = svd(X.sum(0), full_matrices=False)
+    lefts, values, rights = [U[:, :common]], [S[:common]], [Vh[:common]]
+    for delta in X:
+        u, s, vh = svd(delta - U[:, :common] @ U[:, :common].mT @ delta, full_matrices=False)
+        lefts, values, rights = [*lefts, u[:, :own]], [*values, s[:own]], [*rights, vh[:own]]
+    P, _, Qh = svd(torch.cat(lefts, dim=1), full_matrices=False)
+    G, _, Hh = svd(torch.cat(rights), full_matrices=False)
+    expected = torch.cat(values).mean() * (P @ Qh) @ (G @ Hh)
+    check(merged(adapters, "iso-cts"), expected)
+
+
+@pytest.mark.parametrize("method", ["tsv-m", "iso-c", "iso-cts"])
+def test_spectral_merges_do_not_amplify_rounding(method, adapters):
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(x):
+        return x + 1e-13 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    disturbed = [
+        Adapter(a.name, {m: LoraFactors(noisy(f.B), noisy(f.A)) for m, f in a.modules.items()})
+        for a in adapters
+    ]
+    check(merged(disturbed, method), merged(adapters, method), 1e-8)
+
+
+def test_wudi_is_the_minimiser(adapters):
+    X = dense(adapters)
+
+    def loss(delta):
+        products = (delta - X) @ X.mT
+        return (products.square().sum((1, 2)) / X.square().sum((1, 2))).sum()
+
+    found = merged(adapters, "wudi")
+    best = found.clone().requires_grad_()
+    loss(best).backward()
+    assert best.grad.abs().max() < 1e-8 * X.abs().max() ** 3
+    assert loss(found) < loss(X.sum(0))
+
+
+def regmean(X, grams):
+    grams = 0.9 * grams + 0.1 * torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
+    return (X @ grams).sum(0) @ torch.linalg.inv(grams.sum(0)), grams.sum(0)
+
+
+def test_regmean(adapters, statistics):
+    expected, _ = regmean(dense(adapters), statistics.grams["inputs"])
+    check(merged(adapters, "regmean", statistics=statistics), expected)
+
+
+def test_regmean_is_truncated_optimally_in_the_metric_of_the_inputs(adapters, statistics):
+    full, metric = regmean(dense(adapters), statistics.grams["inputs"])
+    values, vectors = torch.linalg.eigh(metric)
+    root = vectors * values.sqrt() @ vectors.mT
+    expected = truncated(full @ root, 2) @ torch.linalg.inv(root)
+    check(merged(adapters, "regmean", statistics=statistics, rank=2), expected)
+
+
+def test_the_activation_merge_lies_between_cp_and_truncated_regmean(adapters, statistics):
+    full, metric = regmean(dense(adapters), statistics.grams["inputs"])
+    best = merged(adapters, "regmean", statistics=statistics, rank=4)
+
+    def error(delta):
+        return torch.einsum("oi,ij,oj->", full - delta, metric, full - delta).sqrt()
+
+    errors = [
+        error(merged(adapters, "tc-lora-activation", statistics=statistics, rank=4, emphasis=e))
+        for e in (0.3, 1, 30)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1.001 * error(best)
+    exact = merged(adapters, "tc-lora-activation", statistics=statistics, rank=9)
+    check(exact, full, 1e-3)
+
+
+def test_modules_that_no_adapter_shares_keep_their_update():
+    parts = [make_adapter(f"a{k}", modules={m: MODULES[m]}, seed=k) for k, m in enumerate(MODULES)]
+    result = merge(parts, "cat").adapter
+    for part in parts:
+        for module, factors in part.modules.items():
+            torch.testing.assert_close(result.modules[module].delta(), factors.delta())
+    assert make_statistics().tokens == (40, 40, 40)

@@ -1,0 +1,149 @@
+import logging
+
+import pytest
+import torch
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.errors import AdapterError, LibraryError
+from tclora.tensor import (
+    LibraryFactors,
+    component_diagnostics,
+    explained_variance_curve,
+    factorise,
+    shared_share,
+)
+
+SHAPES = {"layers.0.q": (20, 16), "layers.0.up": (30, 16), "layers.1.q": (20, 16)}
+
+
+def adapter(name, rank=3, shapes=SHAPES, seed=0, shared=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.Generator().manual_seed(99)
+
+    def draw(*shape):
+        own = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return own + shared * torch.randn(*shape, generator=common, dtype=torch.float64)
+
+    modules = {m: LoraFactors(draw(o, rank), draw(rank, i)) for m, (o, i) in shapes.items()}
+    return Adapter(name, modules, "base")
+
+
+@pytest.fixture
+def adapters():
+    return [adapter(f"a{k}", seed=k, shared=1.0) for k in range(4)]
+
+
+def deltas(adapters, module):
+    return torch.stack([a.modules[module].delta() for a in adapters])
+
+
+def test_total_rank_reproduces_every_adapter_and_says_that_it_clamped(adapters, caplog):
+    with caplog.at_level(logging.WARNING):
+        factors = factorise(adapters, 50)
+    assert "3 of 3 modules" in caplog.text
+    assert factors.explained_variance == pytest.approx(1)
+    for one in adapters:
+        again = factors.reconstruct(one.name)
+        for module in SHAPES:
+            torch.testing.assert_close(again.modules[module].delta(), one.modules[module].delta())
+            assert again.modules[module].rank == 12
+
+
+def test_explained_variance_is_that_of_the_reconstruction(adapters):
+    factors = factorise(adapters, 4)
+    lost = total = 0.0
+    for module, cp in factors.modules.items():
+        X = deltas(adapters, module)
+        Y = deltas([factors.reconstruct(a.name) for a in adapters], module)
+        ratio = ((X - Y).norm() / X.norm()) ** 2
+        assert cp.explained_variance == pytest.approx(1 - float(ratio), abs=1e-8)
+        lost, total = lost + float((X - Y).norm() ** 2), total + float(X.norm() ** 2)
+    assert factors.explained_variance == pytest.approx(1 - lost / total, abs=1e-8)
+
+
+def test_splitting_an_update_differently_changes_nothing(adapters):
+    M = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    mixed = [
+        Adapter(
+            a.name,
+            {m: LoraFactors(f.B @ M, torch.linalg.solve(M, f.A)) for m, f in a.modules.items()},
+        )
+        for a in adapters
+    ]
+    one, two = factorise(adapters, 4), factorise(mixed, 4)
+    assert one.explained_variance == pytest.approx(two.explained_variance, abs=1e-4)
+
+
+def test_adapters_of_different_ranks_and_targets_are_factorised_over_the_union():
+    small = {"layers.0.q": SHAPES["layers.0.q"]}
+    mixed = [adapter("wide", 4), adapter("narrow", 2, shapes=small, seed=1)]
+    factors = factorise(mixed, 6)
+    assert list(factors.modules) == sorted(SHAPES)
+    narrow = factors.reconstruct("narrow")
+    torch.testing.assert_close(
+        narrow.modules["layers.0.q"].delta(), mixed[1].modules["layers.0.q"].delta()
+    )
+    assert not narrow.modules["layers.0.up"].delta().any()
+    assert factors.modules["layers.0.up"].rank == 4
+
+
+def test_save_and_load_keep_everything(adapters, tmp_path):
+    factors = factorise(adapters, 4)
+    factors.save(tmp_path / "factors.safetensors")
+    again = LibraryFactors.load(tmp_path / "factors.safetensors")
+    assert again.names == factors.names
+    assert (again.rank, again.base_model) == (4, "base")
+    assert again.explained_variance == pytest.approx(factors.explained_variance)
+    for module, cp in factors.modules.items():
+        torch.testing.assert_close(again.modules[module].U, cp.U.float())
+        torch.testing.assert_close(again.modules[module].C, cp.C.float())
+
+
+def test_a_file_that_is_not_factors_is_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"nonsense")
+    with pytest.raises(LibraryError, match="cannot be read"):
+        LibraryFactors.load(file)
+    with pytest.raises(LibraryError, match="cannot be read"):
+        LibraryFactors.load(tmp_path / "missing.safetensors")
+
+
+def test_arguments_are_checked(adapters):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        factorise(adapters, 0)
+    with pytest.raises(AdapterError, match="none"):
+        factorise([], 2)
+    with pytest.raises(AdapterError, match="a0 twice"):
+        factorise([adapters[0], adapters[0]], 2)
+    with pytest.raises(ValueError, match="adapter must be one of a0"):
+        factorise(adapters, 2).reconstruct("nobody")
+
+
+def test_progress_ends_at_the_number_of_modules(adapters):
+    seen = []
+    factorise(adapters, 2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (3, 3)
+
+
+def test_the_curve_rises_with_rank_and_ends_at_one(adapters):
+    curve = explained_variance_curve(adapters, (4, 1, 2, 8, 12))
+    assert list(curve.columns) == ["module", "rank", "explained_variance"]
+    assert set(curve["module"]) == {*SHAPES, "overall"}
+    for _, rows in curve.groupby("module"):
+        assert list(rows["rank"]) == [1, 2, 4, 8, 12]
+        assert rows["explained_variance"].is_monotonic_increasing
+        assert rows["explained_variance"].iloc[-1] == pytest.approx(1)
+    overall = curve[curve["module"] == "overall"].set_index("rank")["explained_variance"]
+    assert overall[4] == pytest.approx(factorise(adapters, 4).explained_variance, abs=0.02)
+
+
+def test_diagnostics_tell_shared_from_own():
+    same = [adapter("a", seed=1), adapter("b", seed=1)]
+    own = [adapter("a", seed=1), adapter("b", seed=2)]
+    assert shared_share(factorise(same, 3)) == pytest.approx(1, abs=1e-6)
+    assert shared_share(factorise(own, 6)) < 0.2
+    assert shared_share(factorise(own[:1], 3)) == 0
+    frame = component_diagnostics(factorise(own, 6))
+    assert len(frame) == 18
+    assert frame["spread"].between(1, 2).all()
+    assert frame.groupby("module")["energy_share"].sum().tolist() == pytest.approx([1, 1, 1])

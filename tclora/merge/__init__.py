@@ -11,6 +11,6 @@ from tclora.merge import (  # noqa: F401  (registers the methods)
 )
 from tclora.merge.engine import Merge, merge
 from tclora.merge.registry import MethodInfo, methods, register
-from tclora.merge.statistics import ActivationStatistics
+from tclora.merge.statistics import ActivationStatistics, collect
 
-__all__ = ["ActivationStatistics", "Merge", "MethodInfo", "merge", "methods", "register"]
+__all__ = ["ActivationStatistics", "Merge", "MethodInfo", "collect", "merge", "methods", "register"]

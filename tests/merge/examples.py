@@ -25,10 +25,9 @@ def make_statistics(names=NAMES, modules=MODULES):
     x = torch.randn(len(names), 40, D_IN, generator=generator, dtype=torch.float64)
     x = x * torch.rand(len(names), 1, D_IN, generator=generator, dtype=torch.float64)
     return ActivationStatistics(
-        names=tuple(names),
         groups=dict.fromkeys(modules, "inputs"),
-        grams={"inputs": x.mT @ x / 40},
-        tokens=(40,) * len(names),
+        grams={name: {"inputs": own.mT @ own / 40} for name, own in zip(names, x, strict=True)},
+        tokens=dict.fromkeys(names, 40),
     )
 
 

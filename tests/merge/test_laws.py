@@ -99,13 +99,13 @@ def test_every_form_of_scaling_is_the_same_update(method, form, adapters, tmp_pa
 def test_no_input_is_changed_and_results_repeat(method, adapters):
     before = [{m: (f.B.clone(), f.A.clone()) for m, f in a.modules.items()} for a in adapters]
     statistics = make_statistics()
-    grams = statistics.grams["inputs"].clone()
+    grams = statistics.of("layers.0.q", NAMES)
     options = NEEDED.get(method, {})
     one, two = (merge(adapters, method, statistics=statistics, **options) for _ in range(2))
     for module in one.adapter.modules:
         assert torch.equal(one.adapter.modules[module].B, two.adapter.modules[module].B)
         assert torch.equal(one.adapter.modules[module].A, two.adapter.modules[module].A)
-    assert torch.equal(statistics.grams["inputs"], grams)
+    assert torch.equal(statistics.of("layers.0.q", NAMES), grams)
     for adapter, kept in zip(adapters, before, strict=True):
         for module, (B, A) in kept.items():
             assert torch.equal(adapter.modules[module].B, B)

@@ -1,0 +1,187 @@
+"""The canonical frame of examples: the ecosystem's row forms mapped onto fixed columns, checked.
+
+Columns: id, prompt, response (str), task (str or null), answer (str), choices (list of str or null),
+split ("train", "test", "ood", "composition" or null), scorer (str), metadata (JSON str or null).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from tclora.errors import DataError
+from tclora.scoring import default_scorer
+
+SPLITS = ("train", "test", "ood", "composition")
+OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")
+COLUMNS = ("id", "prompt", "response", *OPTIONAL)
+_REPORTED = 10  # bad rows named in an error
+
+Row = Mapping[str, Any]
+Pair = tuple[str, str]
+
+
+def canonical_frame(
+    raw: pd.DataFrame,
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+) -> tuple[pd.DataFrame, list[str]]:
+    """Map a raw table onto the canonical columns and check every row.
+
+    Parameters
+    ----------
+    raw : DataFrame
+        Rows in prompt/response, Alpaca (instruction, input, output) or chat (messages) form; the
+        index holds each row's number in the source.
+    source : str
+        File or dataset name, for messages.
+    columns : mapping, optional
+        Canonical column → column of `raw`, where names differ.
+    on_bad_row : {"error", "skip"}
+        Whether a row without prompt or response is an error, or left out and listed.
+
+    Returns
+    -------
+    frame : DataFrame
+        The canonical columns; ``split`` is null where the source does not say.
+    skipped : list of str
+        One line per row left out.
+
+    Raises
+    ------
+    DataError
+        If there are no rows, no known form, an unknown column in `columns`, a bad row (with
+        "error"), no usable row, or an unknown split.
+    """
+    if raw.empty:
+        raise DataError(f"{source}: must hold at least one row, got none")
+    raw = _rename(raw, source, columns or {})
+    pair_of = _detect_form(raw, source)
+    pairs, problems = {}, {}
+    for number, row in zip(raw.index, raw.to_dict("records"), strict=True):
+        try:
+            pairs[number] = pair_of(row)
+        except ValueError as problem:
+            problems[number] = f"{source}, row {number}: {problem}"
+    if problems and (on_bad_row == "error" or not pairs):
+        raise DataError(_list_problems(list(problems.values())))
+    kept = raw.loc[list(pairs)]
+    return _assemble(kept, list(pairs.values()), source), list(problems.values())
+
+
+def _list_problems(problems: list[str]) -> str:
+    shown = "\n".join(f"  - {line}" for line in problems[:_REPORTED])
+    more = f"\n  - and {len(problems) - _REPORTED} more" if len(problems) > _REPORTED else ""
+    return (
+        f"{len(problems)} bad row(s):\n{shown}{more}\n"
+        "repair them, or set data.on_bad_row: skip to leave them out"
+    )
+
+
+def _rename(raw: pd.DataFrame, source: str, columns: Mapping[str, str]) -> pd.DataFrame:
+    known = {"prompt", "response", "messages", *OPTIONAL}
+    for canonical, column in columns.items():
+        if canonical not in known:
+            raise DataError(f"data.columns: {canonical!r} must be one of {sorted(known)}")
+        if column not in raw.columns:
+            raise DataError(
+                f"data.columns: {canonical} must name a column of {source}, got {column!r}; "
+                f"it has {list(raw.columns)}"
+            )
+    replaced = raw.drop(columns=[c for c in columns if c in raw and c not in columns.values()])
+    return replaced.rename(columns={column: name for name, column in columns.items()})
+
+
+def _detect_form(raw: pd.DataFrame, source: str) -> Callable[[Row], Pair]:
+    for needed, form in (
+        ({"prompt", "response"}, _plain_pair),
+        ({"instruction", "output"}, _alpaca_pair),
+        ({"messages"}, _chat_pair),
+    ):
+        if needed <= set(raw.columns):
+            return form
+    raise DataError(
+        f"{source}: columns must be prompt/response, instruction/output (Alpaca) or messages "
+        f"(chat), got {list(raw.columns)}; name yours in data.columns"
+    )
+
+
+def _plain_pair(row: Row) -> Pair:
+    return _text(row["prompt"], "prompt"), _text(row["response"], "response")
+
+
+def _alpaca_pair(row: Row) -> Pair:
+    prompt = _text(row["instruction"], "instruction")
+    extra = row.get("input")
+    if isinstance(extra, str) and extra.strip():
+        prompt = f"{prompt}\n\n{extra.strip()}"
+    return prompt, _text(row["output"], "output")
+
+
+def _chat_pair(row: Row) -> Pair:
+    """The last assistant turn is the response; the turns before it are the prompt."""
+    turns = row["messages"]
+    turns = turns.tolist() if hasattr(turns, "tolist") else turns
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"messages must be a list of turns, got {turns!r:.60}")
+    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
+        raise ValueError("every turn of messages must have role and content")
+    if turns[-1]["role"] != "assistant":
+        raise ValueError(f"the last turn must be the assistant's, got {turns[-1]['role']!r}")
+    response = _text(turns[-1]["content"], "the last turn's content")
+    earlier = [(turn["role"], _text(turn["content"], "content")) for turn in turns[:-1]]
+    if len(earlier) == 1:
+        return earlier[0][1], response
+    return _text("\n\n".join(f"{role}: {text}" for role, text in earlier), "prompt"), response
+
+
+def _text(value: Any, field: str) -> str:  # noqa: ANN401
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        raise ValueError(f"{field} must be text, got nothing")
+    if not isinstance(value, str):
+        if isinstance(value, (bool, int, float)):
+            return str(value)
+        raise ValueError(f"{field} must be text, got {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{field} must not be empty, got {value!r}")
+    return value.strip()
+
+
+def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFrame:
+    frame = pd.DataFrame(pairs, columns=["prompt", "response"], dtype=object)
+    for column in OPTIONAL:
+        values = kept[column].tolist() if column in kept else [None] * len(kept)
+        frame[column] = pd.Series([_optional(v) for v in values], dtype=object)
+    unknown = set(frame["split"].dropna()) - set(SPLITS)
+    if unknown:
+        raise DataError(f"{source}: split must be one of {SPLITS}, got {sorted(unknown)}")
+    frame["answer"] = frame["answer"].where(frame["answer"].notna(), frame["response"]).map(str)
+    scorers = [default_scorer(a, r) for a, r in zip(frame["answer"], frame["response"], strict=True)]
+    frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), pd.Series(scorers, dtype=object))
+    frame["id"] = _ids(frame)
+    return frame[list(COLUMNS)]
+
+
+def _optional(value: Any) -> Any:  # noqa: ANN401
+    """Return None for every kind of missing; lists stay lists, dicts become JSON."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return None
+    return value
+
+
+def _ids(frame: pd.DataFrame) -> list[str]:
+    """Stable content hashes; a repeated row gets its repetition number appended."""
+    seen: dict[str, int] = {}
+    ids = []
+    for prompt, response in zip(frame["prompt"], frame["response"], strict=True):
+        digest = hashlib.sha256(f"{prompt}\0{response}".encode()).hexdigest()[:16]
+        seen[digest] = seen.get(digest, 0) + 1
+        ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
+    return ids

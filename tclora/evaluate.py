@@ -1,0 +1,175 @@
+"""Measuring a model on examples: response NLL and generated answers, prompts computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tclora.loss import response_nll
+from tclora.prompts import IGNORED, Batch, TokenRow, batches, encode
+from tclora.scoring import score
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row's outcome.
+
+    Attributes
+    ----------
+    nll : float
+        Negative log-likelihood of the response, nats, summed over its tokens.
+    tokens : int
+        Response tokens, the end-of-sequence token included.
+    generated : str or None
+        The greedy answer, None where nothing was generated.
+    """
+
+    nll: float
+    tokens: int
+    generated: str | None = None
+
+
+@torch.inference_mode()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenRow],
+    *,
+    token_budget: int = 2048,
+    max_new_tokens: int | None = None,
+) -> list[Measurement]:
+    """Measure response NLL and, where asked for, greedy answers.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        In evaluation mode.
+    tokenizer : PreTrainedTokenizerBase
+        For padding and decoding.
+    rows : sequence of TokenRow
+        In any order.
+    token_budget : int
+        Padded tokens per forward pass.
+    max_new_tokens : int, optional
+        Longest answer; None generates nothing.
+
+    Returns
+    -------
+    list of Measurement
+        In the order of `rows`.
+
+    Notes
+    -----
+    After generation the key-value cache of the prompt is cut back and reused for the response, so
+    that the prompt is computed once for both figures.
+    """
+    results: dict[int, Measurement] = {}
+    generate = max_new_tokens is not None
+    for batch in batches(
+        rows, pad_id=tokenizer.pad_token_id, token_budget=token_budget, prompts_only=generate
+    ):
+        if generate:
+            nll, texts = _generate_and_score(model, tokenizer, rows, batch, max_new_tokens)
+        else:
+            nll, texts = response_nll(model, batch).sum(1), [None] * len(batch.rows)
+        for index, value, text in zip(batch.rows, nll.tolist(), texts, strict=True):
+            results[index] = Measurement(value, len(rows[index].response), text)
+    return [results[i] for i in range(len(rows))]
+
+
+def _generate_and_score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenRow],
+    batch: Batch,
+    max_new_tokens: int,
+) -> tuple[Tensor, list[str]]:
+    device = model.device
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    width = ids.shape[1]
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        return_dict_in_generate=True,
+    )
+    texts = tokenizer.batch_decode(output.sequences[:, width:], skip_special_tokens=True)
+    cache = output.past_key_values
+    # The last prompt token is fed again: its logits predict the first response token.
+    cache.crop(width - 1 - cache.get_seq_length())
+    responses = [rows[i].response for i in batch.rows]
+    longest = max(len(response) for response in responses)
+    labels = torch.full((len(responses), longest), IGNORED)
+    for place, response in enumerate(responses):
+        labels[place, : len(response)] = torch.tensor(response)
+    labels = labels.to(device)
+    # What pads a response on the right is never attended to by the tokens before it.
+    fed = torch.cat([ids[:, -1:], labels[:, :-1].clamp_min(0)], dim=1)
+    logits = model(
+        input_ids=fed,
+        attention_mask=torch.cat([mask[:, :-1], torch.ones_like(fed)], dim=1),
+        position_ids=mask.sum(1, keepdim=True) - 1 + torch.arange(longest, device=device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits  # (rows, longest, vocabulary)
+    nll = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    return nll.sum(1), texts
+
+
+def evaluate_frame(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    frame: pd.DataFrame,
+    *,
+    template: str,
+    max_tokens: int,
+    token_budget: int,
+    max_new_tokens: int | None,
+) -> pd.DataFrame:
+    """Measure a model on canonical rows.
+
+    Parameters
+    ----------
+    model, tokenizer, token_budget, max_new_tokens
+        See `measure`.
+    frame : DataFrame
+        Columns id, prompt, response, answer, scorer, metadata.
+    template, max_tokens
+        See `tclora.prompts.encode`.
+
+    Returns
+    -------
+    DataFrame
+        Columns id, nll, tokens, generated, correct (0.0 or 1.0; NaN where nothing was generated).
+    """
+    rows = encode(
+        tokenizer,
+        frame["prompt"].tolist(),
+        frame["response"].tolist(),
+        template=template,
+        max_tokens=max_tokens,
+    )
+    outcomes = measure(
+        model, tokenizer, rows, token_budget=token_budget, max_new_tokens=max_new_tokens
+    )
+    columns = [frame[name].tolist() for name in ("scorer", "answer", "metadata")]
+    correct = [
+        float("nan") if o.generated is None else score(scorer, o.generated, answer, metadata)
+        for o, scorer, answer, metadata in zip(outcomes, *columns, strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "id": frame["id"].tolist(),
+            "nll": [o.nll for o in outcomes],
+            "tokens": [o.tokens for o in outcomes],
+            "generated": pd.Series([o.generated for o in outcomes], dtype=object),
+            "correct": correct,
+        }
+    )

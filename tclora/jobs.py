@@ -1,0 +1,289 @@
+"""Jobs in their own process: training one adapter, evaluating one method.
+
+A job is a JSON file; ``python -m tclora.jobs FILE`` runs it, prints one JSON event per line and ends
+with a result event. The process dies with its parent (it watches standard input), so a killed run
+leaves nothing behind that could write. A killed or failing job takes only itself down.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from tclora.config import EvaluateConfig, TrainConfig
+from tclora.errors import JobError, TcloraError
+
+EventCallback = Callable[[dict[str, float]], None]
+_LOG_LINES = 15  # of standard error, shown when a job dies
+
+
+class _Job(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    base_location: str
+    rows: Path
+    target: Path
+    train: TrainConfig
+    seed: int
+
+
+class TrainJob(_Job):
+    """Train one adapter on the rows of a Parquet file (columns prompt, response)."""
+
+    kind: Literal["train"] = "train"
+    init_seed: int
+    checkpoint: Path
+
+
+class EvaluateJob(_Job):
+    """Evaluate one method on the rows of a Parquet file (canonical columns and cluster).
+
+    `adapters` holds one PEFT directory for all rows, one per cluster, or none for the base model.
+    """
+
+    kind: Literal["evaluate"] = "evaluate"
+    evaluate: EvaluateConfig
+    adapters: dict[str, Path]  # "all" or the cluster's number -> directory
+
+
+def run_job(
+    job: TrainJob | EvaluateJob,
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    on_event: EventCallback | None = None,
+) -> dict[str, Any]:
+    """Run a job in a fresh process and return its result.
+
+    Parameters
+    ----------
+    job : TrainJob or EvaluateJob
+        What to do.
+    env : mapping, optional
+        Environment variables on top of this process's own, such as CUDA_VISIBLE_DEVICES.
+    timeout : float, optional
+        The job is killed after this time (s).
+    on_event : callable, optional
+        Called in this thread with every progress event.
+
+    Returns
+    -------
+    dict
+        The job's result.
+
+    Raises
+    ------
+    JobError
+        If the job fails, is killed or exceeds its time; the message carries its own error.
+    """
+    with tempfile.TemporaryDirectory(prefix="tclora-job-") as scratch:
+        spec = Path(scratch) / "job.json"
+        spec.write_text(job.model_dump_json())
+        log = Path(scratch) / "stderr"
+        with log.open("wb") as errors, _process(spec, errors, env or {}, timeout) as process:
+            result = _follow(process, on_event)
+        if result is None:
+            raise JobError(_death_notice(job.name, process.returncode, timeout, log))
+        if "error" in result:
+            raise JobError(f"job {job.name}: {result['error']}")
+        return result
+
+
+@contextmanager
+def _process(
+    spec: Path, errors: Any, env: Mapping[str, str], timeout: float | None  # noqa: ANN401
+) -> Iterator[subprocess.Popen[str]]:
+    """Start the job; whatever ends the block (time, an exception, a signal), the job ends too."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tclora.jobs", str(spec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, **env},
+    )
+    timer = threading.Timer(timeout, process.kill) if timeout else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield process
+        process.wait()
+    finally:
+        if timer:
+            timer.cancel()
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                pipe.close()
+
+
+def _follow(
+    process: subprocess.Popen[str], on_event: EventCallback | None
+) -> dict[str, Any] | None:
+    result = None
+    for line in process.stdout or ():
+        event = json.loads(line)
+        if "result" in event:
+            result = event["result"]
+        elif on_event:
+            on_event(event)
+    return result
+
+
+def _death_notice(name: str, code: int, timeout: float | None, log: Path) -> str:
+    tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-_LOG_LINES:])
+    if code >= 0:
+        cause = f"ended with exit code {code}"
+    elif code == -signal.SIGKILL:
+        limit = f", or its time limit of {timeout:.0f} s" if timeout else ""
+        cause = f"was killed (by the system for lack of memory{limit}, or by hand)"
+    else:
+        cause = f"was ended by {signal.Signals(-code).name}"
+    return f"job {name} {cause}" + (f"; it said last:\n{tail}" if tail else "")
+
+
+_events = sys.stdout
+
+
+def _keep_events_apart() -> None:
+    """Leave standard output to events alone; what libraries print goes to standard error."""
+    global _events  # noqa: PLW0603
+    _events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def _emit(event: Mapping[str, Any]) -> None:
+    _events.write(json.dumps(event) + "\n")
+    _events.flush()
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as the parent closes its end of standard input."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _train(job: TrainJob) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
+    from tclora.prompts import encode
+    from tclora.train import train_adapter
+
+    frame = pd.read_parquet(job.rows, columns=["prompt", "response"])
+    device = default_device()
+    rows = encode(
+        load_tokenizer(job.base_location),
+        frame["prompt"].tolist(),
+        frame["response"].tolist(),
+        template=job.train.template,
+        max_tokens=job.train.max_tokens,
+    )
+    model = load_base_model(
+        job.base_location, choose_dtype(job.train.dtype, device), device
+    )
+    result = train_adapter(
+        model,
+        rows,
+        job.train,
+        job.target,
+        base_model=job.base_location,
+        seed=job.seed,
+        init_seed=job.init_seed,
+        checkpoint=job.checkpoint,
+        on_step=_emit,
+    )
+    return asdict(result)
+
+
+def _evaluate(job: EvaluateJob) -> dict[str, Any]:
+    from tclora.evaluate import evaluate_frame
+    from tclora.files import atomic_path
+    from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
+
+    device = default_device()
+    model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
+    tokenizer = load_tokenizer(job.base_location)
+    frame = pd.read_parquet(job.rows)
+    parts = []
+    for key, rows in _adapter_groups(frame, job.adapters):
+        model = _activate(model, key, job.adapters.get(key))
+        measured = evaluate_frame(
+            model,
+            tokenizer,
+            rows,
+            template=job.train.template,
+            max_tokens=job.train.max_tokens,
+            token_budget=job.evaluate.token_budget,
+            max_new_tokens=job.evaluate.max_new_tokens if job.evaluate.generate else None,
+        )
+        labels = rows[["split", "task", "cluster", "prompt", "answer"]].reset_index(drop=True)
+        parts.append(pd.concat([measured, labels], axis=1))
+        _emit({"rows": sum(map(len, parts)), "of": len(frame)})
+    items = pd.concat(parts, ignore_index=True).assign(method=job.name)
+    with atomic_path(job.target) as fresh:
+        items.to_parquet(fresh)
+    return {"rows": len(items)}
+
+
+def _adapter_groups(
+    frame: pd.DataFrame, adapters: Mapping[str, Path]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the key of an adapter and the rows it answers for."""
+    if not adapters or "all" in adapters:
+        yield "all", frame
+        return
+    for cluster, rows in frame.groupby("cluster", sort=True):
+        if str(cluster) in adapters:
+            yield str(cluster), rows
+
+
+def _activate(model: Any, key: str, path: Path | None) -> Any:  # noqa: ANN401
+    """Return the model with one adapter active, as stock PEFT loads it, or as it is."""
+    from peft import PeftModel
+
+    if path is None:
+        return model
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, path, key, autocast_adapter_dtype=False).eval()
+    previous = model.active_adapter
+    model.load_adapter(path, key, autocast_adapter_dtype=False)
+    model.set_adapter(key)
+    model.delete_adapter(previous)
+    return model.eval()
+
+
+def main(path: str) -> None:
+    """Run the job described by a JSON file; for ``python -m tclora.jobs``."""
+    _die_with_parent()
+    _keep_events_apart()
+    values = json.loads(Path(path).read_text())
+    try:
+        if values["kind"] == "train":
+            result = _train(TrainJob.model_validate(values))
+        else:
+            result = _evaluate(EvaluateJob.model_validate(values))
+    except (TcloraError, OSError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    _emit({"result": result})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

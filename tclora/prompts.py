@@ -1,0 +1,171 @@
+"""Examples as token sequences: prompt in the chat or plain template, then the supervised response."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a position without loss, as torch's cross-entropy has it
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One example in tokens.
+
+    Attributes
+    ----------
+    prompt, response : tuple of int
+        Token ids; the response ends with the end-of-sequence token unless it was truncated.
+    truncated : bool
+        Whether tokens were cut to respect the limit.
+    """
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded rows, so that all responses end in the last column.
+
+    Attributes
+    ----------
+    input_ids, attention_mask, position_ids : Tensor
+        (rows, T) int64.
+    labels : Tensor
+        (rows, S) int64 for the last S columns; `IGNORED` where no response token stands. S is one
+        more than the longest response: a position predicts the next token.
+    rows : tuple of int
+        Indices of the rows in the sequence the batch was made from.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    rows: tuple[int, ...]
+
+    @property
+    def supervised(self) -> int:
+        """Number of response tokens."""
+        return int((self.labels != IGNORED).sum())
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    template: str = "chat",
+    max_tokens: int = 1024,
+) -> list[TokenRow]:
+    """Turn prompts and responses into token rows.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The base model's tokenizer.
+    prompts, responses : sequence of str
+        Equal in length.
+    template : {"chat", "plain"}
+        The tokenizer's chat template with the prompt as the user's turn, or the prompt and a
+        newline.
+    max_tokens : int
+        Longest row in tokens. What exceeds it is cut from the start of the prompt; a response that
+        is longer by itself loses its end.
+
+    Returns
+    -------
+    list of TokenRow
+
+    Raises
+    ------
+    ValueError
+        If the template is unknown, or the tokenizer has no chat template.
+    """
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError("train.template must be 'plain': this tokenizer has no chat template")
+    if template not in {"chat", "plain"}:
+        raise ValueError(f"train.template must be 'chat' or 'plain', got {template!r}")
+    texts = [_render(tokenizer, prompt, template) for prompt in prompts]
+    # A rendered chat template already carries the special tokens.
+    encoded = tokenizer(texts, add_special_tokens=template == "plain").input_ids
+    answers = tokenizer(list(responses), add_special_tokens=False).input_ids
+    eos = tokenizer.eos_token_id
+    return [
+        _fit(tuple(p), (*a, eos), max_tokens) for p, a in zip(encoded, answers, strict=True)
+    ]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> str:
+    if template == "plain":
+        return f"{prompt}\n"
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _fit(prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int) -> TokenRow:
+    if len(prompt) + len(response) <= max_tokens:
+        return TokenRow(prompt, response)
+    response = response[: max_tokens - 1]
+    return TokenRow(prompt[-(max_tokens - len(response)) :], response, truncated=True)
+
+
+def batches(
+    rows: Sequence[TokenRow], *, pad_id: int, token_budget: int = 1024, prompts_only: bool = False
+) -> Iterator[Batch]:
+    """Group rows of similar length into batches of at most `token_budget` padded tokens.
+
+    Parameters
+    ----------
+    rows : sequence of TokenRow
+        Any order; batches come longest first, so that memory use peaks at once.
+    pad_id : int
+        Padding token.
+    token_budget : int
+        Padded tokens per batch (rows × longest row); a longer single row makes a batch of its own.
+    prompts_only : bool
+        Leave the responses out, for generation.
+
+    Yields
+    ------
+    Batch
+    """
+
+    def length(index: int) -> int:
+        return len(rows[index].prompt) if prompts_only else len(rows[index])
+
+    order = sorted(range(len(rows)), key=length, reverse=True)
+    start = 0
+    while start < len(order):
+        count = max(1, token_budget // max(1, length(order[start])))
+        yield _collate(rows, order[start : start + count], pad_id, prompts_only)
+        start += count
+
+
+def _collate(
+    rows: Sequence[TokenRow], chosen: Sequence[int], pad_id: int, prompts_only: bool
+) -> Batch:
+    sequences = [
+        rows[i].prompt if prompts_only else rows[i].prompt + rows[i].response for i in chosen
+    ]
+    width = max(len(s) for s in sequences)
+    longest = 0 if prompts_only else max(len(rows[i].response) for i in chosen)
+    ids = torch.full((len(chosen), width), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(chosen), longest + 1), IGNORED)
+    for place, (index, sequence) in enumerate(zip(chosen, sequences, strict=True)):
+        ids[place, width - len(sequence) :] = torch.tensor(sequence)
+        mask[place, width - len(sequence) :] = 1
+        if not prompts_only:
+            response = rows[index].response
+            # The token at column t is predicted at t - 1, hence the shift by one to the left.
+            labels[place, longest - len(response) : longest] = torch.tensor(response)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    return Batch(ids, mask, positions, labels, tuple(chosen))

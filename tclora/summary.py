@@ -1,0 +1,152 @@
+"""From measured items to figures with intervals: NLL, accuracy, and the recovery of a merge.
+
+Recovery of a method on cluster k = (NLL_base - NLL_method) / (NLL_base - NLL_own): 0 is the base
+model, 1 the cluster's own adapter. Intervals are percentile bootstraps over items; base, method and
+own adapter share each resample, so that the comparison is paired.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+BASE, OWN = "base", "own"
+Array = NDArray[np.float64]
+_CHUNK = 200  # resamples at once, to bound memory
+
+
+def summarise(
+    items: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Summarise items per method, split and group (all rows, each task, each cluster).
+
+    Parameters
+    ----------
+    items : DataFrame
+        Columns method, split, task, cluster, id, nll (nats), tokens, correct.
+    confidence : float
+        Level of the intervals.
+    resamples : int
+        Bootstrap resamples.
+    seed : int
+        Seed of the resampling.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, split, group_kind, group, n, nll, nll_low, nll_high (nats per response
+        token), accuracy, accuracy_low, accuracy_high (fractions; NaN where nothing was scored).
+    """
+    rows = []
+    for (method, split), part in items.groupby(["method", "split"], sort=False):
+        for kind, name, group in _groups(part):
+            nll = _ratio(group["nll"], group["tokens"], confidence, resamples, seed)
+            scored = group.dropna(subset=["correct"])
+            ones = pd.Series(1.0, index=scored.index)
+            accuracy = _ratio(scored["correct"], ones, confidence, resamples, seed)
+            rows.append((method, split, kind, name, len(group), *nll, *accuracy))
+    figures = [f"{name}{end}" for name in ("nll", "accuracy") for end in ("", "_low", "_high")]
+    return pd.DataFrame(
+        rows, columns=["method", "split", "group_kind", "group", "n", *figures]
+    )
+
+
+def recovery(
+    items: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Recovery of every method on the in-domain test rows.
+
+    Parameters
+    ----------
+    items : DataFrame
+        As in `summarise`; must hold the methods "base" and "own" for the same rows.
+    confidence, resamples, seed
+        See `summarise`.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, cluster ("0", "1", …, "mean", "worst"), recovery, low, high. Clusters whose
+        own adapter does not beat the base have NaN and do not enter mean and worst.
+    """
+    test = items[items["split"] == "test"]
+    methods = [m for m in test["method"].unique() if m not in {BASE, OWN}]
+    rows: list[tuple[str, str, float, float, float]] = []
+    for method in methods:
+        draws, points = [], []
+        for cluster, part in test.groupby("cluster", sort=True):
+            tables = [
+                part[part["method"] == name].set_index("id")[["nll", "tokens"]]
+                for name in (BASE, method, OWN)
+            ]
+            point, sample = _cluster_recovery(tables, resamples, seed)
+            points.append(point)
+            draws.append(sample)
+            rows.append((method, str(cluster), point, *_interval(sample, confidence)))
+        rows += _overall(method, np.array(points), np.array(draws), confidence)
+    return pd.DataFrame(rows, columns=["method", "cluster", "recovery", "low", "high"])
+
+
+def _overall(
+    method: str, points: Array, draws: Array, confidence: float
+) -> Iterator[tuple[str, str, float, float, float]]:
+    defined = ~np.isnan(points)
+    for name, reduce in (("mean", np.mean), ("worst", np.min)):
+        if not defined.any():
+            yield method, name, np.nan, np.nan, np.nan
+            continue
+        sample = reduce(draws[defined], axis=0)
+        yield method, name, float(reduce(points[defined])), *_interval(sample, confidence)
+
+
+def _cluster_recovery(
+    tables: list[pd.DataFrame], resamples: int, seed: int
+) -> tuple[float, Array]:
+    base, method, own = (table.loc[tables[0].index] for table in tables)
+    tokens = base["tokens"].to_numpy(float)
+    totals = [table["nll"].to_numpy(float) for table in (base, method, own)]
+    b, m, o = (total.sum() for total in totals)
+    if b <= o:
+        return np.nan, np.full(resamples, np.nan)
+    draws = [
+        np.stack([counts @ total / (counts @ tokens) for total in totals])
+        for counts in _resample_counts(len(tokens), resamples, seed)
+    ]
+    B, M, O = np.concatenate(draws, axis=1)  # noqa: E741
+    return float((b - m) / (b - o)), (B - M) / np.where(B > O, B - O, np.nan)
+
+
+def _groups(part: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    yield "all", "all", part
+    for kind in ("task", "cluster"):
+        for name, group in part.dropna(subset=[kind]).groupby(kind, sort=True):
+            yield kind, str(name), group
+
+
+def _ratio(
+    numerator: pd.Series, denominator: pd.Series, confidence: float, resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """Point and interval of Σ numerator / Σ denominator; NaN without rows."""
+    if numerator.empty:
+        return np.nan, np.nan, np.nan
+    top, bottom = numerator.to_numpy(float), denominator.to_numpy(float)
+    draws = [
+        counts @ top / (counts @ bottom) for counts in _resample_counts(len(top), resamples, seed)
+    ]
+    return float(top.sum() / bottom.sum()), *_interval(np.concatenate(draws), confidence)
+
+
+def _resample_counts(n: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Yield how often each of n items is drawn in each resample, (≤ 200, n) at a time."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        yield rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
+
+
+def _interval(draws: Array, confidence: float) -> tuple[float, float]:
+    if np.isnan(draws).all():
+        return np.nan, np.nan
+    low, high = np.nanquantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

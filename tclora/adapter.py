@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tclora.errors import AdapterError
@@ -28,6 +27,12 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 # Options of a PEFT LoRA configuration that a plain update B @ A cannot express.
 _INEXPRESSIBLE = (
@@ -64,7 +69,7 @@ class LoraFactors(NamedTuple):
         return self.B.shape[0], self.A.shape[1]
 
     def delta(self) -> Tensor:
-        """The dense update, shape (d_out, d_in): for tests and small shapes only."""
+        """Return the dense update, shape (d_out, d_in): for tests and small shapes only."""
         return self.B @ self.A
 
 
@@ -88,16 +93,20 @@ class Adapter:
 
 
 class _FileModules(Mapping[str, LoraFactors]):
-    """Factors read from a memory-mapped safetensors file when asked for, scaling folded in."""
+    """Factors read from a memory-mapped safetensors file when asked for, scaling folded in.
+
+    The file is mapped anew for each module, so that pages once read do not stay resident.
+    """
 
     def __init__(self, path: Path, scalings: dict[str, float]) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._path = path
         self._scalings = scalings
 
     def __getitem__(self, module: str) -> LoraFactors:
         scaling = self._scalings[module]
-        B = self._file.get_tensor(f"{_PREFIX}{module}.lora_B.weight")
-        A = self._file.get_tensor(f"{_PREFIX}{module}.lora_A.weight")
+        with safe_open(self._path, framework="pt") as file:
+            B = file.get_tensor(f"{_PREFIX}{module}.lora_B.weight")
+            A = file.get_tensor(f"{_PREFIX}{module}.lora_A.weight")
         if scaling != 1:  # in fp32 at least: bf16 would round the product
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * scaling
         return LoraFactors(B, A)
@@ -180,8 +189,10 @@ def _module_ranks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     ranks = {}
     for module, pair in sorted(parts.items()):
         if pair.keys() != {"A", "B"}:
-            raise AdapterError(f"{path}: module {module} has only lora_{''.join(pair)}; both needed")
-        if len(pair["A"]) != 2 or len(pair["B"]) != 2 or pair["A"][0] != pair["B"][1]:  # noqa: PLR2004
+            raise AdapterError(
+                f"{path}: module {module} has only lora_{''.join(pair)}; both needed"
+            )
+        if len(pair["A"]) != 2 or len(pair["B"]) != 2 or pair["A"][0] != pair["B"][1]:
             raise AdapterError(
                 f"{path}: module {module} must have A (r, d_in) and B (d_out, r), "
                 f"got {list(pair['A'])} and {list(pair['B'])}; only linear layers can be merged"
@@ -224,19 +235,41 @@ def write_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch
     """
     if not adapter.modules:
         raise AdapterError(f"{adapter.name}: an adapter must have at least one module, got none")
-    tensors, ranks = {}, {}
+    shapes, ranks = {}, {}
     for module in sorted(adapter.modules):
         B, A = adapter.modules[module]
-        if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-            raise AdapterError(f"{adapter.name}: factors of {module} must be finite")
         ranks[module] = A.shape[0]
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = A.to(dtype, copy=True).contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = B.to(dtype, copy=True).contiguous()
+        shapes[f"{_PREFIX}{module}.lora_A.weight"] = A.shape
+        shapes[f"{_PREFIX}{module}.lora_B.weight"] = B.shape
     with atomic_path(Path(path)) as fresh:
         fresh.mkdir()
-        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        with (fresh / WEIGHTS_FILE).open("wb") as file:
+            file.write(_safetensors_header(shapes, dtype))
+            for module in ranks:
+                B, A = adapter.modules[module]
+                if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+                    raise AdapterError(f"{adapter.name}: factors of {module} must be finite")
+                for factor in (A, B):
+                    file.write(factor.to(dtype).contiguous().view(torch.uint8).numpy().data)
         config = _peft_config(adapter.base_model, ranks)
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _safetensors_header(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> bytes:
+    """Return the start of a safetensors file whose tensors follow in the given order.
+
+    Written here because the library's own writer needs all tensors in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for key, shape in shapes.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        offsets = [start, end]
+        header[key] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": offsets}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _peft_config(base_model: str | None, ranks: dict[str, int]) -> dict[str, Any]:

@@ -128,8 +128,7 @@ def merge(
             grams=statistics.of(module, _names(adapters)) if statistics else None,
         )
         merged = chosen.truncation(chosen.function(stack, **options), rank, stack)
-        dtype = _stored_type(read)
-        modules[module] = LoraFactors(merged.factors.B.to(dtype), merged.factors.A.to(dtype))
+        modules[module] = _stored(merged.factors, read)
         energy, lost = energy + merged.energy, lost + merged.lost
         if progress:
             progress(len(modules), len(names))
@@ -213,7 +212,11 @@ def _joint_factors(
     return replace(factors, names=tuple(_names(adapters)), modules=modules)
 
 
-def _stored_type(factors: Sequence[LoraFactors]) -> torch.dtype:
-    """Return the type a merge of these factors is stored in: single precision or better."""
-    types = [tensor.dtype for f in factors for tensor in f]
-    return reduce(torch.promote_types, types, torch.float32)
+def _stored(merged: LoraFactors, inputs: Sequence[LoraFactors]) -> LoraFactors:
+    """Return factors in single precision or the inputs' better one, of rank one where all is zero."""
+    types = [tensor.dtype for factors in inputs for tensor in factors]
+    dtype = reduce(torch.promote_types, types, torch.float32)
+    B, A = merged
+    if merged.rank == 0:
+        B, A = B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
+    return LoraFactors(B.to(dtype), A.to(dtype))

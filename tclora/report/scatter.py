@@ -1,0 +1,54 @@
+"""The 2-D map of the training rows: colour is the cluster, marker the task."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from tclora.report.canvas import half_page, plain
+from tclora.report.contents import Contents
+from tclora.report.palette import LIGHT, cluster_colour
+
+MAP_POINTS = 2400  # more would only cover each other, and swell the file
+
+_MARKERS = "osD^vPXph*"
+
+
+def cluster_map(contents: Contents) -> Figure | None:
+    """Draw the training rows, evenly thinned; tasks have markers where there are enough markers."""
+    rows = contents.training_rows
+    if rows.empty:
+        return None
+    rows = rows.iloc[:: -(-len(rows) // MAP_POINTS)]
+    tasks = sorted(rows["task"].dropna().unique())
+    markers = dict(zip(tasks, _MARKERS, strict=False)) if len(tasks) <= len(_MARKERS) else {}
+    figure, axes = half_page(4.6)
+    for cluster in sorted(rows["cluster"].unique().tolist()):
+        _draw_cluster(axes, rows[rows["cluster"] == cluster], cluster, markers)
+    axes.set(xticks=[], yticks=[], xlabel="first principal axis", ylabel="second principal axis")
+    if markers:
+        figure.legend(handles=_marker_handles(markers), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_cluster(axes: Axes, rows: pd.DataFrame, cluster: int, markers: dict[str, str]) -> None:
+    colour = cluster_colour(cluster)
+    shapes = rows["task"].map(markers).fillna("o")
+    for shape in sorted(shapes.unique()):
+        points = rows[shapes == shape]
+        axes.scatter(
+            points["x"], points["y"], s=14, marker=shape, color=colour, alpha=0.75, linewidths=0
+        )
+    if cluster >= 0:
+        box = {"boxstyle": "circle,pad=0.25", "fc": colour, "ec": "white", "lw": 1.2}
+        x, y = rows["x"].median(), rows["y"].median()
+        axes.text(
+            x, y, str(cluster), color="white", weight="bold", ha="center", va="center", bbox=box
+        )
+
+
+def _marker_handles(markers: dict[str, str]) -> list[Line2D]:
+    return [
+        Line2D([], [], ls="none", marker=marker, ms=4.5, color=LIGHT["soft"], label=plain(task))
+        for task, marker in markers.items()
+    ]

@@ -1,0 +1,215 @@
+"""A synthetic library directory, as the pipeline would leave it, for tests and for looking at."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tclora.config import Config
+
+K = 6
+TRAIN_TASKS = (
+    "arithmetic",
+    '<b>bold</b> & "quotes"',
+    "dates_$x^2$",
+    "sorting",
+    "spelling",
+    "units",
+)
+OOD_TASKS = ("chess & checkers", "riddles")
+COMPOSITION_TASK = "dates + units"
+ANSWER = "42 <i>units</i>"
+HELD_OUT = ("test", "ood", "composition")
+COLUMNS = ["id", "prompt", "task", "split", "cluster", "similarity", "x", "y"]
+SCRIPT = "<script>alert('prompt')</script>"
+MERGES = {"tc-lora": 0.94, "regmean": 0.91, "uniform": 0.57, "ties": 0.44, "task-arithmetic": -0.9}
+METHODS = ("base", "own", "joint", *MERGES)
+
+
+def build_library(folder: Path, *, labelled: bool = True) -> Path:
+    """Write a library of K clusters; `labelled` says whether the rows have task labels."""
+    rng = np.random.default_rng(0)
+    for name in ("training", "evaluation"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    clusters = _clusters(rng)
+    if not labelled:
+        clusters["task"] = None
+    items = _items(rng, clusters)
+    clusters.to_parquet(folder / "clusters.parquet")
+    _curve(rng).to_parquet(folder / "explained_variance.parquet")
+    items.to_parquet(folder / "evaluation/items.parquet")
+    _summary(items, labelled).to_parquet(folder / "evaluation/summary.parquet")
+    _recovery(rng).to_parquet(folder / "evaluation/recovery.parquet")
+    for name in [*(f"cluster-{k}" for k in range(K - 1)), "joint"]:
+        log = _log(rng, 240 if name == "joint" else 60)
+        (folder / f"training/{name}.json").write_text(json.dumps(log))
+    (folder / "library.json").write_text(json.dumps(_manifest()))
+    return folder
+
+
+def edit_manifest(folder: Path, **changes) -> None:
+    path = folder / "library.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _clusters(rng):
+    rows = []
+    centres = rng.normal(0, 3, (K, 2))
+    tasks = [(task, "train", 60) for task in TRAIN_TASKS]
+    tasks += [(task, "test", 12) for task in TRAIN_TASKS]
+    tasks += [(task, "ood", 12) for task in OOD_TASKS] + [(COMPOSITION_TASK, "composition", 12)]
+    for task, split, n in tasks:
+        home = TRAIN_TASKS.index(task) if task in TRAIN_TASKS else len(task) % K
+        for i in range(n):
+            cluster = home if rng.random() < 0.93 else int(rng.integers(K))
+            x, y = centres[cluster] + rng.normal(0, 0.7, 2)
+            prompt = f"{SCRIPT} {task}: what follows {i}? {'Explain each step. ' * (i % 9)}"
+            rows.append(
+                (f"{len(rows):06x}", prompt, task, split, cluster, rng.uniform(0.5, 0.9), x, y)
+            )
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    frame.loc[frame.index[:3], "cluster"] = -1
+    return frame
+
+
+def _curve(rng):
+    rows = []
+    for rank in (1, 2, 4, 8, 16, 32, 64):
+        whole = 1 - 0.9 * np.exp(-rank / 9)
+        rows.append(("overall", rank, whole))
+        rows += [(f"layers.{i}.q", rank, whole ** rng.uniform(0.7, 1.5)) for i in range(20)]
+    return pd.DataFrame(rows, columns=["module", "rank", "explained_variance"])
+
+
+def _items(rng, clusters):
+    rows = []
+    for method in METHODS:
+        share = {"base": 0.0, "own": 1.0, "joint": 0.97}.get(method, MERGES.get(method))
+        held_out = clusters[clusters["split"].isin(["test"] if method == "own" else HELD_OUT)]
+        n = len(held_out)
+        tokens = rng.integers(3, 9, n)
+        right = (rng.random(n) < 0.15 + 0.6 * max(0, share)).astype(float)
+        rows.append(
+            held_out[["split", "task", "cluster", "id", "prompt"]].assign(
+                method=method,
+                answer=ANSWER,
+                tokens=tokens,
+                nll=tokens * (2.6 - 1.5 * share + rng.normal(0, 0.3, n)),
+                correct=right,
+                generated=np.where(right > 0, ANSWER, "about 40\nor so"),
+            )
+        )
+    return pd.concat(rows, ignore_index=True)
+
+
+def _summary(items, labelled):
+    rows = []
+    kinds = {"cluster": "cluster", "all": items["split"].map(lambda _: "all")}
+    if labelled:
+        kinds["task"] = "task"
+    for kind, by in kinds.items():
+        for (method, split, group), part in items.groupby(["method", "split", by]):
+            names = {"method": method, "split": split, "group_kind": kind, "group": str(group)}
+            rows.append(names | _scores(part, accurate=group != "spelling"))
+    return pd.DataFrame(rows)
+
+
+def _scores(part, *, accurate):
+    nll = part["nll"].sum() / part["tokens"].sum()
+    accuracy = part["correct"].mean() if accurate else np.nan
+    half = 0.9 / len(part) ** 0.5
+    scores = {"n": len(part), "nll": nll, "nll_low": nll - half / 3, "nll_high": nll + half / 3}
+    ends = {"accuracy_low": accuracy - half, "accuracy_high": accuracy + half}
+    return scores | {"accuracy": accuracy} | {k: min(1, max(0, v)) for k, v in ends.items()}
+
+
+def _recovery(rng):
+    rows = []
+    for method, mean in {"joint": 0.97, **MERGES}.items():
+        noise = rng.normal(0, 0.06, K)
+        values = mean + noise - noise.mean()
+        named = {str(k): value for k, value in enumerate(values)}
+        named |= {"mean": values.mean(), "worst": values.min()}
+        rows += [(method, name, value, value - 0.05, value + 0.04) for name, value in named.items()]
+    return pd.DataFrame(rows, columns=["method", "cluster", "recovery", "low", "high"])
+
+
+def _log(rng, steps):
+    done = np.arange(1, steps + 1)
+    loss = 1 + 1.6 * np.exp(-done / (0.15 * steps)) + rng.normal(0, 0.12, steps)
+    return [
+        {"step": int(s), "loss": x, "lr": 2e-4, "grad_norm": 1.0, "tokens": 900, "seconds": 0.5 * s}
+        for s, x in zip(done.tolist(), loss.tolist(), strict=True)
+    ]
+
+
+def _job(**changes):
+    done = {"steps": 60, "supervised_tokens": 54000, "final_loss": 1.043, "seconds": 312.4}
+    return done | {"rows": 60, "status": "done", "error": None} | changes
+
+
+def _manifest():
+    training = {f"cluster-{k}": _job() for k in range(K - 1)}
+    training[f"cluster-{K - 1}"] = _job(
+        status="failed",
+        error="loss became NaN at step 12 <in batch 3>; lower train.lr",
+        final_loss=None,
+        steps=12,
+        supervised_tokens=10800,
+        seconds=61.0,
+    )
+    training["joint"] = _job(steps=240, supervised_tokens=324000, seconds=1873.0, rows=360)
+    config = Config.model_validate({"name": "demo", "merge": {"methods": list(MERGES)}})
+    adapter = 19_537_920
+    storage = {"separate adapters": K * adapter, "factors": adapter + 84_000}
+    merges = {
+        name: {
+            "rank": 96 if name == "ties" else 16,
+            "parameters": adapter // 4,
+            "bytes": adapter,
+            "notes": "division by counts, election by mass" if name == "ties" else "",
+            "truncation_loss": 0.034 if name == "ties" else 0.0,
+        }
+        for name in MERGES
+    }
+    storage |= {f"merged {name}": merge["bytes"] for name, merge in merges.items()}
+    profile = {
+        "rows_train": 360.0,
+        "rows_test": 72.0,
+        "rows_ood": 24.0,
+        "rows_composition": 12.0,
+        "rows": 468.0,
+        "tasks": 9.0,
+        "skipped_rows": 2.0,
+        "repeated_prompts": 0.0,
+        "prompt_tokens_mean": 61.27,
+        "prompt_tokens_max": 214.0,
+        "response_tokens_mean": 5.6,
+        "response_tokens_max": 9.0,
+        "truncated_rows": 1.0,
+    }
+    return {
+        "schema": 1,
+        "name": "demo <run>",
+        "created": "2025-01-02T03:04:05+00:00",
+        "config": config.model_dump(mode="json"),
+        "base_model": {"id": "smollm2-135m-instruct", "location": "built in", "digest": "ab" * 32},
+        "embedding_model": {"id": "all-minilm-l6-v2", "digest": "cd" * 32},
+        "profile": profile,
+        "clustering": {
+            "method": "kmeans",
+            "k": K,
+            "silhouette": 0.312,
+            "ari": 0.871,
+            "nmi": 0.884,
+            "notices": ["3 rows were dropped as noise."],
+        },
+        "training": training,
+        "factors": {"rank": 16, "explained_variance": 0.847},
+        "merges": merges,
+        "storage": storage,
+        "links": {"mlflow_run": "https://mlflow.example/runs/1", "prefect_flow_run": None},
+        "versions": {"tclora": "0.1.0", "torch": "2.6.0"},
+        "digests": {"clusters.parquet": "ef" * 32, "adapters/cluster-0": "01" * 32},
+    }

@@ -1,0 +1,202 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from tclora.errors import LibraryError
+from tclora.report import write_report
+from tclora.report.contents import read_contents
+from tclora.report.render import render
+
+from .library import SCRIPT, build_library, edit_manifest
+
+MAX_BYTES = 3_000_000
+N_FIGURES = 6
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Elements(HTMLParser):
+    """Collects start tags and checks that every element is closed in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def written(library):
+    """Return the report without its figures, which take most of the time."""
+    return render(read_contents(library), {})
+
+
+def test_report_is_one_small_file_beside_the_manifest(library):
+    path = write_report(library)
+    assert path == library / "report.html"
+    assert path.stat().st_size < MAX_BYTES
+    assert path.read_text(encoding="utf-8").count("<svg") == N_FIGURES
+
+
+def test_report_loads_nothing_from_elsewhere(page):
+    for tag, attributes in Elements(page).found:
+        assert tag not in {"link", "iframe", "img", "object", "embed"}
+        assert "src" not in attributes
+        if tag != "a":
+            targets = (attributes.get("href"), attributes.get("xlink:href"))
+            assert all(target is None or target.startswith("#") for target in targets)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert "default-src 'none'" in page
+
+
+def test_texts_of_users_are_escaped(page):
+    assert SCRIPT not in page
+    assert "&lt;script&gt;alert(" in page
+    assert "<b>bold" not in page
+    assert "<i>units" not in page
+    assert "<title>demo &lt;run&gt;" in page
+    assert sum(tag == "script" for tag, _ in Elements(page).found) == 1
+
+
+def test_ids_are_unique(page):
+    ids = [attributes["id"] for _, attributes in Elements(page).found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_same_library_gives_the_same_bytes(library, page):
+    assert write_report(library).read_text(encoding="utf-8") == page
+
+
+def test_verdict_names_the_best_merge_and_what_own_adapters_gain(page):
+    assert re.search(r"tc-lora \(rank 16\), the best of 5 merges, recovers 94 % \[89, 98\]", page)
+    assert "Own adapters lower the in-domain NLL from" in page
+
+
+def test_verdict_names_the_primary_merge_where_another_is_better(library):
+    path = library / "evaluation/recovery.parquet"
+    rows = pd.read_parquet(path)
+    rows.loc[rows["method"] == "uniform", "recovery"] = 0.99
+    rows.to_parquet(path)
+    page = written(library)
+    assert "uniform (rank 16), the best of 5 merges, recovers 99 %" in page
+    assert "The primary merge, tc-lora, recovers" in page
+
+
+def test_verdict_says_when_own_adapters_do_not_help(library):
+    path = library / "evaluation/summary.parquet"
+    rows = pd.read_parquet(path)
+    rows.loc[rows["method"] == "own", "nll"] = 9.0
+    rows.to_parquet(path)
+    assert "Own adapters do not lower the in-domain NLL" in written(library)
+
+
+def test_best_merge_of_a_column_is_marked_and_references_never_are(page):
+    tables = page.split("Negative log-likelihood")[1].split("</table>")[0]
+    references, merges = tables.split('<tbody class="merges">')
+    assert 'class="number best"' not in references
+    n_columns = tables.count('<th scope="col">') - 1
+    assert merges.count('class="number best"') == n_columns
+
+
+def test_failed_jobs_are_shown_with_their_error(page):
+    alert = page.split('role="alert"')[1].split("</div>")[0]
+    assert "cluster-5 failed" in alert
+    assert "loss became NaN at step 12 &lt;in batch 3&gt;" in alert
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("recovery", "Recovery is left out"),
+        ("items", "Left out: no answers were generated"),
+        ("summary", "Left out: no test rows were evaluated"),
+    ],
+)
+def test_missing_evaluation_leaves_its_section_out(library, file, reason):
+    (library / f"evaluation/{file}.parquet").unlink()
+    assert reason in written(library)
+
+
+@pytest.mark.parametrize("split", ["test", "ood", "composition"])
+def test_missing_split_leaves_its_tables_out(library, split):
+    for name in ("clusters", "evaluation/items", "evaluation/summary"):
+        path = library / f"{name}.parquet"
+        rows = pd.read_parquet(path)
+        rows[rows["split"] != split].to_parquet(path)
+    assert f"Left out: no {split} rows were evaluated" in written(library)
+
+
+def test_rows_without_tasks_are_reported_by_cluster(tmp_path):
+    page = written(build_library(tmp_path, labelled=False))
+    assert "the data has no task labels" in page
+    assert ">cluster 3<" in page
+
+
+def test_bare_library_is_reported(library):
+    for file in [*(library / "evaluation").iterdir(), *(library / "training").iterdir()]:
+        file.unlink()
+    edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
+    page = write_report(library).read_text(encoding="utf-8")
+    assert page.count("<svg") == 3
+    assert "Recovery was not measured" in page
+    assert "Loss curves are left out" in page
+
+
+def test_harness_results_are_listed(library):
+    row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
+    pd.DataFrame([row]).to_parquet(library / "evaluation/harness.parquet")
+    assert "arc&lt;easy&gt;" in written(library)
+
+
+@pytest.mark.parametrize("name", ["library.json", "clusters.parquet", "explained_variance.parquet"])
+def test_missing_mandatory_file_is_named(library, name):
+    (library / name).unlink()
+    with pytest.raises(LibraryError, match=f"{re.escape(name)} does not exist"):
+        write_report(library)
+
+
+def test_listed_file_is_mandatory(library):
+    edit_manifest(library, digests={"evaluation/recovery.parquet": "00" * 32})
+    (library / "evaluation/recovery.parquet").unlink()
+    with pytest.raises(LibraryError, match=r"recovery\.parquet does not exist"):
+        write_report(library)
+
+
+def test_manifest_of_another_schema_is_refused(library):
+    edit_manifest(library, schema=2)
+    with pytest.raises(LibraryError, match="schema must be 1, got 2"):
+        write_report(library)
+
+
+def test_incomplete_manifest_is_refused(library):
+    manifest = json.loads((library / "library.json").read_text())
+    del manifest["factors"]
+    (library / "library.json").write_text(json.dumps(manifest))
+    with pytest.raises(LibraryError, match="factors"):
+        write_report(library)
+
+
+@pytest.mark.parametrize("name", ["library.json", "clusters.parquet"])
+def test_unreadable_file_is_named(library, name):
+    (library / name).write_text("not what it should be")
+    with pytest.raises(LibraryError, match=re.escape(name)):
+        write_report(library)
+
+
+def test_missing_column_is_named(library):
+    path = library / "clusters.parquet"
+    pd.read_parquet(path).drop(columns="similarity").to_parquet(path)
+    with pytest.raises(LibraryError, match=r"clusters\.parquet.*similarity"):
+        write_report(library)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from tclora.config import DataConfig
 from tclora.errors import DataError
+from tclora.files import sha256_json, sha256_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -43,6 +45,14 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
     if location.suffix in SUFFIXES or location.is_absolute() or path.startswith("."):
         raise DataError(f"data file {path!r} does not exist")
     return _read_hub(path, hub_config, hub_split)
+
+
+def source_digest(config: DataConfig) -> str:
+    """Digest of the files a configuration reads; of the names alone for hub datasets."""
+    named = [config.path, config.test_path, config.ood_path, config.composition_path]
+    return sha256_json(
+        [sha256_path(Path(name)) if name and Path(name).exists() else name for name in named]
+    )
 
 
 def _read_file(file: Path) -> pd.DataFrame:

@@ -1,0 +1,1 @@
+"""Prefect flows, readable top to bottom, and the command line; no numerics, no file formats."""

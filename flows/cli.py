@@ -1,0 +1,133 @@
+"""The command line: run the pipeline, look at results, see what a machine has."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="tclora",
+    help="Cluster-specialised LoRA libraries, jointly factorised and merged (TC-LoRA).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(help="YAML file; the defaults where left out.", show_default=False)
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.epochs=1.")
+]
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    overrides: SetOption = [],  # noqa: B006
+    until: Annotated[str, typer.Option(help="Stop after this stage.")] = "report",
+) -> None:
+    """Run the pipeline here; stages that are already done are taken from the cache."""
+    from tclora.config import load_config
+
+    values = load_config(config, overrides)
+    _settle_environment()
+    from flows.pipeline import pipeline
+    from flows.results import print_results
+
+    outcome = pipeline(values.model_dump(mode="json"), until=until)
+    print_results(outcome, console)
+
+
+@app.command()
+def report(
+    library: Annotated[Path, typer.Argument(help="Library directory of a finished run.")],
+) -> None:
+    """Write report.html of a library again."""
+    from tclora.report import write_report
+
+    console.print(f"report: {write_report(library)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ui(
+    output: Annotated[Path, typer.Option(help="The output folder of the runs.")] = Path("runs"),
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open the MLflow UI on loopback with the store of the runs."""
+    from tasks.tracking import tracking_uri
+
+    uri = tracking_uri(output)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise typer.BadParameter(
+            f"{output} holds no MLflow store yet; run the pipeline first or name its --output"
+        )
+    console.print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False)
+    command = [
+        "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
+        "--port", str(port), "--workers", "1",
+    ]  # fmt: skip
+    os.execvp(sys.executable, [sys.executable, "-m", *command])  # noqa: S606
+
+
+@app.command("config")
+def show_config(
+    config: ConfigArgument = None,
+    overrides: SetOption = [],  # noqa: B006
+    schema: Annotated[bool, typer.Option(help="Print the reference of all keys instead.")] = False,
+) -> None:
+    """Print the resolved configuration as YAML, or every key with type and meaning."""
+    from tclora.config import Config, load_config
+
+    if schema:
+        console.print_json(data=Config.model_json_schema())
+        return
+    values = load_config(config, overrides).model_dump(mode="json")
+    typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command()
+def doctor(
+    config: ConfigArgument = None,
+    overrides: SetOption = [],  # noqa: B006
+) -> None:
+    """Show what is installed, which devices there are, where caches lie, what would be fetched."""
+    from flows.doctor import print_diagnosis
+    from tclora.config import load_config
+
+    _settle_environment()
+    healthy = print_diagnosis(load_config(config, overrides), console)
+    raise typer.Exit(0 if healthy else 1)
+
+
+def _settle_environment() -> None:
+    """Defaults of the libraries for a local run; what the user has set wins."""
+    for name, value in {
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the command line; errors the user can repair end with one message, not a traceback."""
+    from tclora.errors import TcloraError
+
+    try:
+        app()
+    except TcloraError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,227 @@
+"""The main job: a pile of instruction data in, a merged library of clustered adapters out.
+
+Every stage is a cached task (see `tasks.artifact`); this file is the table of contents. Training and
+evaluation are flows of their own, because they run as parallel jobs.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from tasks import tracking
+from tasks.artifact import Artifact
+from tasks.data import JOINT, cluster, divide, embed, read
+from tasks.jobs import evaluate, train
+from tasks.merging import explained_variance, factorise, merge
+from tasks.publishing import link, log_library, publish, summarise_items
+from tasks.tracking import Run
+from tclora.config import Config, parse_config
+from tclora.data.readers import source_digest
+from tclora.devices import exclusive, parallel_jobs
+from tclora.errors import JobError
+from tclora.merge import methods
+from tclora.preflight import Models, check
+from tclora.summary import BASE, OWN
+
+STAGES = ("read", "embed", "cluster", "train", "factorise", "merge", "evaluate", "report")
+Artifacts = dict[str, Artifact]
+
+
+@flow(name="tc-lora", validate_parameters=False)
+def pipeline(config: dict[str, Any], until: str = "report") -> dict[str, str]:
+    """Run the whole TC-LoRA pipeline.
+
+    Parameters
+    ----------
+    config : dict
+        A configuration as ``tclora config`` prints it; missing keys have their defaults.
+    until : str
+        Last stage to run, one of read, embed, cluster, train, factorise, merge, evaluate, report.
+
+    Returns
+    -------
+    dict of str to str
+        Folder of the library, MLflow run id and store.
+    """
+    cfg = parse_config(config)
+    if until not in STAGES:
+        raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
+    models = check(cfg)
+    with _sole_use(cfg), _mlflow_run(cfg) as run:
+        _stages(cfg, models, run, STAGES.index(until))
+    return {
+        "library": str(cfg.library_dir),
+        "mlflow_run": run.run_id,
+        "mlflow_uri": run.uri,
+        "mlflow_experiment": run.experiment_id,
+    }
+
+
+def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
+    root = cfg.library_dir
+    examples = read(
+        cfg.data, cfg.seed, models.base, cfg.train.max_tokens, source_digest(cfg.data), root
+    )
+    _announce("read", examples.metrics)
+    if last < STAGES.index("embed"):
+        return
+    embeddings = embed(examples, cfg.embed, models.embedder, models.embedder_digest)
+    if last < STAGES.index("cluster"):
+        return
+    clusters = cluster(examples, embeddings, cfg.cluster, cfg.seed)
+    _announce("cluster", clusters.metrics | {"sizes": clusters.info["sizes"]})
+    rows = divide(examples, clusters, cfg.train.joint)
+    if last < STAGES.index("train"):
+        return
+    trained = _in_parallel(cfg, train_all)(cfg, models, rows, run)
+    adapters = {name: part for name, part in trained.items() if name != JOINT}
+    if last < STAGES.index("factorise"):
+        return
+    factors = factorise(
+        adapters, cfg.factorise.rank, cfg.factorise.n_starts, cfg.factorise.n_iter, cfg.seed
+    )
+    variance = explained_variance(adapters, cfg.factorise, cfg.seed)
+    _announce("factorise", factors.metrics)
+    if last < STAGES.index("merge"):
+        return
+    merged = {name: _merge(name, adapters, factors, cfg.seed) for name in cfg.merge.methods}
+    if last < STAGES.index("evaluate"):
+        return
+    parts = {
+        "examples": examples,
+        "clusters": clusters,
+        "factors": factors,
+        "explained_variance": variance,
+    }
+    if "evaluation" in rows:
+        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, trained, merged, run)
+        parts["evaluation"] = summarise_items(items, cfg.evaluate, cfg.seed)
+    else:
+        get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
+    if last < STAGES.index("report"):
+        return
+    publish(cfg, models, parts, merged, trained, _links(run))
+    log_library(run, cfg, parts, merged, trained)
+    link(run, cfg)
+
+
+@flow(name="train-library", validate_parameters=False)
+def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifacts:
+    """Train the joint adapter and one per cluster, in parallel jobs; the longest starts first."""
+    names = sorted(
+        (name for name in rows if name != "evaluation"), key=lambda name: -rows[name].info["rows"]
+    )
+    futures = {}
+    for name in names:
+        number = names.index(name)
+        own_start = number if cfg.train.init == "independent" else 0
+        futures[name] = train.submit(
+            name,
+            rows[name],
+            cfg.train,
+            models.base,
+            models.base_digest,
+            cfg.seed,
+            cfg.seed + own_start,
+            run=(run, cfg.resources),
+        )
+    return _collect("train", futures)
+
+
+@flow(name="evaluate-library", validate_parameters=False)
+def evaluate_all(
+    cfg: Config,
+    models: Models,
+    rows: Artifacts,
+    trained: Artifacts,
+    merged: Artifacts,
+    run: Run,
+) -> Artifacts:
+    """Measure base, own adapters, joint and every merge on the held-out rows, in parallel jobs."""
+    own = {
+        name.removeprefix("cluster-"): part for name, part in trained.items() if name != JOINT
+    }
+    candidates: dict[str, Artifacts] = {BASE: {}, OWN: own}
+    if JOINT in trained:
+        candidates[JOINT] = {"all": trained[JOINT]}
+    candidates |= {name: {"all": part} for name, part in merged.items()}
+    futures = {
+        name: evaluate.submit(
+            name,
+            rows["evaluation"],
+            adapters,
+            cfg.evaluate,
+            cfg.train,
+            models.base,
+            models.base_digest,
+            run=(run, cfg.resources),
+        )
+        for name, adapters in candidates.items()
+    }
+    return _collect("evaluate", futures)
+
+
+def _in_parallel(cfg: Config, subflow: Any) -> Any:  # noqa: ANN401
+    jobs = parallel_jobs(cfg.resources.jobs)
+    return subflow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=jobs))
+
+
+def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Artifacts:
+    """Wait for all jobs; if some failed, name them. What the others made stays in the cache."""
+    wait(list(futures.values()))
+    failed = {name: f.state.message for name, f in futures.items() if not f.state.is_completed()}
+    if failed:
+        listing = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
+        raise JobError(
+            f"{len(failed)} of {len(futures)} {stage} jobs failed; the others are kept and a new "
+            f"run repeats these only:\n{listing}"
+        )
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _merge(name: str, adapters: Artifacts, factors: Artifact, seed: int) -> Artifact:
+    needs = next(info.needs for info in methods() if info.name == name)
+    return merge(name, adapters, factors if needs == "factors" else None, seed)
+
+
+@contextmanager
+def _sole_use(cfg: Config) -> Iterator[None]:
+    """Hold the library's lock: a second run on the same folder waits, then finds all cached."""
+    with exclusive(cfg.library_dir.with_name(f".{cfg.name}.lock")) as waited:
+        if waited > 1:
+            get_run_logger().info("waited %.0f s for another run on %s", waited, cfg.library_dir)
+        yield
+
+
+@contextmanager
+def _mlflow_run(cfg: Config) -> Iterator[Run]:
+    """Open the parent MLflow run, linked to this flow run; FAILED if the block raises."""
+    tags = {
+        "prefect.flow_run_id": flow_run.id or "",
+        "prefect.flow_run_name": flow_run.name or "",
+        "prefect.flow_run_url": flow_run.ui_url or "",
+    }
+    run = tracking.open_run(cfg, flow_run.name or cfg.name, tags)
+    try:
+        yield run
+    except BaseException:
+        tracking.close_run(run, "FAILED")
+        raise
+    tracking.close_run(run, "FINISHED")
+
+
+def _links(run: Run) -> dict[str, str]:
+    return {"mlflow_run": run.run_id, "prefect_flow_run": flow_run.id or ""}
+
+
+def _announce(stage: str, figures: Mapping[str, Any]) -> None:
+    listing = ", ".join(
+        f"{name.rpartition('/')[2]} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+    )
+    get_run_logger().info("%s: %s", stage, listing)

@@ -1,0 +1,68 @@
+"""What a run prints at its end: the method table and where everything is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+_SPLITS = {"test": "in-domain", "ood": "out-of-domain", "composition": "composition"}
+
+
+def print_results(outcome: Mapping[str, str], console: Console) -> None:
+    """Print the method table, if methods were evaluated, and the places of all results."""
+    library = Path(outcome["library"])
+    if (library / "evaluation" / "summary.parquet").exists():
+        console.print(method_table(library))
+    for label, place in _places(outcome, library):
+        console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
+
+
+def method_table(library: Path) -> Table:
+    """Table of methods: NLL and accuracy per kind of task, recovery with its interval."""
+    summary = pd.read_parquet(library / "evaluation" / "summary.parquet")
+    recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
+    overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
+    splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
+    table = Table(title="NLL per response token (accuracy)", title_justify="left")
+    table.add_column("method")
+    for split in splits:
+        table.add_column(_SPLITS[split], justify="right")
+    table.add_column("recovery, mean [95 %]", justify="right")
+    table.add_column("worst", justify="right")
+    means = recovery.set_index(["method", "cluster"])
+    for method in summary["method"].unique():
+        cells = [_cell(overall, method, split) for split in splits]
+        table.add_row(method, *cells, *_recovery_cells(means, method))
+    return table
+
+
+def _cell(overall: pd.DataFrame, method: str, split: str) -> str:
+    if (method, split) not in overall.index:
+        return "-"
+    row = overall.loc[(method, split)]
+    accuracy = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
+    return f"{row['nll']:.3f}{accuracy}"
+
+
+def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str]:
+    if (method, "mean") not in means.index:
+        reference = {"base": "0 %", "own": "100 %"}
+        return reference.get(method, "-"), reference.get(method, "-")
+    mean, worst = means.loc[(method, "mean")], means.loc[(method, "worst")]
+    if pd.isna(mean["recovery"]):
+        return "undefined", "undefined"
+    interval = f"[{mean['low']:.0%}, {mean['high']:.0%}]"
+    return f"{mean['recovery']:.0%} {interval}", f"{worst['recovery']:.0%}"
+
+
+def _places(outcome: Mapping[str, str], library: Path) -> list[tuple[str, Path | str]]:
+    places: list[tuple[str, Path | str]] = [("library", library)]
+    if (library / "report.html").exists():
+        places.append(("report", library / "report.html"))
+    merged = sorted((library / "merged").glob("*")) if (library / "merged").is_dir() else []
+    places += [("merged adapter", path) for path in merged]
+    places.append(("MLflow store", outcome["mlflow_uri"]))
+    places.append(("MLflow run", f"{outcome['mlflow_run']} (open it: tclora ui)"))
+    return places

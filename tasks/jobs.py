@@ -1,0 +1,114 @@
+"""Tasks that run as jobs in their own process: training one adapter, evaluating one method."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import get_run_logger
+
+from tasks.artifact import Artifact, source_digest, stage
+from tasks.data import WORK
+from tasks.tracking import Run, live_run
+from tclora.config import EvaluateConfig, ResourceConfig, TrainConfig
+from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
+from tclora.files import sha256_json, write_json
+from tclora.jobs import EvaluateJob, TrainJob, run_job
+
+_LOG_EVERY = 10  # steps between two lines of progress
+
+
+@contextmanager
+def _environment(resources: ResourceConfig) -> Iterator[dict[str, str]]:
+    """Environment of a job: its leased GPU, or its share of the cores."""
+    with lease_gpu(visible_gpus()) as gpu:
+        if gpu is None:
+            yield job_environment(parallel_jobs(resources.jobs))
+        else:
+            yield {"CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
+
+
+@stage("tclora.train", "tclora.prompts", name="train", task_run_name="train-{name}")
+def train(
+    name: str,
+    rows: Artifact,
+    config: TrainConfig,
+    base: str,
+    base_digest: str,
+    seed: int,
+    init_seed: int,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Train one adapter; progress goes to the log and to a nested MLflow run while it works."""
+    parent, resources = run
+    logger = get_run_logger()
+    root = rows.root
+    key = sha256_json(
+        [name, rows.files, config.model_dump(), base_digest, seed, init_seed,
+         source_digest("tclora.train"), source_digest("tclora.prompts")]
+    )  # fmt: skip
+    job = TrainJob(
+        name=name,
+        base_location=base,
+        rows=rows.path,
+        target=root / "adapters" / name,
+        train=config,
+        seed=seed,
+        init_seed=init_seed,
+        # Named by everything that determines it, so a resume never mixes two configurations.
+        checkpoint=root / WORK / "checkpoints" / f"{name}-{key[:16]}",
+    )
+    with _environment(resources) as env, live_run(parent, name, {"tclora.kind": "train"}) as live:
+
+        def on_event(record: dict[str, float]) -> None:
+            live.add(record)
+            if (int(record["step"]) + 1) % _LOG_EVERY == 0:
+                logger.info("%s: step %d, loss %.3f", name, record["step"] + 1, record["loss"])
+
+        result = run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)
+    history = result.pop("history")
+    write_json(root / "training" / f"{name}.json", history)
+    logger.info("%s: loss %.3f after %d steps", name, result["final_loss"], result["steps"])
+    return Artifact.of(
+        root,
+        f"adapters/{name}",
+        f"training/{name}.json",
+        metrics={f"train/{key}": float(value) for key, value in result.items()},
+        info={**result, "rows": rows.info["rows"], "mlflow_parent": parent.run_id},
+    )
+
+
+@stage("tclora.evaluate", name="evaluate", task_run_name="evaluate-{name}")
+def evaluate(
+    name: str,
+    rows: Artifact,
+    adapters: dict[str, Artifact],
+    config: EvaluateConfig,
+    train: TrainConfig,
+    base: str,
+    base_digest: str,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Measure one method on the held-out rows.
+
+    `adapters` maps "all", or a cluster's number, to an adapter; it is empty for the base model.
+    """
+    _, resources = run
+    target = rows.root / WORK / "items" / f"{name}.parquet"
+    job = EvaluateJob(
+        name=name,
+        base_location=base,
+        rows=rows.path,
+        target=target,
+        train=train,
+        seed=0,
+        evaluate=config,
+        adapters={key: artifact.path for key, artifact in adapters.items()},
+    )
+    logger = get_run_logger()
+
+    def on_event(event: dict[str, Any]) -> None:
+        logger.info("%s: evaluated %d of %d rows", name, event["rows"], event["of"])
+
+    with _environment(resources) as env:
+        run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)
+    return Artifact.of(rows.root, f"{WORK}/items/{name}.parquet")

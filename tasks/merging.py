@@ -1,0 +1,80 @@
+"""Tasks on adapters alone: joint factorisation, its explained variance, merging."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tasks.artifact import Artifact, stage
+from tclora.adapter import Adapter, read_adapter, write_adapter
+from tclora.config import FactoriseConfig
+from tclora.files import atomic_path
+from tclora.merge import merge as merge_adapters
+from tclora.tensor import LibraryFactors, explained_variance_curve
+from tclora.tensor import factorise as factorise_adapters
+
+
+def _read(adapters: Mapping[str, Artifact]) -> list[Adapter]:
+    return [read_adapter(artifact.path, name) for name, artifact in adapters.items()]
+
+
+def _root(adapters: Mapping[str, Artifact]) -> Path:
+    return next(iter(adapters.values())).root
+
+
+@stage("tclora.tensor", name="factorise")
+def factorise(
+    adapters: dict[str, Artifact], rank: int, n_starts: int, n_iter: int, seed: int
+) -> Artifact:
+    """Factorise all cluster adapters jointly at CP rank R."""
+    factors = factorise_adapters(
+        _read(adapters), rank, n_starts=n_starts, n_iter=n_iter, seed=seed
+    )
+    root = _root(adapters)
+    factors.save(root / "factors.safetensors")
+    explained = factors.explained_variance
+    return Artifact.of(
+        root,
+        "factors.safetensors",
+        metrics={"factors/rank": rank, "factors/explained_variance": explained},
+        info={"rank": rank, "explained_variance": explained},
+    )
+
+
+@stage("tclora.tensor", name="explained-variance")
+def explained_variance(adapters: dict[str, Artifact], config: FactoriseConfig, seed: int) -> Artifact:
+    """Explained variance against rank, per module and overall."""
+    curve = explained_variance_curve(_read(adapters), config.ranks, seed=seed)
+    root = _root(adapters)
+    with atomic_path(root / "explained_variance.parquet") as fresh:
+        curve.to_parquet(fresh)
+    overall = curve[curve["module"] == "overall"]
+    return Artifact.of(
+        root,
+        "explained_variance.parquet",
+        metrics={
+            f"factors/explained_variance_R{rank}": value
+            for rank, value in zip(overall["rank"], overall["explained_variance"], strict=True)
+        },
+    )
+
+
+@stage("tclora.merge", name="merge", task_run_name="merge-{method}")
+def merge(
+    method: str, adapters: dict[str, Artifact], factors: Artifact | None, seed: int
+) -> Artifact:
+    """Merge the cluster adapters by one method and write a stock PEFT directory."""
+    merged = merge_adapters(
+        _read(adapters),
+        method,
+        factors=LibraryFactors.load(factors.path) if factors else None,
+        seed=seed,
+    )
+    root = _root(adapters)
+    write_adapter(merged.adapter, root / "merged" / method)
+    info = {
+        "rank": merged.rank,
+        "parameters": merged.parameters,
+        "truncation_loss": merged.truncation_loss,
+        "notes": "; ".join(merged.notes),
+    }
+    metrics = {f"merge/{key}": value for key, value in info.items() if key != "notes"}
+    return Artifact.of(root, f"merged/{method}", metrics=metrics, info=info)

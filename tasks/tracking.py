@@ -1,0 +1,245 @@
+"""MLflow: one parent run per pipeline run, nested runs per training job and evaluated method.
+
+Everything goes through `MlflowClient` with explicit run ids, because Prefect runs tasks in threads
+and MLflow's active run is a thread's own.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from pydantic import BaseModel, ConfigDict
+
+from tclora.config import Config
+
+_BATCH = 500  # metrics per call; MLflow allows 1000
+_PARAM_LENGTH = 6000
+Record = Mapping[str, float]
+
+
+class Run(BaseModel):
+    """Where to log: a run of an MLflow store."""
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client of the store."""
+        return MlflowClient(self.uri)
+
+
+def tracking_uri(output: Path) -> str:
+    """Return ``$MLFLOW_TRACKING_URI``, or the sqlite store in the output folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output.absolute()}/mlflow.db"
+
+
+def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
+    """Start the parent run of a pipeline run; creates store and experiment where missing.
+
+    Parameters
+    ----------
+    config : Config
+        Logged as parameters; its name is the experiment's.
+    run_name : str
+        Name of the run, the same as Prefect's.
+    tags : mapping
+        Such as the links to Prefect.
+    """
+    uri = tracking_uri(config.output)
+    config.output.absolute().mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(config.name)
+    if experiment is None:
+        local = uri.startswith("sqlite:")
+        artifacts = (config.output.absolute() / "mlartifacts").as_uri() if local else None
+        experiment_id = client.create_experiment(config.name, artifact_location=artifacts)
+    else:
+        experiment_id = experiment.experiment_id
+    created = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+    run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
+    log_params(run, _flatten(config.model_dump(mode="json")))
+    client.log_dict(run.run_id, config.model_dump(mode="json"), "config.yaml")
+    return run
+
+
+def close_run(run: Run, status: str) -> None:
+    """End a run as FINISHED, FAILED or KILLED."""
+    run.client.set_terminated(run.run_id, status)
+
+
+def nested_run(parent: Run, name: str, tags: Mapping[str, str]) -> Run:
+    """Start a run below another one."""
+    created = parent.client.create_run(
+        parent.experiment_id, run_name=name, tags={"mlflow.parentRunId": parent.run_id, **tags}
+    )
+    return parent.model_copy(update={"run_id": created.info.run_id})
+
+
+@contextmanager
+def live_run(parent: Run, name: str, tags: Mapping[str, str]) -> Iterator["StepLogger"]:
+    """Nested run that receives records while a job works; FAILED if the block raises."""
+    run = nested_run(parent, name, tags)
+    logger = StepLogger(run)
+    try:
+        yield logger
+    except BaseException as error:
+        logger.flush()
+        run.client.set_tag(run.run_id, "tclora.error", str(error)[:_PARAM_LENGTH])
+        close_run(run, "FAILED")
+        raise
+    logger.flush()
+    close_run(run, "FINISHED")
+
+
+class StepLogger:
+    """Sends training records to MLflow in batches, at most one call every few seconds."""
+
+    def __init__(self, run: Run, interval: float = 5.0) -> None:
+        self.run = run
+        self._interval = interval
+        self._buffer: list[Metric] = []
+        self._sent = time.monotonic()
+
+    def add(self, record: Record) -> None:
+        """Take one step's record; ``step`` is its position, the rest are metrics."""
+        stamp = int(time.time() * 1000)
+        self._buffer += [
+            Metric(name, value, stamp, int(record["step"]))
+            for name, value in record.items()
+            if name != "step"
+        ]
+        if time.monotonic() - self._sent > self._interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        for start in range(0, len(self._buffer), _BATCH):
+            self.run.client.log_batch(
+                self.run.run_id, metrics=self._buffer[start : start + _BATCH]
+            )
+        self._buffer.clear()
+        self._sent = time.monotonic()
+
+
+def log_history(run: Run, history: Iterable[Record]) -> None:
+    """Log finished training records at once."""
+    logger = StepLogger(run, interval=float("inf"))
+    for record in history:
+        logger.add(record)
+    logger.flush()
+
+
+def log_metrics(run: Run, metrics: Mapping[str, float]) -> None:
+    """Log final figures; characters MLflow refuses in names become underscores."""
+    stamp = int(time.time() * 1000)
+    entries = [
+        Metric(_metric_name(name), float(value), stamp, 0)
+        for name, value in metrics.items()
+        if not pd.isna(value)
+    ]
+    for start in range(0, len(entries), _BATCH):
+        run.client.log_batch(run.run_id, metrics=entries[start : start + _BATCH])
+
+
+def log_params(run: Run, params: Mapping[str, Any]) -> None:
+    """Log parameters, long values shortened."""
+    entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
+    for start in range(0, len(entries), 100):
+        run.client.log_batch(run.run_id, params=entries[start : start + 100])
+
+
+def set_tags(run: Run, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    run.client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: str) -> None:
+    """Record which rows a run used: digest, schema and source, not the rows."""
+    texts = frame[["prompt", "response"]].astype("string")
+    dataset = mlflow.data.from_pandas(texts, source=source, name=name)
+    run.client.log_inputs(
+        run.run_id,
+        datasets=[
+            DatasetInput(
+                dataset=dataset._to_mlflow_entity(),
+                tags=[InputTag(key="mlflow.data.context", value=context)],
+            )
+        ],
+    )
+
+
+def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
+    """Record a PEFT directory as a logged model; equal bytes are stored once per experiment.
+
+    Returns
+    -------
+    str
+        The logged model's id.
+    """
+    client = run.client
+    same = client.search_logged_models(
+        [run.experiment_id],
+        filter_string=f"tags.`tclora.sha256` = '{digest}' AND name = '{name}'",
+        max_results=1,
+    )
+    if same:
+        model = same[0]
+    else:
+        model = client.create_logged_model(
+            run.experiment_id,
+            name=name,
+            source_run_id=run.run_id,
+            tags={"tclora.sha256": digest},
+            params={"format": "peft-lora"},
+        )
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return model.model_id
+
+
+def register_adapter(run: Run, model_id: str, name: str) -> str:
+    """Register a logged model under a name, alias "latest"; once per logged model.
+
+    Returns
+    -------
+    str
+        The version.
+    """
+    client = run.client
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.model_id == model_id:
+            break
+    else:
+        version = client.create_model_version(
+            name, source=f"models:/{model_id}", run_id=run.run_id, model_id=model_id
+        )
+    client.set_registered_model_alias(name, "latest", version.version)
+    return str(version.version)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _metric_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)

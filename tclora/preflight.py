@@ -1,0 +1,87 @@
+"""What can be checked before anything expensive starts: models, layers, methods, templates."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tclora.config import Config
+from tclora.errors import ConfigError, ModelError
+from tclora.merge import methods
+from tclora.models import (
+    default_device,
+    load_tokenizer,
+    locate_base_model,
+    locate_embedder,
+    model_digest,
+)
+from tclora.prompts import encode
+from tclora.train import attach_lora
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models of a run are, and which they are.
+
+    Attributes
+    ----------
+    base, embedder : str
+        Path or hub id to load from.
+    base_digest, embedder_digest : str
+        Their identities; see `tclora.models.model_digest`.
+    """
+
+    base: str
+    base_digest: str
+    embedder: str
+    embedder_digest: str
+
+
+def check(config: Config) -> Models:
+    """Find the models and check that the configuration fits them.
+
+    Raises
+    ------
+    ConfigError
+        With every problem found: unknown models or merge methods, a LoRA target that matches no
+        layer, a missing chat template, missing packages.
+    """
+    problems: list[str] = []
+    problems += _method_problems(config)
+    base = embedder = ""
+    try:
+        base = locate_base_model(config.base_model)
+        problems += _base_model_problems(base, config)
+    except ModelError as error:
+        problems.append(f"base_model: {error}")
+    try:
+        embedder = locate_embedder(config.embed.model)
+    except ModelError as error:
+        problems.append(f"embed.model: {error}")
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"the run cannot start, {len(problems)} problem(s):\n{listing}")
+    return Models(base, model_digest(base), embedder, model_digest(embedder))
+
+
+def _method_problems(config: Config) -> list[str]:
+    known = [info.name for info in methods()]
+    unknown = [name for name in config.merge.methods if name not in known]
+    return [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
+
+
+def _base_model_problems(location: str, config: Config) -> list[str]:
+    problems = []
+    with torch.device("meta"):  # shapes without weights
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location))
+        try:
+            attach_lora(model, config.train, seed=0)
+        except ModelError as error:
+            problems.append(str(error))
+    try:
+        encode(load_tokenizer(location), ["a"], ["b"], template=config.train.template)
+    except ValueError as error:
+        problems.append(str(error))
+    if config.train.dtype == "float16" and default_device() == "cpu":
+        problems.append("train.dtype: float16 needs a GPU; use auto, bfloat16 or float32")
+    return problems

@@ -68,6 +68,8 @@ def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
 
 def keep_largest(stack: Tensor, cutoffs: Tensor) -> Tensor:
     """Set to zero what lies below each adapter's cutoff; stack (K, ...), cutoffs (K,)."""
+    if not cutoffs.any():
+        return stack
     limits = cutoffs.to(stack).reshape(-1, *[1] * (stack.ndim - 1))
     return torch.where(stack.abs().to(torch.float32) >= limits, stack, 0.0)
 
@@ -78,10 +80,9 @@ def disjoint_mean(stack: Tensor) -> Tensor:
     The sign of the unweighted sum wins (a tie is positive); the average is over the entries that
     have it, not over all K.
     """
-    positive = stack.sum(0) >= 0
-    agreeing = torch.where(positive, stack > 0, stack < 0)
-    total = torch.where(agreeing, stack, 0.0).sum(0)
-    return total / agreeing.sum(0).clamp_min(1)
+    sign = torch.where(stack.sum(0) >= 0, 1, -1).to(stack.dtype)
+    agreeing = (stack * sign).clamp_min_(0)  # magnitude where the sign won, else 0
+    return sign * agreeing.sum(0) / (agreeing > 0).sum(0).clamp_min_(1)
 
 
 def drop_and_rescale(stack: Tensor, density: float, generator: torch.Generator) -> Tensor:

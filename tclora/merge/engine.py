@@ -213,7 +213,7 @@ def _joint_factors(
 
 
 def _stored(merged: LoraFactors, inputs: Sequence[LoraFactors]) -> LoraFactors:
-    """Return factors in single precision or the inputs' better one, of rank one where all is zero."""
+    """Return factors in single precision or better, and of rank one where there are none."""
     types = [tensor.dtype for factors in inputs for tensor in factors]
     dtype = reduce(torch.promote_types, types, torch.float32)
     B, A = merged

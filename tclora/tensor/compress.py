@@ -74,13 +74,13 @@ def compress(
     module, that side's basis is the identity and costs nothing. No d_out × d_in matrix is built.
     """
     ranks = [A.shape[0] for A in As]
-    left, lefts = _basis(torch.cat([B.to(dtype) for B in Bs], dim=1))
-    right, rights = _basis(torch.cat([A.to(dtype).mT for A in As], dim=1))
+    left, lefts = orthonormal_basis(torch.cat([B.to(dtype) for B in Bs], dim=1))
+    right, rights = orthonormal_basis(torch.cat([A.to(dtype).mT for A in As], dim=1))
     return Core(left, right, B=_pad(lefts, ranks), A=_pad(rights, ranks).mT.contiguous())
 
 
-def _basis(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis (d, m) of the columns (d, Σr) and their coordinates (m, Σr)."""
+def orthonormal_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis (d, m) of columns (d, Σ r_k) and their coordinates (m, Σ r_k)."""
     d, total = columns.shape
     if total >= d:
         return torch.eye(d, dtype=columns.dtype, device=columns.device), columns

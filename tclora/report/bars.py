@@ -45,7 +45,7 @@ def recovery(contents: Contents) -> Figure | None:
     floor, top = _recovery_limits([*means.values(), *worst.values()])
     figure, axes = bar_chart(len(names) + 1)
     for place, name in enumerate(names):
-        colour = LIGHT["accent" if name == contents.primary else "mark"]
+        colour = LIGHT["accent-bar" if name == contents.primary else "bar"]
         _draw_mean(axes, place, means[name], floor, colour)
         if name in worst and worst[name].value > floor:
             axes.plot(worst[name].value, place, **_WORST)
@@ -73,7 +73,7 @@ def storage(contents: Contents) -> Figure | None:
     names.reverse()
     figure, axes = bar_chart(len(names))
     shared = {"factors", f"merged {contents.primary}"}
-    colours = [LIGHT["accent" if name in shared else "mark"] for name in names]
+    colours = [LIGHT["accent-bar" if name in shared else "bar"] for name in names]
     axes.barh(range(len(names)), [stored[name] for name in names], _BAR, color=colours)
     name_bars(axes, names, [size(stored[name]) for name in names])
     axes.set(xlim=(0, max(stored.values())), xticks=[])
@@ -88,7 +88,7 @@ def _recovery_limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def _draw_mean(axes: Axes, place: int, mean: Estimate, floor: float, colour: str) -> None:
-    axes.barh(place, max(mean.value, floor), _BAR, color=colour, alpha=0.6)
+    axes.barh(place, max(mean.value, floor), _BAR, color=colour)
     axes.hlines(place, max(mean.low, floor), max(mean.high, floor), color=LIGHT["ink"], lw=1.3)
     if mean.value < floor:
         axes.plot(floor + 0.025, place, "<", color=LIGHT["ink"], ms=5)

@@ -11,7 +11,7 @@ from tclora.report.notation import number, shorten
 from tclora.report.overview import Fact
 
 _N_PROMPTS = 3
-_PROMPT_LENGTH = 150
+_PROMPT_LENGTH = 110
 _SPLITS = ("train", "ood", "composition")
 _NO_TASK = "(no label)"
 _QUALITIES = {

@@ -13,9 +13,7 @@ from typing import Any
 import pandas as pd
 
 from tclora.errors import LibraryError
-
-SCHEMA = 1
-MANIFEST = "library.json"
+from tclora.manifest import MANIFEST, read_manifest
 
 _MANIFEST_KEYS = (
     "name",
@@ -102,7 +100,7 @@ def read_contents(library: Path) -> Contents:
     LibraryError
         If a mandatory or listed file is missing, unreadable, of another schema or short of columns.
     """
-    manifest = _read_manifest(library / MANIFEST)
+    manifest = _read_manifest(library)
     return Contents(
         manifest=manifest,
         clusters=_read_table(library, "clusters.parquet"),
@@ -115,17 +113,12 @@ def read_contents(library: Path) -> Contents:
     )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = _read_json(path)
-    if not isinstance(manifest, dict):
-        raise LibraryError(f"{path} must hold a mapping, got {type(manifest).__name__}")
-    if manifest.get("schema") != SCHEMA:
-        raise LibraryError(
-            f"{path}: schema must be {SCHEMA}, got {manifest.get('schema')!r}; "
-            "write the report with the version of tclora that wrote the library"
-        )
+def _read_manifest(library: Path) -> dict[str, Any]:
+    manifest = read_manifest(library)
     if missing := [key for key in _MANIFEST_KEYS if key not in manifest]:
-        raise LibraryError(f"{path} lacks {missing}; run the pipeline again to complete it")
+        raise LibraryError(
+            f"{library / MANIFEST} lacks {missing}; run the pipeline again to complete it"
+        )
     return manifest
 
 
@@ -165,7 +158,7 @@ def _read_losses(library: Path, manifest: Mapping[str, Any]) -> dict[str, pd.Dat
         name = f"training/{adapter}.json"
         if (library / name).is_file() or name in manifest["digests"]:
             log = pd.DataFrame(_read_json(library / name))
-            if {"step", "loss"} <= set(log):
+            if not log.empty:
                 losses[adapter] = log
     return losses
 

@@ -1,5 +1,6 @@
 """Line figures: training loss against steps, explained variance against the CP rank."""
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,7 +9,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from tclora.report.canvas import DASHED, half_page
 from tclora.report.contents import Contents
 from tclora.report.methods import JOINT
-from tclora.report.notation import percent
+from tclora.report.notation import number, percent
 from tclora.report.palette import LIGHT, cluster_colour
 
 _COLUMNS = 5  # panels beside each other
@@ -29,7 +30,7 @@ def loss_curves(contents: Contents) -> Figure | None:
         if JOINT in logs:
             _draw_loss(axes, logs[JOINT], LIGHT["mark"], raw=False)
         _draw_loss(axes, logs[name], _adapter_colour(name), raw=True)
-        axes.set_title(f"{name} · {logs[name]['step'].max()} steps", loc="left")
+        axes.set_title(f"{name} · {number(len(logs[name]))} steps", loc="left")
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
     for axes in panels[len(names) :]:
         axes.set_visible(False)
@@ -56,12 +57,12 @@ def explained_variance(contents: Contents) -> Figure | None:
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{percent(y)} %"))
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
     return figure
 
 
 def _draw_loss(axes: Axes, log: pd.DataFrame, colour: str, *, raw: bool) -> None:
-    share = log["step"] / log["step"].max()
+    share = np.arange(1, len(log) + 1) / len(log)
     window = max(1, len(log) // _WINDOWS)
     if raw:
         axes.plot(share, log["loss"], color=colour, lw=0.6, alpha=0.4)
@@ -74,7 +75,7 @@ def _draw_spread(axes: Axes, modules: pd.DataFrame) -> None:
     low, high = by_rank.quantile(0.1), by_rank.quantile(0.9)
     if not low.empty:
         axes.fill_between(
-            low.index, low, high, color=LIGHT["mark"], alpha=0.35, lw=0, label="80 % of modules"
+            low.index, low, high, color=LIGHT["bar"], alpha=0.5, lw=0, label="80 % of modules"
         )
 
 

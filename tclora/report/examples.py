@@ -6,9 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from tclora.report.comparison import SPLITS
 from tclora.report.contents import Contents
 from tclora.report.methods import label, merges, references
 from tclora.report.notation import is_missing, shorten
+
+MAX_TASKS = 12  # of a split
 
 _PROMPT_LENGTH = 700
 _ANSWER_LENGTH = 240
@@ -28,51 +31,61 @@ class Generation:
 class Example:
     """One item and every method's answer to it."""
 
-    split: str
-    group: str
     title: str
     prompt: str
     answer: str
     generations: list[Generation]
 
 
-def choose_examples(contents: Contents) -> list[Example]:
-    """Choose, per task, the first item the best merge gets right and the first it gets wrong.
+@dataclass(frozen=True)
+class ExampleGroup:
+    """The examples of one task, or of one cluster where there are no tasks."""
 
-    Items are in the order of their ids, so the choice does not depend on how well the answers look;
-    where correctness is not defined the first two items are taken.
+    title: str
+    split: str
+    examples: list[Example]
+
+
+def choose_examples(contents: Contents) -> list[ExampleGroup]:
+    """Choose, per task, the first item the judge gets right and the first it gets wrong.
+
+    Items are in the order of their ids, so the choice does not depend on how the answers look;
+    where correctness is not defined the first two items are taken. Tasks of a split beyond
+    `MAX_TASKS` are left out.
     """
     items = contents.items.dropna(subset=["generated"])
-    if items.empty:
-        return []
-    order = [*references(items["method"]), *merges(contents)]
-    items = items[items["method"].isin(order)]
     items = items.assign(group=items["task"].fillna("cluster " + items["cluster"].astype(str)))
-    judge = next(iter(merges(contents)), order[0])
-    return [
-        _example(rows[rows["id"] == chosen], order)
-        for split in ("test", "ood", "composition")
-        for _, rows in items[items["split"] == split].groupby("group")
-        for chosen in _choose(rows, judge)
-    ]
+    order = [*references(items["method"]), *merges(contents)]
+    groups = []
+    for split, (title, _) in SPLITS.items():
+        part = items[items["split"] == split]
+        for name in sorted(part["group"].unique())[:MAX_TASKS]:
+            rows = part[part["group"] == name]
+            chosen = [rows[rows["id"] == item] for item in _choose(rows, judge(contents))]
+            groups.append(ExampleGroup(name, title, [_example(item, order) for item in chosen]))
+    return groups
 
 
-def _choose(rows: pd.DataFrame, judge: str) -> list[str]:
-    judged = rows[rows["method"] == judge].sort_values("id")
+def judge(contents: Contents) -> str:
+    """Return the method whose right and wrong answers choose the examples: the best merge."""
+    return next(iter(merges(contents)), contents.primary)
+
+
+def _choose(rows: pd.DataFrame, method: str) -> list[str]:
+    judged = rows[rows["method"] == method].sort_values("id")
     judged = rows.sort_values("id") if judged.empty else judged
-    contrasting = judged.drop_duplicates("correct") if judged["correct"].notna().any() else judged
-    return contrasting["id"].drop_duplicates().head(2).tolist()
+    scored = judged.dropna(subset=["correct"]).drop_duplicates("correct")
+    chosen = judged if scored.empty else scored
+    return chosen["id"].drop_duplicates().head(2).tolist()
 
 
 def _example(rows: pd.DataFrame, order: list[str]) -> Example:
     by_method = {row["method"]: row for row in rows.to_dict("records")}
     first = next(iter(by_method.values()))
     return Example(
-        first["split"],
-        first["group"],
         shorten(first["prompt"], _TITLE_LENGTH),
         _cut(first["prompt"], _PROMPT_LENGTH),
-        _cut(first["answer"] or "", _ANSWER_LENGTH),
+        "" if pd.isna(first["answer"]) else _cut(first["answer"], _ANSWER_LENGTH),
         [_generation(by_method[method]) for method in order if method in by_method],
     )
 

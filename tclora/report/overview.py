@@ -47,8 +47,8 @@ def key_facts(contents: Contents) -> list[Fact]:
     ]
     separate, shared = (manifest["storage"].get(n) for n in ("separate adapters", "factors"))
     if separate and shared:
-        ratio = number(separate / shared, 1)
-        facts.append(Fact("storage", f"{ratio} times less", f"shared factors: {size(shared)}"))
+        share = f"{percent(shared / separate)} %"
+        facts.append(Fact("shared factors", size(shared), f"{share} of {size(separate)}"))
     return facts
 
 
@@ -80,11 +80,18 @@ def explained_variance_points(contents: Contents) -> list[dict[str, float]]:
     return [{str(k): v for k, v in row.items()} for row in points.reset_index().to_dict("records")]
 
 
+def no_recovery(contents: Contents) -> str:
+    """Say why no merge has a recovery."""
+    if contents.recovery.empty:
+        return "Recovery was not measured."
+    return "Recovery is undefined: no own adapter has a lower NLL than the base model."
+
+
 def _best_merge(contents: Contents) -> str:
     means = recoveries(contents, "mean")
     ranked = [method for method in merges(contents) if method in means]
     if not ranked:
-        return "Recovery was not measured, so the merges are not ranked."
+        return no_recovery(contents)
     best = ranked[0]
     k = contents.manifest["clustering"]["k"]
     among = f"the best of {len(ranked)} merges, " if len(ranked) > 1 else ""

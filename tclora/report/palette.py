@@ -5,11 +5,14 @@ its name, so that one drawing serves light, dark and print.
 """
 
 LIGHT = {
+    "page": "#fefefe",
     "ink": "#1c2430",
     "soft": "#5d6878",
     "rule": "#e1e5eb",
     "mark": "#aab2bf",
+    "bar": "#c3cad4",
     "accent": "#3451c6",
+    "accent-bar": "#8f9fe0",
     "worst": "#b3361f",
     "c0": "#0072b2",
     "c1": "#e69f00",
@@ -23,11 +26,14 @@ LIGHT = {
     "c9": "#3f8f8a",
 }
 DARK = {
+    "page": "#12161c",
     "ink": "#e4e8ee",
     "soft": "#9aa5b5",
     "rule": "#2c333d",
     "mark": "#5c6777",
+    "bar": "#434d5b",
     "accent": "#8fa6ff",
+    "accent-bar": "#5467b8",
     "worst": "#ff8f78",
     "c0": "#3d95d6",
     "c1": "#f0b232",

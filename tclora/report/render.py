@@ -22,13 +22,14 @@ from tclora.report.clusters import (
 )
 from tclora.report.comparison import compare_recovery, compare_splits
 from tclora.report.contents import Contents, read_contents
-from tclora.report.examples import choose_examples
+from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
 from tclora.report.methods import merges, recoveries
 from tclora.report.overview import (
     data_profile,
     explained_variance_points,
     key_facts,
+    no_recovery,
     verdict,
 )
 from tclora.report.palette import DARK, LIGHT, cluster_name
@@ -89,6 +90,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         cluster_ids=cluster_ids(contents),
         clusters=summarise_clusters(contents),
         tasks=tasks_by_cluster(contents),
+        no_recovery=no_recovery(contents),
         curve=explained_variance_points(contents),
         map_points=MAP_POINTS,
         comparisons=compare_splits(contents),
@@ -97,6 +99,8 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         ordered_merges=[m for m in merges(contents) if m in contents.manifest["merges"]],
         harness=contents.harness.to_dict("records"),
         examples=choose_examples(contents),
+        judge=judge(contents),
+        max_tasks=MAX_TASKS,
         config_yaml=yaml.safe_dump(
             contents.manifest["config"], sort_keys=False, allow_unicode=True
         ),

@@ -33,17 +33,24 @@ def cluster_map(contents: Contents) -> Figure | None:
 
 def _draw_cluster(axes: Axes, rows: pd.DataFrame, cluster: int, markers: dict[str, str]) -> None:
     colour = cluster_colour(cluster)
-    shapes = rows["task"].map(markers).fillna("o")
+    shapes = pd.Series([markers.get(task, "o") for task in rows["task"]], rows.index)
     for shape in sorted(shapes.unique()):
         points = rows[shapes == shape]
         axes.scatter(
             points["x"], points["y"], s=14, marker=shape, color=colour, alpha=0.75, linewidths=0
         )
     if cluster >= 0:
-        box = {"boxstyle": "circle,pad=0.25", "fc": colour, "ec": "white", "lw": 1.2}
+        box = {"boxstyle": "circle,pad=0.25", "fc": LIGHT["page"], "ec": colour, "lw": 1.8}
         x, y = rows["x"].median(), rows["y"].median()
         axes.text(
-            x, y, str(cluster), color="white", weight="bold", ha="center", va="center", bbox=box
+            x,
+            y,
+            str(cluster),
+            color=LIGHT["ink"],
+            weight="bold",
+            ha="center",
+            va="center",
+            bbox=box,
         )
 
 

@@ -1,4 +1,5 @@
 import io
+import json
 
 import pandas as pd
 import pytest
@@ -7,6 +8,8 @@ from tclora.errors import LibraryError
 from tclora.report import figures
 from tclora.report.palette import DARK, LIGHT, css_variables
 from tclora.report.svg import inline_svg
+
+from .library import build_library
 
 NAMES = [
     "cluster_map",
@@ -37,8 +40,19 @@ def test_figures_without_data_are_left_out(library):
     assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage"]
 
 
+def test_rows_without_tasks_are_drawn(tmp_path):
+    figure = figures(build_library(tmp_path, labelled=False))["cluster_map"]
+    assert figure.legends == []
+
+
+def test_a_single_step_of_training_is_drawn(library):
+    log = [{"step": 0, "loss": 2.0, "lr": 0.0, "grad_norm": 1.0, "tokens": 9, "seconds": 0.1}]
+    (library / "training/cluster-0.json").write_text(json.dumps(log))
+    assert "loss_curves" in figures(library)
+
+
 def test_figures_need_a_library(tmp_path):
-    with pytest.raises(LibraryError, match=r"library\.json does not exist"):
+    with pytest.raises(LibraryError, match=r"library\.json"):
         figures(tmp_path)
 
 
@@ -47,7 +61,7 @@ def test_inline_svg_has_own_ids_and_takes_its_colours_from_the_page(library):
     assert svg.startswith("<svg")
     assert "<metadata" not in svg
     assert svg.count(' id="') == svg.count(' id="storage-')
-    assert "var(--accent)" in svg
+    assert "var(--accent-bar)" in svg
     assert not any(colour in svg for colour in LIGHT.values())
 
 

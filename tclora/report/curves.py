@@ -32,6 +32,8 @@ def loss_curves(contents: Contents) -> Figure | None:
         _draw_loss(axes, logs[name], _adapter_colour(name), raw=True)
         axes.set_title(f"{name} · {number(len(logs[name]))} steps", loc="left")
         axes.set_xticks([0, 0.5, 1], ["0", "50", "100"])
+    for axes in panels[max(0, len(names) - columns) : len(names)]:
+        axes.tick_params(labelbottom=True)  # the panel below may be hidden
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.supxlabel("share of the steps (%)", fontsize=9, color=LIGHT["soft"])

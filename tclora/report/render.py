@@ -33,7 +33,7 @@ from tclora.report.overview import (
     verdict,
 )
 from tclora.report.palette import DARK, LIGHT, cluster_name
-from tclora.report.scatter import MAP_POINTS
+from tclora.report.scatter import MAP_POINTS, task_markers
 from tclora.report.svg import inline_svg
 
 _log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         tasks=tasks_by_cluster(contents),
         no_recovery=no_recovery(contents),
         curve=explained_variance_points(contents),
+        marked=bool(task_markers(contents)),
         map_points=MAP_POINTS,
         comparisons=compare_splits(contents),
         recovery=compare_recovery(contents),

@@ -20,8 +20,7 @@ def cluster_map(contents: Contents) -> Figure | None:
     if rows.empty:
         return None
     rows = rows.iloc[:: -(-len(rows) // MAP_POINTS)]
-    tasks = sorted(rows["task"].dropna().unique())
-    markers = dict(zip(tasks, _MARKERS, strict=False)) if len(tasks) <= len(_MARKERS) else {}
+    markers = task_markers(contents)
     figure, axes = half_page(4.6)
     for cluster in sorted(rows["cluster"].unique().tolist()):
         _draw_cluster(axes, rows[rows["cluster"] == cluster], cluster, markers)
@@ -29,6 +28,12 @@ def cluster_map(contents: Contents) -> Figure | None:
     if markers:
         figure.legend(handles=_marker_handles(markers), loc="outside lower center", ncols=3)
     return figure
+
+
+def task_markers(contents: Contents) -> dict[str, str]:
+    """Return the marker of each training task; none where there are more tasks than markers."""
+    tasks = sorted(contents.training_rows["task"].dropna().unique())
+    return dict(zip(tasks, _MARKERS, strict=False)) if len(tasks) <= len(_MARKERS) else {}
 
 
 def _draw_cluster(axes: Axes, rows: pd.DataFrame, cluster: int, markers: dict[str, str]) -> None:

@@ -21,8 +21,12 @@ NAMES = [
 ]
 
 
-def test_every_figure_is_drawn_and_saves_as_png(library):
-    drawn = figures(library)
+@pytest.fixture(scope="module")
+def drawn(finished):
+    return figures(finished)
+
+
+def test_every_figure_is_drawn_and_saves_as_png(drawn):
     assert list(drawn) == NAMES
     for figure in drawn.values():
         png = io.BytesIO()
@@ -56,8 +60,8 @@ def test_figures_need_a_library(tmp_path):
         figures(tmp_path)
 
 
-def test_inline_svg_has_own_ids_and_takes_its_colours_from_the_page(library):
-    svg = inline_svg(figures(library)["storage"], "storage", "Bytes")
+def test_inline_svg_has_own_ids_and_takes_its_colours_from_the_page(drawn):
+    svg = inline_svg(drawn["storage"], "storage", "Bytes")
     assert svg.startswith("<svg")
     assert "<metadata" not in svg
     assert svg.count(' id="') == svg.count(' id="storage-')

@@ -3,8 +3,9 @@
 Everything is computed from the adapters' factors; no dense update is ever formed.
 """
 
+from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
-from tclora.tensor.cp import CPSolution, cp_als
+from tclora.tensor.cp import cp_als
 from tclora.tensor.diagnostics import component_diagnostics, shared_share
 from tclora.tensor.factorise import explained_variance_curve, factorise
 from tclora.tensor.library import CPFactors, LibraryFactors

@@ -1,58 +1,22 @@
-"""Batched alternating least squares for the CP decomposition of compressed adapter stacks.
+"""Batched CP decomposition of compressed adapter stacks: starts, screening, conventions.
 
-A stack is given by its factors, 𝒳[k] = B[k] A[k], and is never multiplied out: every product with
-it runs through the rank-r bottleneck. All modules of one core shape are solved in one batch.
-
-Symbols: M modules in the batch, K adapters, m × n the core, r the LoRA rank, R the CP rank;
-𝒳[k] ≈ U diag(C[k]) Vᵀ with U (m, R), V (n, R), C (K, R).
-
-References
-----------
-Kolda, Bader (2009), "Tensor Decompositions and Applications", SIAM Review 51(3).
+Symbols: M modules in the batch, K adapters, m × n the core, r the LoRA rank, R the CP rank.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tclora.tensor.starts import slice_components, starting_points
+from tclora.tensor.als import CPSolution, Stack, begin, descend, where
+from tclora.tensor.starts import fill, gaussian, mean, slice_components, slices, unfoldings
 
-# Weight of the proximal term that keeps each least-squares step well-posed, relative to its matrix.
-# It pulls towards the previous iterate, not towards zero, so the fit still never decreases.
-_PROXIMAL = 1e-9
-_TINY = 1e-30
-# Sweeps between two looks at which modules have converged.
-_CHECK_EVERY = 5
-# Extrapolation between sweeps: first and greatest length, its change on success and on failure.
-_FIRST_STEP, _LONGEST = 0.5, 4.0
-_GROWTH, _SHRINK = 1.15, 0.5
-
-
-@dataclass(frozen=True)
-class CPSolution:
-    """CP factors of a batch of cores.
-
-    Attributes
-    ----------
-    U : Tensor, shape (M, m, R)
-        Output factors, unit-norm columns.
-    V : Tensor, shape (M, n, R)
-        Input factors, unit-norm columns.
-    C : Tensor, shape (M, K, R)
-        Loadings, which hold all scale; their sum over adapters is non-negative.
-    error : Tensor, shape (M,)
-        ‖𝒳 − fit‖ / ‖𝒳‖, 0 where 𝒳 = 0.
-    """
-
-    U: Tensor
-    V: Tensor
-    C: Tensor
-    error: Tensor
-
-    def at(self, index: Tensor) -> "CPSolution":
-        """Return the solutions of some modules of the batch."""
-        return CPSolution(self.U[index], self.V[index], self.C[index], self.error[index])
+# Share of the sweeps that every start gets; then only each module's best ones go on.
+_SCREENING = 0.3
+_FINALISTS = 2
+# A grown start: steps to the full rank, and sweeps at each of them.
+_STEPS, _STEP_SWEEPS = 4, 20
 
 
 def cp_als(
@@ -60,7 +24,7 @@ def cp_als(
     A: Tensor,
     rank: int,
     *,
-    n_starts: int = 3,
+    n_starts: int = 4,
     n_iter: int = 100,
     tol: float = 1e-5,
     seed: int = 0,
@@ -77,9 +41,9 @@ def cp_als(
     rank : int
         CP rank R, at least 1; may exceed m, n and K r.
     n_starts : int
-        Starting points tried: three deterministic ones first, then random ones.
+        Starting points tried: deterministic ones first, then random ones.
     n_iter : int
-        Sweeps at most, per start.
+        Sweeps at most of a start that goes the whole way.
     tol : float
         A module stops when its relative error fell by less than `tol` of itself in one sweep.
     seed : int
@@ -91,27 +55,38 @@ def cp_als(
     -------
     CPSolution
 
+    Raises
+    ------
+    ValueError
+        If there is nothing to start from.
+
     Notes
     -----
-    One sweep costs O(M K (m + n) r R + M (m + n) R²). Between sweeps the iterate is extrapolated
-    along its last change by a step that grows while the fit improves and is withdrawn when it does
-    not, so that the fit never decreases. Each solve carries a proximal term, which keeps it
-    well-posed where components become collinear.
+    Starts, in order: the strongest singular pairs among all slices; a model grown in steps, each
+    time by the strongest pairs in the slices of its residual; the same from a converged model of
+    half the rank; leading vectors of the two unfoldings; singular pairs of the sum of the slices;
+    Gaussian matrices. After a part of the sweeps only each module's best two go on. One sweep costs
+    O(M K (m + n) r R + M (m + n) R²).
+
+    Between sweeps the iterate is extrapolated along its last change, by a step that grows while the
+    fit improves and is withdrawn when it does not, so that the fit never decreases. Each solve
+    carries a proximal term, which keeps it well-posed where components become collinear.
     """
-    scale = stack_norm(B, A)
-    stack = _Stack(B / torch.where(scale > 0, scale, 1)[:, None, None, None], A)
-    generator = torch.Generator().manual_seed(seed)
-    starts = starting_points(B, A, rank, n_starts, generator)
-    if start is not None:
-        starts.insert(0, start)
-    best: CPSolution | None = None
-    for U, V in starts:
-        found = _descend(stack, U, V, n_iter, tol)
-        best = found if best is None else _where(found.error < best.error, found, best)
-    if best is None:
+    if n_starts < 1 and start is None:
         raise ValueError(f"n_starts must be at least 1 without a start, got {n_starts}")
-    C = best.C * scale[:, None, None]
-    return _ordered(CPSolution(best.U, best.V, C, torch.where(scale > 0, best.error, 0.0)))
+    scale = stack_norm(B, A)
+    stack = Stack(B / torch.where(scale > 0, scale, 1)[:, None, None, None], A)
+    run = partial(descend, stack, tol=tol)
+    starts = [] if start is None else [start]
+    starts += _starts(stack, rank, n_starts, partial(descend, n_iter=n_iter, tol=tol), seed)
+    tried = [begin(stack, U, V) for U, V in starts]
+    if len(tried) > _FINALISTS:
+        screening = round(_SCREENING * n_iter)
+        tried = _best([run(one, n_iter=screening) for one in tried], _FINALISTS)
+        n_iter -= screening
+    (best,) = _best([run(one, n_iter=n_iter) for one in tried], 1)
+    error = torch.where(scale > 0, best.error, 0.0)
+    return _ordered(CPSolution(best.U, best.V, best.C * scale[:, None, None], error))
 
 
 def cp_exact(B: Tensor, A: Tensor, rank: int) -> CPSolution:
@@ -128,17 +103,21 @@ def cp_exact(B: Tensor, A: Tensor, rank: int) -> CPSolution:
     return _ordered(CPSolution(U, V, C, B.new_zeros(B.shape[0])))
 
 
-def extended(B: Tensor, A: Tensor, solution: CPSolution, rank: int) -> tuple[Tensor, Tensor]:
-    """Return a start of a larger CP rank: a solution and the strongest parts of its residual.
+def extended(
+    B: Tensor, A: Tensor, model: CPSolution, rank: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a start of a larger CP rank: a model and the strongest parts of its residual.
 
     Parameters
     ----------
     B : Tensor, shape (M, K, m, r)
     A : Tensor, shape (M, K, r, n)
-    solution : CPSolution
+    model : CPSolution
         A CP model of a rank below `rank`.
     rank : int
         CP rank R of the start.
+    generator : torch.Generator, optional
+        Source of columns that the residual lacks.
 
     Returns
     -------
@@ -146,38 +125,14 @@ def extended(B: Tensor, A: Tensor, solution: CPSolution, rank: int) -> tuple[Ten
         Shapes (M, m, R) and (M, n, R).
     """
     K = B.shape[1]
-    rest_B = torch.cat([B, -solution.U[:, None] * solution.C[:, :, None]], dim=3)
-    rest_A = torch.cat([A, solution.V.mT[:, None].expand(-1, K, -1, -1)], dim=2)
-    U, V, _ = slice_components(rest_B, rest_A, rank - solution.U.shape[2])
-    return torch.cat([solution.U, U], dim=2), torch.cat([solution.V, V], dim=2)
-
-
-class _Stack:
-    """A batch of stacks 𝒳[k] = B[k] A[k] and its products with factor matrices."""
-
-    def __init__(self, B: Tensor, A: Tensor) -> None:
-        self.B, self.A = B, A
-        self._columns = B.transpose(1, 2).flatten(2)  # (M, m, K r)
-        self._rows = A.flatten(1, 2)  # (M, K r, n)
-
-    def at(self, index: Tensor) -> "_Stack":
-        return _Stack(self.B[index], self.A[index])
-
-    def left(self, U: Tensor) -> Tensor:
-        """B[k]ᵀ U, shape (M, K, r, R)."""
-        return (self._columns.mT @ U).unflatten(1, self.A.shape[1:3])
-
-    def right(self, V: Tensor) -> Tensor:
-        """A[k] V, shape (M, K, r, R)."""
-        return (self._rows @ V).unflatten(1, self.A.shape[1:3])
-
-    def mttkrp_u(self, right: Tensor, C: Tensor) -> Tensor:
-        """Σ_k 𝒳[k] V diag(C[k]), shape (M, m, R)."""
-        return self._columns @ (right * C[:, :, None]).flatten(1, 2)
-
-    def mttkrp_v(self, left: Tensor, C: Tensor) -> Tensor:
-        """Σ_k 𝒳[k]ᵀ U diag(C[k]), shape (M, n, R)."""
-        return self._rows.mT @ (left * C[:, :, None]).flatten(1, 2)
+    rest_B = torch.cat([B, -model.U[:, None] * model.C[:, :, None]], dim=3)
+    rest_A = torch.cat([A, model.V.mT[:, None].expand(-1, K, -1, -1)], dim=2)
+    U, V, _ = slice_components(rest_B, rest_A, rank - model.U.shape[2])
+    generator = generator or torch.Generator().manual_seed(0)
+    return (
+        fill(torch.cat([model.U, U], dim=2), rank, generator),
+        fill(torch.cat([model.V, V], dim=2), rank, generator),
+    )
 
 
 def stack_norm(B: Tensor, A: Tensor) -> Tensor:
@@ -185,109 +140,51 @@ def stack_norm(B: Tensor, A: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((1, 2, 3)).clamp_min(0).sqrt()
 
 
-@dataclass(frozen=True)
-class _State:
-    """Where the descent stands: its best iterate and the extrapolated point to sweep from."""
-
-    best: CPSolution
-    point: CPSolution
-    step: Tensor  # (M,) extrapolation length
-    rejected: Tensor  # (M,) whether the last sweep made the fit worse
-
-    def at(self, index: Tensor) -> "_State":
-        return _State(
-            self.best.at(index), self.point.at(index), self.step[index], self.rejected[index]
-        )
-
-
-def _descend(stack: _Stack, U: Tensor, V: Tensor, n_iter: int, tol: float) -> CPSolution:
-    """Sweep until every module has converged or `n_iter` is reached."""
-    best = _with_loadings(stack, _unit(U)[0], _unit(V)[0], None)
-    active = torch.arange(U.shape[0], device=U.device)
-    step = torch.full_like(best.error, _FIRST_STEP)
-    state = _State(best, best, step, rejected=torch.zeros_like(step, dtype=torch.bool))
-    for sweep in range(1, n_iter + 1):
-        before = state.best.error
-        state = _advance(state, _sweep(stack, state.point))
-        if sweep % _CHECK_EVERY and sweep < n_iter:
-            continue
-        best = _scatter(best, active, state.best)
-        moving = (before - state.best.error > tol * before) | state.rejected
-        if not moving.any():
-            break
-        if not moving.all():
-            kept = moving.nonzero()[:, 0]
-            stack, active, state = stack.at(kept), active[kept], state.at(kept)
-    return best
+def _starts(
+    stack: Stack, rank: int, count: int, solve: Callable[..., CPSolution], seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    makers: list[Callable[[], tuple[Tensor, Tensor]]] = [
+        partial(slices, stack.B, stack.A, rank, generator),
+        partial(_grown, stack, rank, generator),
+        partial(_doubled, stack, rank, solve, generator),
+        partial(unfoldings, stack.B, stack.A, rank, generator),
+        partial(mean, stack.B, stack.A, rank, generator),
+    ]
+    makers += [partial(gaussian, stack.B, stack.A, rank, generator)] * (count - len(makers))
+    return [maker() for maker in makers[:count]]
 
 
-def _advance(state: _State, new: CPSolution) -> _State:
-    """Accept the iterate where it is better and extrapolate; go back to the best elsewhere."""
-    rejected = new.error > state.best.error
-    best = _where(rejected, state.best, new)
-    step = torch.where(rejected, state.step * _SHRINK, (state.step * _GROWTH).clamp_max(_LONGEST))
-    length = torch.where(rejected, 0.0, step)[:, None, None]
-    U, V, C = (
-        now + length * (now - then)
-        for now, then in ((best.U, state.best.U), (best.V, state.best.V), (best.C, state.best.C))
-    )
-    point = CPSolution(U, V, C, best.error)
-    return _State(best, point, step, rejected)
+def _grown(stack: Stack, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Grow a model to rank R in equal steps of the rank, a few sweeps at each."""
+    ranks = sorted({-(-rank * step // _STEPS) for step in range(1, _STEPS + 1)})
+    U, V = slices(stack.B, stack.A, ranks[0], generator)
+    for following in ranks[1:]:
+        model = descend(stack, begin(stack, U, V), _STEP_SWEEPS, tol=0)
+        U, V = extended(stack.B, stack.A, model, following, generator)
+    return U, V
 
 
-def _sweep(stack: _Stack, point: CPSolution) -> CPSolution:
-    """Update U, then V, then C by least squares, each with the others fixed."""
-    U, V, C = point.U, point.V, point.C
-    U = _solve((V.mT @ V) * (C.mT @ C), stack.mttkrp_u(stack.right(V), C), U)
-    U, length = _unit(U)
-    C = C * length
-    V = _solve((U.mT @ U) * (C.mT @ C), stack.mttkrp_v(stack.left(U), C), V)
-    V, length = _unit(V)
-    return _with_loadings(stack, U, V, C * length)
+def _doubled(
+    stack: Stack, rank: int, solve: Callable[..., CPSolution], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Extend a converged model of half the rank."""
+    U, V = slices(stack.B, stack.A, -(-rank // 2), generator)
+    return extended(stack.B, stack.A, solve(stack, begin(stack, U, V)), rank, generator)
 
 
-def _with_loadings(stack: _Stack, U: Tensor, V: Tensor, C: Tensor | None) -> CPSolution:
-    """Solve for the loadings and measure the error of the result (‖𝒳‖ = 1)."""
-    products = (stack.left(U) * stack.right(V)).sum(2)  # (M, K, R)
-    gram = (U.mT @ U) * (V.mT @ V)  # (M, R, R)
-    C = _solve(gram, products, torch.zeros_like(products) if C is None else C)
-    squared = 1 - 2 * (products * C).sum((1, 2)) + (gram * (C.mT @ C)).sum((1, 2))
-    return CPSolution(U, V, C, squared.clamp_min(0).sqrt())
-
-
-def _solve(gram: Tensor, target: Tensor, previous: Tensor) -> Tensor:
-    """Solve X gram = target for X, held near `previous` where gram is close to singular."""
-    weight = _PROXIMAL * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + _TINY
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + weight * identity)
-    return torch.cholesky_solve((target + weight * previous).mT, factor).mT
-
-
-def _unit(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale columns (M, d, R) to unit norm; return them and their norms (M, 1, R)."""
-    norms = columns.norm(dim=1, keepdim=True)
-    return columns / norms.clamp_min(_TINY), norms
-
-
-def _where(mask: Tensor, one: CPSolution, other: CPSolution) -> CPSolution:
-    """Take `one` for the modules in the mask (M,), `other` for the rest."""
-    wide = mask[:, None, None]
-    return CPSolution(
-        torch.where(wide, one.U, other.U),
-        torch.where(wide, one.V, other.V),
-        torch.where(wide, one.C, other.C),
-        torch.where(mask, one.error, other.error),
-    )
-
-
-def _scatter(whole: CPSolution, index: Tensor, part: CPSolution) -> CPSolution:
-    """Replace some modules' solutions."""
-    return CPSolution(
-        whole.U.index_copy(0, index, part.U),
-        whole.V.index_copy(0, index, part.V),
-        whole.C.index_copy(0, index, part.C),
-        whole.error.index_copy(0, index, part.error),
-    )
+def _best(tried: Sequence[CPSolution], count: int) -> list[CPSolution]:
+    """Return each module's `count` best solutions, the best one first."""
+    left = list(tried)
+    chosen = []
+    for _ in range(count):
+        best = left[0]
+        for i, one in enumerate(left[1:], start=1):
+            better = one.error < best.error
+            best, left[i] = where(better, one, best), where(better, best, one)
+        chosen.append(best)
+        left = left[1:]
+    return chosen
 
 
 def _ordered(solution: CPSolution) -> CPSolution:

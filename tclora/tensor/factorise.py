@@ -11,8 +11,9 @@ import torch
 
 from tclora.adapter import Adapter
 from tclora.errors import AdapterError
+from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress, module_factors, module_names
-from tclora.tensor.cp import CPSolution, cp_als, cp_exact, extended, stack_norm
+from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def factorise(
     adapters: Sequence[Adapter],
     rank: int,
     *,
-    n_starts: int = 3,
+    n_starts: int = 4,
     n_iter: int = 100,
     tol: float = 1e-5,
     seed: int = 0,

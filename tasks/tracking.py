@@ -58,6 +58,7 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
     """
     uri = tracking_uri(config.output)
     config.output.absolute().mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)  # the registry resolves models:/ addresses through it
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(config.name)
     if experiment is None:
@@ -210,7 +211,7 @@ def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
 
 
 def register_adapter(run: Run, model_id: str, name: str) -> str:
-    """Register a logged model under a name, alias "latest"; once per logged model.
+    """Register a logged model under a name, alias "current"; once per logged model.
 
     Returns
     -------
@@ -227,7 +228,7 @@ def register_adapter(run: Run, model_id: str, name: str) -> str:
         version = client.create_model_version(
             name, source=f"models:/{model_id}", run_id=run.run_id, model_id=model_id
         )
-    client.set_registered_model_alias(name, "latest", version.version)
+    client.set_registered_model_alias(name, "current", version.version)
     return str(version.version)
 
 

@@ -9,8 +9,20 @@ from tclora.merge import (  # noqa: F401  (registers the methods)
     spectral,
     subspace,
 )
+from tclora.merge.calibrate import Calibration, calibrate_components, calibrate_loadings
 from tclora.merge.engine import Merge, merge
 from tclora.merge.registry import MethodInfo, methods, register
 from tclora.merge.statistics import ActivationStatistics, collect
 
-__all__ = ["ActivationStatistics", "Merge", "MethodInfo", "collect", "merge", "methods", "register"]
+__all__ = [
+    "ActivationStatistics",
+    "Calibration",
+    "Merge",
+    "MethodInfo",
+    "calibrate_components",
+    "calibrate_loadings",
+    "collect",
+    "merge",
+    "methods",
+    "register",
+]

@@ -1,0 +1,188 @@
+"""Weights of components or clusters fitted by the base model's own loss on a few examples.
+
+Base model, U and V stay frozen; what is fitted are R numbers per module, or K numbers in all.
+
+Symbols: K adapters, R the CP rank, d_out × d_in a module.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.loss import response_nll
+from tclora.prompts import Batch
+from tclora.tensor.library import LibraryFactors
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome of a fit.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        The merge with the weights of the best step.
+    loadings : Mapping[str, float]
+        Fitted weight of every cluster; empty where components were fitted.
+    losses : tuple of float
+        Mean response NLL in nats per token before each step.
+    """
+
+    adapter: Adapter
+    loadings: Mapping[str, float]
+    losses: tuple[float, ...]
+
+
+def calibrate_components(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    *,
+    n_steps: int = 20,
+    learning_rate: float = 0.05,
+) -> Calibration:
+    """Fit one factor per component of a merged adapter, starting from 1.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model in evaluation mode, without adapters.
+    adapter : Adapter
+        Any merge; column ρ of each B is scaled by the fitted factor.
+    batches : sequence of Batch
+        Calibration rows of all clusters, in equal shares.
+    n_steps : int
+        Steps of Adam, each over all batches.
+    learning_rate : float
+        Step size of Adam.
+
+    Returns
+    -------
+    Calibration
+    """
+    gates = {
+        module: torch.ones(factors.rank, device=model.device)
+        for module, factors in adapter.modules.items()
+    }
+    best, losses = _fit(
+        model, adapter, batches, list(gates.values()), lambda: gates, n_steps, learning_rate
+    )
+    fitted = dict(zip(gates, best, strict=True))
+    modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
+    return Calibration(replace(adapter, modules=modules), {}, losses)
+
+
+def calibrate_loadings(
+    model: PreTrainedModel,
+    factors: LibraryFactors,
+    batches: Sequence[Batch],
+    *,
+    n_steps: int = 20,
+    learning_rate: float = 0.05,
+) -> Calibration:
+    """Fit one weight λ_k per cluster in U diag(Σ_k λ_k C[k]) Vᵀ, starting from 1 / K.
+
+    Parameters
+    ----------
+    model, batches, n_steps, learning_rate
+        As in `calibrate_components`.
+    factors : LibraryFactors
+        Joint factors of the clusters.
+
+    Returns
+    -------
+    Calibration
+        Its loadings are what the method ``tc-lora-calibrated`` takes.
+    """
+    K = len(factors.names)
+    shared = factors.adapter({m: torch.ones(cp.rank) for m, cp in factors.modules.items()})
+    C = {m: cp.C.to(model.device, torch.float32) for m, cp in factors.modules.items()}
+    weights = torch.full((K,), 1 / K, device=model.device)
+    (best,), losses = _fit(
+        model,
+        shared,
+        batches,
+        [weights],
+        lambda: {m: weights @ loading for m, loading in C.items()},
+        n_steps,
+        learning_rate,
+    )
+    merged = factors.adapter({m: best @ loading for m, loading in C.items()})
+    loadings = dict(zip(factors.names, best.tolist(), strict=True))
+    return Calibration(merged, loadings, losses)
+
+
+def _fit(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    parameters: Sequence[Tensor],
+    gates: Callable[[], Mapping[str, Tensor]],
+    n_steps: int,
+    learning_rate: float,
+) -> tuple[list[Tensor], tuple[float, ...]]:
+    """Minimise the loss over the parameters; return the best ones seen and all losses."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    tokens = sum(batch.supervised for batch in batches)
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    best: list[Tensor] = []
+    losses: list[float] = []
+    _require_grad(frozen, False)
+    _require_grad(parameters, True)
+    try:
+        for _ in range(n_steps + 1):
+            optimiser.zero_grad()
+            loss = 0.0
+            for batch in batches:
+                with _attached(model, adapter, gates()):
+                    part = response_nll(model, batch).sum() / tokens
+                part.backward()
+                loss += float(part.detach())
+            if not losses or loss < min(losses):
+                best = [p.detach().clone() for p in parameters]
+            losses.append(loss)
+            optimiser.step()
+    finally:
+        _require_grad(frozen, True)
+    return best, tuple(losses)
+
+
+def _require_grad(tensors: Sequence[Tensor], needed: bool) -> None:
+    for tensor in tensors:
+        tensor.requires_grad_(needed)
+
+
+@contextmanager
+def _attached(
+    model: PreTrainedModel, adapter: Adapter, gates: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Add B diag(gate) A x to the output of every module while the context lasts."""
+    handles = [
+        model.get_submodule(module).register_forward_hook(_hook(model, factors, gates[module]))
+        for module, factors in adapter.modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(
+    model: PreTrainedModel, factors: LoraFactors, gate: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    B, A = (factor.to(model.device, model.dtype) for factor in factors)
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + ((inputs[0] @ A.mT) * gate.to(model.dtype)) @ B.mT
+
+    return add
+
+
+def _scaled(factors: LoraFactors, gate: Tensor) -> LoraFactors:
+    return LoraFactors(factors.B * gate.to(factors.B), factors.A)

@@ -55,7 +55,7 @@ def _installed(name: str) -> str:
 
 
 def _remote(config: Config) -> list[str]:
-    """What a run would take from the Hugging Face hub, unless its cache has it."""
+    """List what a run would take from the Hugging Face hub, unless its cache has it."""
     from pathlib import Path
 
     named = {

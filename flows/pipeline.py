@@ -1,10 +1,10 @@
 """The main job: a pile of instruction data in, a merged library of clustered adapters out.
 
-Every stage is a cached task (see `tasks.artifact`); this file is the table of contents. Training and
-evaluation are flows of their own, because they run as parallel jobs.
+Every stage is a cached task (see `tasks.artifact`); this file is the table of contents. Training
+and evaluation are flows of their own, because they run as parallel jobs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from tasks.jobs import evaluate, train
 from tasks.merging import explained_variance, factorise, merge
 from tasks.publishing import link, log_library, publish, summarise_items
 from tasks.tracking import Run
-from tclora.config import Config, parse_config
+from tclora.config import Config, load_config, parse_config
 from tclora.data.readers import source_digest
 from tclora.devices import exclusive, parallel_jobs
 from tclora.errors import JobError
@@ -33,13 +33,18 @@ Artifacts = dict[str, Artifact]
 
 
 @flow(name="tc-lora", validate_parameters=False)
-def pipeline(config: dict[str, Any], until: str = "report") -> dict[str, str]:
+def pipeline(
+    config: dict[str, Any] | str, overrides: Sequence[str] = (), until: str = "report"
+) -> dict[str, str]:
     """Run the whole TC-LoRA pipeline.
 
     Parameters
     ----------
-    config : dict
-        A configuration as ``tclora config`` prints it; missing keys have their defaults.
+    config : dict or str
+        A configuration as ``tclora config`` prints it, missing keys at their defaults; or the path
+        of a YAML file.
+    overrides : sequence of str
+        Such as "train.epochs=1", for a configuration file.
     until : str
         Last stage to run, one of read, embed, cluster, train, factorise, merge, evaluate, report.
 
@@ -48,7 +53,7 @@ def pipeline(config: dict[str, Any], until: str = "report") -> dict[str, str]:
     dict of str to str
         Folder of the library, MLflow run id and store.
     """
-    cfg = parse_config(config)
+    cfg = load_config(config, overrides) if isinstance(config, str) else parse_config(config)
     if until not in STAGES:
         raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
     models = check(cfg)
@@ -143,9 +148,7 @@ def evaluate_all(
     run: Run,
 ) -> Artifacts:
     """Measure base, own adapters, joint and every merge on the held-out rows, in parallel jobs."""
-    own = {
-        name.removeprefix("cluster-"): part for name, part in trained.items() if name != JOINT
-    }
+    own = {name.removeprefix("cluster-"): part for name, part in trained.items() if name != JOINT}
     candidates: dict[str, Artifacts] = {BASE: {}, OWN: own}
     if JOINT in trained:
         candidates[JOINT] = {"all": trained[JOINT]}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -25,12 +26,12 @@ def method_table(library: Path) -> Table:
     recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
     overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
     splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
-    table = Table(title="NLL per response token (accuracy)", title_justify="left")
-    table.add_column("method")
+    table = Table(title="NLL per response token (accuracy)", title_justify="left", box=SIMPLE)
+    table.add_column("method", no_wrap=True)
     for split in splits:
         table.add_column(_SPLITS[split], justify="right")
-    table.add_column("recovery, mean [95 %]", justify="right")
-    table.add_column("worst", justify="right")
+    for column in ("recovery", "interval", "worst"):
+        table.add_column(column, justify="right", no_wrap=True)
     means = recovery.set_index(["method", "cluster"])
     for method in summary["method"].unique():
         cells = [_cell(overall, method, split) for split in splits]
@@ -46,15 +47,15 @@ def _cell(overall: pd.DataFrame, method: str, split: str) -> str:
     return f"{row['nll']:.3f}{accuracy}"
 
 
-def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str]:
+def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
     if (method, "mean") not in means.index:
-        reference = {"base": "0 %", "own": "100 %"}
-        return reference.get(method, "-"), reference.get(method, "-")
+        reference = {"base": "0%", "own": "100%"}.get(method, "-")
+        return reference, "", reference
     mean, worst = means.loc[(method, "mean")], means.loc[(method, "worst")]
     if pd.isna(mean["recovery"]):
-        return "undefined", "undefined"
-    interval = f"[{mean['low']:.0%}, {mean['high']:.0%}]"
-    return f"{mean['recovery']:.0%} {interval}", f"{worst['recovery']:.0%}"
+        return "undefined", "", "undefined"
+    interval = f"{mean['low']:.0%}-{mean['high']:.0%}"
+    return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%}"
 
 
 def _places(outcome: Mapping[str, str], library: Path) -> list[tuple[str, Path | str]]:

@@ -74,7 +74,10 @@ class Artifact(BaseModel):
         return sha256_json(self.files)
 
 
-def stage(*sources: str, **options: Any) -> Callable[[Callable[..., Artifact]], Task[..., Artifact]]:  # noqa: ANN401
+def stage(
+    *sources: str,
+    **options: Any,  # noqa: ANN401
+) -> Callable[[Callable[..., Artifact]], Task[..., Artifact]]:
     """Make a cached Prefect task of a stage.
 
     Parameters
@@ -114,7 +117,9 @@ def _identity(value: Any) -> Any:  # noqa: ANN401
 @cache
 def source_digest(module: str) -> str:
     """Digest of a module's source and of every tclora module it imports, directly or not."""
-    return sha256_json([[name, sha256_path(path)] for name, path in sorted(_closure(module).items())])
+    return sha256_json(
+        [[name, sha256_path(path)] for name, path in sorted(_closure(module).items())]
+    )
 
 
 def _closure(module: str) -> dict[str, Path]:

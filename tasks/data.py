@@ -59,9 +59,7 @@ def embed(examples: Artifact, config: EmbedConfig, location: str, digest: str) -
 
 
 @stage("tclora.cluster", name="cluster")
-def cluster(
-    examples: Artifact, embeddings: Artifact, config: ClusterConfig, seed: int
-) -> Artifact:
+def cluster(examples: Artifact, embeddings: Artifact, config: ClusterConfig, seed: int) -> Artifact:
     """Cluster the training rows and assign every other row to its nearest centroid."""
     frame = pd.read_parquet(examples.path)
     vectors = load_file(embeddings.path)["embeddings"]
@@ -112,9 +110,7 @@ def divide(examples: Artifact, clusters: Artifact, joint: bool) -> dict[str, Art
     labels = pd.read_parquet(clusters.path, columns=["cluster"])["cluster"]
     frame = frame.assign(cluster=labels.to_numpy())
     training = frame[frame["split"] == "train"]
-    groups = {
-        f"cluster-{k}": training[training["cluster"] == k] for k in range(clusters.info["k"])
-    }
+    groups = {f"cluster-{k}": training[training["cluster"] == k] for k in range(clusters.info["k"])}
     if joint:
         groups[JOINT] = training[training["cluster"] != NOISE]
     parts = {

@@ -77,7 +77,7 @@ def train(
     )
 
 
-@stage("tclora.evaluate", name="evaluate", task_run_name="evaluate-{name}")
+@stage("tclora.evaluate", "tclora.harness", name="evaluate", task_run_name="evaluate-{name}")
 def evaluate(
     name: str,
     rows: Artifact,
@@ -94,6 +94,8 @@ def evaluate(
     """
     _, resources = run
     target = rows.root / WORK / "items" / f"{name}.parquet"
+    # A method that is a different adapter per cluster is no model lm-eval could be given.
+    harness = config.harness and set(adapters) <= {"all"}
     job = EvaluateJob(
         name=name,
         base_location=base,
@@ -103,6 +105,7 @@ def evaluate(
         seed=0,
         evaluate=config,
         adapters={key: artifact.path for key, artifact in adapters.items()},
+        harness_target=target.with_suffix(".harness.parquet") if harness else None,
     )
     logger = get_run_logger()
 
@@ -111,4 +114,6 @@ def evaluate(
 
     with _environment(resources) as env:
         run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)
-    return Artifact.of(rows.root, f"{WORK}/items/{name}.parquet")
+    names = [f"{WORK}/items/{name}.parquet"]
+    names += [f"{WORK}/items/{name}.harness.parquet"] if harness else []
+    return Artifact.of(rows.root, *names)

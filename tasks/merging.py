@@ -25,9 +25,7 @@ def factorise(
     adapters: dict[str, Artifact], rank: int, n_starts: int, n_iter: int, seed: int
 ) -> Artifact:
     """Factorise all cluster adapters jointly at CP rank R."""
-    factors = factorise_adapters(
-        _read(adapters), rank, n_starts=n_starts, n_iter=n_iter, seed=seed
-    )
+    factors = factorise_adapters(_read(adapters), rank, n_starts=n_starts, n_iter=n_iter, seed=seed)
     root = _root(adapters)
     factors.save(root / "factors.safetensors")
     explained = factors.explained_variance
@@ -40,7 +38,9 @@ def factorise(
 
 
 @stage("tclora.tensor", name="explained-variance")
-def explained_variance(adapters: dict[str, Artifact], config: FactoriseConfig, seed: int) -> Artifact:
+def explained_variance(
+    adapters: dict[str, Artifact], config: FactoriseConfig, seed: int
+) -> Artifact:
     """Explained variance against rank, per module and overall."""
     curve = explained_variance_curve(_read(adapters), config.ranks, seed=seed)
     root = _root(adapters)

@@ -31,6 +31,9 @@ def summarise_items(items: dict[str, Artifact], config: EvaluateConfig, seed: in
         "summary": summarise(table, **options),
         "recovery": recovery(table, **options),
     }
+    harness = [item.root / name for item in items.values() for name in list(item.files)[1:]]
+    if harness:
+        tables["harness"] = pd.concat(map(pd.read_parquet, harness), ignore_index=True)
     for name, frame in tables.items():
         with atomic_path(root / "evaluation" / f"{name}.parquet") as fresh:
             frame.to_parquet(fresh)
@@ -152,7 +155,11 @@ def _log_methods(run: Run, evaluation: Artifact, merged: Mapping[str, Artifact])
         nested = tracking.nested_run(run, f"evaluate-{method}", {"tclora.kind": "evaluate"})
         metrics = {}
         for row in rows.itertuples():
-            label = row.split if row.group_kind == "all" else f"{row.split}/{row.group_kind}-{row.group}"
+            label = (
+                row.split
+                if row.group_kind == "all"
+                else f"{row.split}/{row.group_kind}-{row.group}"
+            )
             metrics[f"{label}/nll"] = row.nll
             metrics[f"{label}/accuracy"] = row.accuracy
         for row in recovered[recovered["method"] == method].itertuples():

@@ -126,9 +126,7 @@ class StepLogger:
     def flush(self) -> None:
         """Send what is buffered."""
         for start in range(0, len(self._buffer), _BATCH):
-            self.run.client.log_batch(
-                self.run.run_id, metrics=self._buffer[start : start + _BATCH]
-            )
+            self.run.client.log_batch(self.run.run_id, metrics=self._buffer[start : start + _BATCH])
         self._buffer.clear()
         self._sent = time.monotonic()
 

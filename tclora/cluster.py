@@ -139,7 +139,7 @@ def silhouette(vectors: Embeddings, labels: Labels, seed: int = 0) -> float | No
 
 
 def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float] | None:
-    """Adjusted Rand index and normalised mutual information with task labels, where there are any.
+    """Return the adjusted Rand index and normalised mutual information with task labels.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float
 
 def map_2d(vectors: Embeddings, seed: int = 0) -> NDArray[np.float32]:
     """Project embeddings on their first two principal components, shape (N, 2)."""
-    if len(vectors) < 3:  # noqa: PLR2004
+    if len(vectors) < 3:
         return np.zeros((len(vectors), 2), dtype=np.float32)
     return PCA(2, random_state=seed).fit_transform(vectors).astype(np.float32)
 
@@ -181,9 +181,7 @@ def _sample(vectors: Embeddings, limit: int, seed: int) -> Embeddings:
     return vectors[np.sort(rows)]
 
 
-def _kmeans(
-    vectors: Embeddings, config: ClusterConfig, seed: int, notices: list[str]
-) -> Labels:
+def _kmeans(vectors: Embeddings, config: ClusterConfig, seed: int, notices: list[str]) -> Labels:
     sample = _sample(vectors, config.fit_rows, seed)
     if config.k != "auto":
         _check_k(len(vectors), config.k)
@@ -205,9 +203,7 @@ def _fit_kmeans(vectors: Embeddings, k: int, seed: int) -> KMeans:
     return KMeans(k, n_init=10, random_state=seed).fit(vectors)
 
 
-def _hdbscan(
-    vectors: Embeddings, config: ClusterConfig, seed: int, notices: list[str]
-) -> Labels:
+def _hdbscan(vectors: Embeddings, config: ClusterConfig, seed: int, notices: list[str]) -> Labels:
     """Fit on reduced dimensions (densities mean little in hundreds), assign all rows."""
     import hdbscan
 
@@ -222,16 +218,18 @@ def _hdbscan(
     reduced = PCA(dimensions, random_state=seed).fit_transform(sample)
     labels = hdbscan.HDBSCAN(min_cluster_size=size).fit_predict(reduced)
     found = int(labels.max()) + 1
-    if found < 2:  # noqa: PLR2004
+    if found < 2:
         state = "called every row noise" if not found else "found a single cluster"
         raise DataError(
             f"HDBSCAN {state} among {len(sample)} rows with min_cluster_size {size}; "
-            "lower cluster.hdbscan_min_cluster_size, change cluster.hdbscan_dimensions or use kmeans"
+            "lower cluster.hdbscan_min_cluster_size or use cluster.method: kmeans"
         )
     noise = int((labels == NOISE).sum())
     centres = centroids(sample, labels)
     if len(sample) < len(vectors):
-        notices.append(f"HDBSCAN fitted on {len(sample)} rows; all assigned to the nearest centroid")
+        notices.append(
+            f"HDBSCAN fitted on {len(sample)} rows; all assigned to the nearest centroid"
+        )
         return assign(vectors, centres)[0]
     if noise:
         action = "dropped" if config.noise == "drop" else "assigned to the nearest centroid"
@@ -251,14 +249,12 @@ def _by_task(tasks: Sequence[str | None] | None) -> Labels:
     return np.unique(np.asarray(tasks, dtype=object).astype(str), return_inverse=True)[1]
 
 
-def _merge_small(
-    vectors: Embeddings, labels: Labels, min_rows: int, notices: list[str]
-) -> Labels:
+def _merge_small(vectors: Embeddings, labels: Labels, min_rows: int, notices: list[str]) -> Labels:
     """Merge the smallest cluster into its nearest until every cluster can be trained."""
     labels = labels.copy()
     while True:
         ids, counts = np.unique(labels[labels != NOISE], return_counts=True)
-        if len(ids) < 2 or counts.min() >= min_rows:  # noqa: PLR2004
+        if len(ids) < 2 or counts.min() >= min_rows:
             return np.where(labels == NOISE, NOISE, np.searchsorted(ids, labels))
         small = int(ids[counts.argmin()])
         compact = np.where(labels == NOISE, NOISE, np.searchsorted(ids, labels))
@@ -274,7 +270,7 @@ def _merge_small(
 
 
 def _by_size(labels: Labels) -> Labels:
-    """Number clusters by falling size, so that names do not depend on the initialisation."""
+    """Renumber clusters by falling size, so that names do not depend on the initialisation."""
     ids, counts = np.unique(labels[labels != NOISE], return_counts=True)
     order = ids[np.argsort(-counts, kind="stable")]
     rank = np.empty(len(ids), dtype=np.int64)

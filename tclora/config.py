@@ -89,7 +89,7 @@ class TrainConfig(_Section):
     """How one LoRA adapter is trained."""
 
     r: Positive = Field(16, description="LoRA rank")
-    alpha: float = Field(32, gt=0, description="LoRA alpha; the update is scaled by alpha / r")
+    alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout (probability)")
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="module name endings, or 'all-linear'"
@@ -120,7 +120,9 @@ class TrainConfig(_Section):
         "auto", description="type of weights in training and evaluation; auto: bf16 where fast"
     )
     checkpoint_steps: Positive = Field(20, description="steps between checkpoints")
-    joint: bool = Field(True, description="also train one LoRA on all rows, the monolithic baseline")
+    joint: bool = Field(
+        True, description="also train one LoRA on all rows, the monolithic baseline"
+    )
 
 
 class FactoriseConfig(_Section):
@@ -178,7 +180,9 @@ class ResourceConfig(_Section):
 class Config(_Section):
     """A whole run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder and label")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder and label"
+    )
     output: Path = Field(Path("runs"), description="folder of libraries, MLflow store and caches")
     seed: int = Field(0, ge=0, description="seed of everything random")
     base_model: str = Field(
@@ -287,12 +291,13 @@ def _describe(problem: Any) -> str:  # noqa: ANN401
         ]
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if problem["type"] == "value_error" else (
-        f"{key}: {message}, got {problem['input']!r}"
+    return (
+        f"{key}: {message}"
+        if problem["type"] == "value_error"
+        else (f"{key}: {message}, got {problem['input']!r}")
     )
 
 
 def _is_union_tag(part: Any) -> bool:  # noqa: ANN401
     """Whether pydantic put the name of a union's member in an error's location."""
     return isinstance(part, str) and ("[" in part or part in {"str", "int", "constrained-int"})
-

@@ -67,14 +67,17 @@ def measure(
     that the prompt is computed once for both figures.
     """
     results: dict[int, Measurement] = {}
-    generate = max_new_tokens is not None
     for batch in batches(
-        rows, pad_id=tokenizer.pad_token_id, token_budget=token_budget, prompts_only=generate
+        rows,
+        pad_id=tokenizer.pad_token_id,
+        token_budget=token_budget,
+        prompts_only=max_new_tokens is not None,
     ):
-        if generate:
-            nll, texts = _generate_and_score(model, tokenizer, rows, batch, max_new_tokens)
+        texts: Sequence[str | None] = [None] * len(batch.rows)
+        if max_new_tokens is None:
+            nll = response_nll(model, batch).sum(1)
         else:
-            nll, texts = response_nll(model, batch).sum(1), [None] * len(batch.rows)
+            nll, texts = _generate_and_score(model, tokenizer, rows, batch, max_new_tokens)
         for index, value, text in zip(batch.rows, nll.tolist(), texts, strict=True):
             results[index] = Measurement(value, len(rows[index].response), text)
     return [results[i] for i in range(len(rows))]

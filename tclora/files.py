@@ -74,8 +74,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
         yield fresh
         _sync(fresh)
         if target.is_dir():
-            os.replace(target, scratch / "old")
-        os.replace(fresh, target)
+            target.replace(scratch / "old")
+        fresh.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -1,8 +1,8 @@
 """Jobs in their own process: training one adapter, evaluating one method.
 
-A job is a JSON file; ``python -m tclora.jobs FILE`` runs it, prints one JSON event per line and ends
-with a result event. The process dies with its parent (it watches standard input), so a killed run
-leaves nothing behind that could write. A killed or failing job takes only itself down.
+A job is a JSON file; ``python -m tclora.jobs FILE`` runs it, prints one JSON event per line and
+ends with a result event. The process dies with its parent (it watches standard input), so a killed
+run leaves nothing behind that could write. A killed or failing job takes only itself down.
 """
 
 import json
@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
@@ -55,6 +55,7 @@ class EvaluateJob(_Job):
     kind: Literal["evaluate"] = "evaluate"
     evaluate: EvaluateConfig
     adapters: dict[str, Path]  # "all" or the cluster's number -> directory
+    harness_target: Path | None = None  # where lm-eval's figures go, if they are asked for
 
 
 def run_job(
@@ -102,7 +103,10 @@ def run_job(
 
 @contextmanager
 def _process(
-    spec: Path, errors: Any, env: Mapping[str, str], timeout: float | None  # noqa: ANN401
+    spec: Path,
+    errors: BinaryIO,
+    env: Mapping[str, str],
+    timeout: float | None,
 ) -> Iterator[subprocess.Popen[str]]:
     """Start the job; whatever ends the block (time, an exception, a signal), the job ends too."""
     process = subprocess.Popen(
@@ -160,7 +164,7 @@ _events = sys.stdout
 
 def _keep_events_apart() -> None:
     """Leave standard output to events alone; what libraries print goes to standard error."""
-    global _events  # noqa: PLW0603
+    global _events
     _events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -196,9 +200,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
         template=job.train.template,
         max_tokens=job.train.max_tokens,
     )
-    model = load_base_model(
-        job.base_location, choose_dtype(job.train.dtype, device), device
-    )
+    model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
     result = train_adapter(
         model,
         rows,
@@ -240,7 +242,23 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
     items = pd.concat(parts, ignore_index=True).assign(method=job.name)
     with atomic_path(job.target) as fresh:
         items.to_parquet(fresh)
+    if job.harness_target:
+        harness = _run_harness(job, model, tokenizer).assign(method=job.name)
+        with atomic_path(job.harness_target) as fresh:
+            harness.to_parquet(fresh)
     return {"rows": len(items)}
+
+
+def _run_harness(job: EvaluateJob, model: Any, tokenizer: Any) -> pd.DataFrame:  # noqa: ANN401
+    from tclora.harness import run_harness
+
+    return run_harness(
+        model,
+        tokenizer,
+        job.evaluate.harness,
+        limit=job.evaluate.harness_limit,
+        allow_code_execution=job.evaluate.allow_code_execution,
+    )
 
 
 def _adapter_groups(

@@ -1,13 +1,14 @@
 """Response log-likelihoods of a causal LM, with logits only where a response token is predicted."""
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tclora.prompts import IGNORED, Batch
 
 
-def response_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
     """Negative log-likelihood of the response tokens.
 
     Parameters

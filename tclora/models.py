@@ -1,13 +1,14 @@
 """Where models come from: Hugging Face ids, local folders, and the two models of the demo.
 
-``smollm2-135m-instruct`` (base) and ``all-minilm-l6-v2`` (embedding) are carried by Python packages,
-so the demo fetches nothing at run time. The base model ships as GGUF and is converted once to a
-safetensors copy in the cache folder, keyed by the file's digest.
+``smollm2-135m-instruct`` (base) and ``all-minilm-l6-v2`` (embedding) are carried by Python
+packages, so the demo fetches nothing at run time. The base model ships as GGUF and is converted
+once to a safetensors copy in the cache folder, keyed by the file's digest.
 """
 
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -127,10 +128,11 @@ def load_base_model(location: str, dtype: torch.dtype, device: str = "cpu") -> P
         If the weights cannot be loaded.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"base_model {location!r} cannot be loaded: {error}") from error
-    return model.to(device).eval()
+    loaded: PreTrainedModel = model.to(device).eval()
+    return loaded
 
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -170,7 +172,7 @@ def _converted_base_model() -> Path:
     target = cache_dir() / "models" / f"{BUILTIN_BASE}-{sha256_file(source / _GGUF_FILE)[:12]}"
     if target.is_dir():
         return target
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_GGUF_FILE, dtype=torch.float16
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)

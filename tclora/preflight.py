@@ -1,5 +1,6 @@
 """What can be checked before anything expensive starts: models, layers, methods, templates."""
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tclora.config import Config
 from tclora.errors import ConfigError, ModelError
+from tclora.harness import executes_code
 from tclora.merge import methods
 from tclora.models import (
     default_device,
@@ -47,7 +49,7 @@ def check(config: Config) -> Models:
         layer, a missing chat template, missing packages.
     """
     problems: list[str] = []
-    problems += _method_problems(config)
+    problems += _method_problems(config) + _harness_problems(config)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)
@@ -68,6 +70,21 @@ def _method_problems(config: Config) -> list[str]:
     known = [info.name for info in methods()]
     unknown = [name for name in config.merge.methods if name not in known]
     return [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
+
+
+def _harness_problems(config: Config) -> list[str]:
+    if not config.evaluate.harness:
+        return []
+    problems = []
+    if importlib.util.find_spec("lm_eval") is None:
+        problems.append("evaluate.harness needs lm-eval: pip install tclora[harness]")
+    executing = [task for task in config.evaluate.harness if executes_code(task)]
+    if executing and not config.evaluate.allow_code_execution:
+        problems.append(
+            f"evaluate.harness: {', '.join(executing)} run code written by the model; "
+            "set evaluate.allow_code_execution: true to let them"
+        )
+    return problems
 
 
 def _base_model_problems(location: str, config: Config) -> list[str]:

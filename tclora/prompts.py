@@ -1,4 +1,4 @@
-"""Examples as token sequences: prompt in the chat or plain template, then the supervised response."""
+"""Examples as token sequences: the prompt in a template, then the supervised response."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,16 +98,14 @@ def encode(
     encoded = tokenizer(texts, add_special_tokens=template == "plain").input_ids
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
     eos = tokenizer.eos_token_id
-    return [
-        _fit(tuple(p), (*a, eos), max_tokens) for p, a in zip(encoded, answers, strict=True)
-    ]
+    return [_fit(tuple(p), (*a, eos), max_tokens) for p, a in zip(encoded, answers, strict=True)]
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> str:
     if template == "plain":
         return f"{prompt}\n"
     turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def _fit(prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int) -> TokenRow:

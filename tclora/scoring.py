@@ -1,7 +1,7 @@
 """Scorers: is a generated answer right? One function per kind of task, chosen by name.
 
-``exact`` compares normalised text, ``number`` the last number in it, and ``reasoning-gym:NAME`` asks
-that dataset's own verifier. A row without a scorer gets one by `default_scorer`.
+``exact`` compares normalised text, ``number`` the last number in it, and ``reasoning-gym:NAME``
+asks that dataset's own verifier. A row without a scorer gets one by `default_scorer`.
 """
 
 import json
@@ -45,9 +45,9 @@ def score(scorer: str, generated: str, answer: str, metadata: str | None = None)
     raise ValueError(f"scorer must be 'exact', 'number' or 'reasoning-gym:NAME', got {scorer!r}")
 
 
-def default_scorer(answer: str, response: str) -> str:
-    """Choose a scorer: ``number`` where a number is the answer of a longer response, else ``exact``."""
-    return "number" if answer != response and _NUMBER.fullmatch(answer.strip()) else "exact"
+def default_scorer(answer: str) -> str:
+    """Choose a scorer for a row that names none: ``number`` for numeric answers, else ``exact``."""
+    return "number" if _NUMBER.fullmatch(answer.strip()) else "exact"
 
 
 def last_number(text: str) -> float | None:

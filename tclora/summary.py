@@ -47,9 +47,7 @@ def summarise(
             accuracy = _ratio(scored["correct"], ones, confidence, resamples, seed)
             rows.append((method, split, kind, name, len(group), *nll, *accuracy))
     figures = [f"{name}{end}" for name in ("nll", "accuracy") for end in ("", "_low", "_high")]
-    return pd.DataFrame(
-        rows, columns=["method", "split", "group_kind", "group", "n", *figures]
-    )
+    return pd.DataFrame(rows, columns=["method", "split", "group_kind", "group", "n", *figures])
 
 
 def recovery(
@@ -100,9 +98,7 @@ def _overall(
         yield method, name, float(reduce(points[defined])), *_interval(sample, confidence)
 
 
-def _cluster_recovery(
-    tables: list[pd.DataFrame], resamples: int, seed: int
-) -> tuple[float, Array]:
+def _cluster_recovery(tables: list[pd.DataFrame], resamples: int, seed: int) -> tuple[float, Array]:
     base, method, own = (table.loc[tables[0].index] for table in tables)
     tokens = base["tokens"].to_numpy(float)
     totals = [table["nll"].to_numpy(float) for table in (base, method, own)]

@@ -133,7 +133,7 @@ def train_adapter(
 
 
 def total_steps(n_rows: int, config: TrainConfig) -> int:
-    """Number of optimiser steps for that many rows."""
+    """Return the number of optimiser steps for that many rows."""
     steps = max(1, math.ceil(n_rows * config.epochs / config.batch_size))
     return min(steps, config.max_steps) if config.max_steps else steps
 

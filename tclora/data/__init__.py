@@ -1,0 +1,1 @@
+"""Examples: read from files, datasets or a generator, checked, split and described."""

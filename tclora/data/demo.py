@@ -134,7 +134,9 @@ def _generate(family: Family, count: int, seed: int) -> Iterator[Item]:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise DataError("data.path: 'demo' needs reasoning-gym: pip install tclora[demo]") from error
+        raise DataError(
+            "data.path: 'demo' needs reasoning-gym: pip install tclora[demo]"
+        ) from error
     rng = random.Random(seed)
     dataset = reasoning_gym.create_dataset(
         family.dataset, seed=seed, size=4 * count, **family.settings

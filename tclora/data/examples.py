@@ -13,7 +13,7 @@ from tclora.errors import DataError
 
 
 @dataclass(frozen=True)
-class Examples:
+class ExampleSet:
     """The rows of a run.
 
     Attributes
@@ -28,7 +28,7 @@ class Examples:
     skipped: tuple[str, ...]
 
 
-def read_examples(config: DataConfig, seed: int = 0) -> Examples:
+def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
     """Read everything a configuration names and divide it into splits.
 
     Parameters
@@ -40,7 +40,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> Examples:
 
     Returns
     -------
-    Examples
+    ExampleSet
 
     Raises
     ------
@@ -63,7 +63,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> Examples:
     frame = _sample(frame, config, seed)
     if not (frame["split"] == "train").any():
         raise DataError(f"data.path {config.path!r}: no training row is left after splitting")
-    return Examples(frame.reset_index(drop=True), tuple(skipped))
+    return ExampleSet(frame.reset_index(drop=True), tuple(skipped))
 
 
 def _read(config: DataConfig, path: str, seed: int) -> tuple[pd.DataFrame, list[str]]:
@@ -109,20 +109,22 @@ def _sample(frame: pd.DataFrame, config: DataConfig, seed: int) -> pd.DataFrame:
         return config.max_train_rows if split == "train" else config.max_test_rows
 
     parts = [
-        part if not (n := limit(str(split))) or len(part) <= n else part.sample(n, random_state=seed)
+        part
+        if not (n := limit(str(split))) or len(part) <= n
+        else part.sample(n, random_state=seed)
         for split, part in frame.groupby("split", sort=True)
     ]
     return pd.concat(parts).sort_index()
 
 
 def profile(
-    examples: Examples, count_tokens: Callable[[list[str]], list[int]], max_tokens: int
+    examples: ExampleSet, count_tokens: Callable[[list[str]], list[int]], max_tokens: int
 ) -> dict[str, float]:
     """Describe the rows: counts, lengths, repetitions, truncation to come.
 
     Parameters
     ----------
-    examples : Examples
+    examples : ExampleSet
         What `read_examples` returned.
     count_tokens : callable
         Texts → number of tokens of each, by the base model's tokenizer.

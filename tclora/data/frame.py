@@ -1,7 +1,7 @@
 """The canonical frame of examples: the ecosystem's row forms mapped onto fixed columns, checked.
 
-Columns: id, prompt, response (str), task (str or null), answer (str), choices (list of str or null),
-split ("train", "test", "ood", "composition" or null), scorer (str), metadata (JSON str or null).
+Columns: id, prompt, response, answer and scorer (str); task, metadata (str or null, the latter
+JSON); choices (list of str or null); split ("train", "test", "ood", "composition" or null).
 """
 
 import hashlib
@@ -17,9 +17,17 @@ from tclora.scoring import default_scorer
 SPLITS = ("train", "test", "ood", "composition")
 OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")
 COLUMNS = ("id", "prompt", "response", *OPTIONAL)
+_PLAIN_FORMS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("inputs", "targets"),
+    ("input", "target"),
+    ("question", "answer"),
+)
+_OTHER_NAMES = ", ".join("/".join(pair) for pair in _PLAIN_FORMS[1:])
 _REPORTED = 10  # bad rows named in an error
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 Pair = tuple[str, str]
 
 
@@ -96,21 +104,18 @@ def _rename(raw: pd.DataFrame, source: str, columns: Mapping[str, str]) -> pd.Da
 
 
 def _detect_form(raw: pd.DataFrame, source: str) -> Callable[[Row], Pair]:
-    for needed, form in (
-        ({"prompt", "response"}, _plain_pair),
-        ({"instruction", "output"}, _alpaca_pair),
-        ({"messages"}, _chat_pair),
-    ):
-        if needed <= set(raw.columns):
-            return form
+    columns = set(raw.columns)
+    if {"instruction", "output"} <= columns:
+        return _alpaca_pair
+    if "messages" in columns:
+        return _chat_pair
+    for prompt, response in _PLAIN_FORMS:
+        if {prompt, response} <= columns:
+            return lambda row: (_text(row[prompt], prompt), _text(row[response], response))
     raise DataError(
-        f"{source}: columns must be prompt/response, instruction/output (Alpaca) or messages "
-        f"(chat), got {list(raw.columns)}; name yours in data.columns"
+        f"{source}: columns must be prompt/response (or {_OTHER_NAMES}), instruction/output "
+        f"(Alpaca) or messages (chat), got {list(raw.columns)}; name yours in data.columns"
     )
-
-
-def _plain_pair(row: Row) -> Pair:
-    return _text(row["prompt"], "prompt"), _text(row["response"], "response")
 
 
 def _alpaca_pair(row: Row) -> Pair:
@@ -122,7 +127,7 @@ def _alpaca_pair(row: Row) -> Pair:
 
 
 def _chat_pair(row: Row) -> Pair:
-    """The last assistant turn is the response; the turns before it are the prompt."""
+    """Take the last assistant turn as the response, the turns before it as the prompt."""
     turns = row["messages"]
     turns = turns.tolist() if hasattr(turns, "tolist") else turns
     if not isinstance(turns, list) or not turns:
@@ -159,8 +164,8 @@ def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFram
     if unknown:
         raise DataError(f"{source}: split must be one of {SPLITS}, got {sorted(unknown)}")
     frame["answer"] = frame["answer"].where(frame["answer"].notna(), frame["response"]).map(str)
-    scorers = [default_scorer(a, r) for a, r in zip(frame["answer"], frame["response"], strict=True)]
-    frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), pd.Series(scorers, dtype=object))
+    scorers = pd.Series(map(default_scorer, frame["answer"]), index=frame.index, dtype=object)
+    frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), scorers)
     frame["id"] = _ids(frame)
     return frame[list(COLUMNS)]
 

@@ -1,0 +1,78 @@
+"""Fixtures for all tests: a tiny real causal LM with its tokenizer, built here, and no network."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Libraries read these when they are imported; `tests` must not share anything with real runs.
+SCRATCH = Path(tempfile.mkdtemp(prefix="tclora-tests-"))
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_CACHE": str(SCRATCH / "datasets"),
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(SCRATCH / "prefect-results"),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ENDS = {"pad_token": "<pad>", "eos_token": "</s>"}
+SPECIAL = ("<pad>", "</s>", "<user>", "<assistant>")
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+def make_tokenizer():
+    """Byte-level: every text round-trips, and one byte is one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, extra_special_tokens=list(SPECIAL[2:]), **ENDS
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tokenizer):
+    """A saved causal LM with random weights, large enough that its logits differ clearly."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.15, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_model_dir):
+    """A fresh copy of the tiny model, to be changed freely."""
+    return LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()

@@ -1,0 +1,155 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from tclora.config import Config, config_keys, load_config, parse_config
+from tclora.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def test_there_are_configurations():
+    assert "demo.yaml" in [path.name for path in CONFIGS]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_file_loads_and_survives_a_round_trip(path):
+    config = load_config(path)
+    assert config.name == yaml.safe_load(path.read_text())["name"]
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_defaults_alone_are_valid():
+    assert load_config() == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "suggestion"),
+    [
+        ({"trian": {}}, "trian", "train"),
+        ({"train": {"learning_rat": 1}}, "train.learning_rat", None),
+        ({"train": {"epoch": 1}}, "train.epoch", "train.epochs"),
+        ({"epochs": 1}, "epochs", "train.epochs"),
+        ({"factorise": {"n_start": 1}}, "factorise.n_start", "factorise.n_starts"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(values, key, suggestion):
+    with pytest.raises(ConfigError, match=f"{key}: unknown key") as caught:
+        parse_config(values)
+    if suggestion:
+        assert f"did you mean {suggestion!r}?" in str(caught.value)
+
+
+def test_all_problems_are_reported_at_once():
+    values = {
+        "name": "a/b",
+        "train": {"r": 0, "dropout": 1.5, "epoch": 2},
+        "cluster": {"method": "spectral", "k": "many"},
+        "factorise": {"rank": "x"},
+        "merge": {"methods": ["uniform"], "primary": "tc-lora"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, source="mine.yaml")
+    text = str(caught.value)
+    assert text.startswith("mine.yaml has ")
+    for wanted in (
+        "name: ", "train.r: ", "train.dropout: ", "train.epoch: unknown key", "cluster.method: ",
+        "cluster.k: ", "factorise.rank: ", "merge: primary must be one of methods ['uniform']",
+        "got 0", "got 1.5", "got 'spectral'",
+    ):  # fmt: skip
+        assert wanted in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train": {"r": -4}},
+        {"factorise": {"rank": 0}},
+        {"cluster": {"k": 0}},
+        {"data": {"test_fraction": 1.2}},
+        {"train": {"lr": 0}},
+        {"train": {"target_modules": 3}},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(ConfigError, match=r"has [12] problem"):
+        parse_config(values)
+
+
+def test_overrides_win_over_the_file_and_are_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {epochs: 3, r: 8}\nname: mine\n")
+    config = load_config(
+        path,
+        ["train.epochs=0.5", "cluster.k=auto", "merge.methods=[tc-lora, cat]", "data.path=x.jsonl"],
+    )
+    assert config.train.epochs == 0.5
+    assert config.train.r == 8
+    assert config.cluster.k == "auto"
+    assert config.merge.methods == ("tc-lora", "cat")
+    assert config.data.path == "x.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "must be key=value"),
+        ("=1", "must be key=value"),
+        ("seed.x=1", "'seed' is not a section"),
+        ("train.epochs=[1", "not valid YAML"),
+        ("train.epoch=1", "did you mean 'train.epochs'"),
+    ],
+)
+def test_bad_overrides_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, ["seed=1", override])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"a: [1", "not valid YAML"),
+        (b"- 1\n- 2\n", "must be a mapping of sections, got list"),
+        (b"name: \xff\xfe", "cannot be read"),
+    ],
+)
+def test_unreadable_files_are_config_errors(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("# nothing yet\n")
+    assert load_config(path) == Config()
+
+
+def test_a_configuration_cannot_be_changed():
+    config = Config()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.r = 1
+
+
+def test_every_key_is_documented():
+    for dotted in config_keys():
+        section = Config
+        for name in dotted.split("."):
+            field = section.model_fields[name]
+            section = field.annotation
+        is_section = "model_fields" in dir(section)
+        assert is_section or field.description, dotted
+
+
+def test_library_dir_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_config({"name": "x"}).library_dir == tmp_path / "runs" / "x"

@@ -1,5 +1,6 @@
 """Readers: JSONL, Parquet, CSV, folders of them and Hugging Face datasets to raw tables."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
     Returns
     -------
     DataFrame
-        Indexed by row number: the line in JSONL and CSV files, counted from 1.
+        Indexed by row number, counted from 1 (in JSONL files the line); "FILE:NUMBER" for a folder.
 
     Raises
     ------
@@ -39,7 +40,11 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
         files = sorted(f for f in location.iterdir() if f.suffix in SUFFIXES)
         if not files:
             raise DataError(f"data folder {path!r} holds no file ending in {', '.join(SUFFIXES)}")
-        return pd.concat([_read_file(file) for file in files], ignore_index=True)
+        tables = [_read_file(file) for file in files]
+        return pd.concat(
+            table.set_axis([f"{file.name}:{number}" for number in table.index], axis=0)
+            for file, table in zip(files, tables, strict=True)
+        )
     if location.is_file():
         return _read_file(location)
     if location.suffix in SUFFIXES or location.is_absolute() or path.startswith("."):
@@ -72,7 +77,7 @@ def _read_file(file: Path) -> pd.DataFrame:
 
 
 def _read_json_lines(file: Path) -> pd.DataFrame:
-    text = file.read_bytes().decode("utf-8")
+    text = file.read_bytes().decode("utf-8-sig")
     numbers, rows = [], []
     for number, row in _json_rows(file, text):
         if not isinstance(row, dict):
@@ -106,12 +111,16 @@ def _read_parquet(file: Path) -> pd.DataFrame:
 
 
 def _read_csv(file: Path) -> pd.DataFrame:
+    text = file.read_bytes().decode("utf-8-sig")
     try:
-        frame = pd.read_csv(file, dtype=object, encoding="utf-8")
+        # Only an empty field is missing: "NA", "None" and "null" are answers.
+        frame = pd.read_csv(io.StringIO(text), dtype=object, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError:
         raise DataError(f"{file}: must hold at least one row, got an empty file") from None
     except pd.errors.ParserError as error:
         raise DataError(f"{file}: is not valid CSV: {error}") from error
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas took the surplus for an index
+        raise DataError(f"{file}: is not valid CSV: row 1 has more fields than the header")
     return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)
 
 

@@ -9,22 +9,21 @@ from tclora.adapter import LoraFactors
 from tclora.merge.elementwise import disjoint_mean
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
-from tclora.tensor.library import CPFactors
 
 PAPER = "TC-LoRA, arXiv 2508.03999"
 
 
 @register(
-    "tc-lora",
+    "tc-lora-mean",
     summary="joint CP factors, loadings averaged over clusters, rank R",
     paper=PAPER,
     exact=False,
     needs="factors",
     weighted=True,
 )
-def tc_lora(stack: ModuleStack) -> LoraFactors:
+def tc_lora_mean(stack: ModuleStack) -> LoraFactors:
     """Return U diag(Σ_k w_k C[k]) Vᵀ with weights of sum 1, all equal unless given."""
-    cp = cp_factors(stack)
+    cp = stack.joint()
     return cp.weighted(stack.weights.to(cp.C) @ cp.C)
 
 
@@ -37,7 +36,7 @@ def tc_lora(stack: ModuleStack) -> LoraFactors:
 )
 def tc_lora_sum(stack: ModuleStack, *, scale: float = 0.4) -> LoraFactors:
     """Return λ U diag(Σ_k C[k]) Vᵀ."""
-    cp = cp_factors(stack)
+    cp = stack.joint()
     return cp.weighted(scale * cp.C.sum(0))
 
 
@@ -50,7 +49,7 @@ def tc_lora_sum(stack: ModuleStack, *, scale: float = 0.4) -> LoraFactors:
 )
 def tc_lora_consensus(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
     """Return λ U diag(w) Vᵀ, w averaging the loadings with the sign of their sum."""
-    cp = cp_factors(stack)
+    cp = stack.joint()
     return cp.weighted(scale * disjoint_mean(cp.C))
 
 
@@ -70,7 +69,7 @@ def tc_lora_calibrated(
             f"loadings must name every adapter ({', '.join(stack.names)}), got {loadings!r}; "
             "fit them with calibrate_loadings"
         )
-    cp = cp_factors(stack)
+    cp = stack.joint()
     return cp.weighted(cp.C.new_tensor([loadings[name] for name in stack.names]) @ cp.C)
 
 
@@ -87,12 +86,5 @@ def tc_lora_reconstruct(stack: ModuleStack, *, cluster: str | None = None) -> Lo
         cluster = stack.names[0]
     if cluster is None or cluster not in stack.names:
         raise ValueError(f"cluster must be one of {', '.join(stack.names)}, got {cluster!r}")
-    cp = cp_factors(stack)
+    cp = stack.joint()
     return cp.weighted(cp.C[list(stack.names).index(cluster)])
-
-
-def cp_factors(stack: ModuleStack) -> CPFactors:
-    """Return the module's joint CP factors, which the engine supplies to these methods."""
-    if stack.cp is None:
-        raise ValueError(f"{stack.module}: CP factors are missing; pass factors=factorise(…)")
-    return stack.cp

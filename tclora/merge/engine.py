@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tclora.merge.stack import ModuleStack
 from tclora.merge.statistics import ActivationStatistics
 from tclora.tensor.compress import module_factors, module_names
 from tclora.tensor.factorise import check_adapters, factorise
-from tclora.tensor.library import LibraryFactors
+from tclora.tensor.library import CPFactors, LibraryFactors
 
 Progress = Callable[[int, int], None]
 
@@ -80,7 +80,7 @@ def merge(
     factors : LibraryFactors, optional
         Joint CP factors of the adapters, for methods that need them; computed if missing.
     statistics : ActivationStatistics, optional
-        Activation statistics, for methods that need them.
+        Activation statistics, for methods that need or can use them.
     seed : int
         Seed of anything random.
     force : bool
@@ -108,11 +108,10 @@ def merge(
     share = _weights(chosen, adapters, weights)
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if chosen.info.needs == "factors":
-        factors = _joint_factors(adapters, factors, rank, seed)
     if chosen.info.needs == "statistics" and statistics is None:
         raise ValueError(f"statistics must be given for {method}; collect them with `collect`")
     names = module_names(adapters)
+    joint = _JointFactors(adapters, factors, rank, seed)
     modules: dict[str, LoraFactors] = {}
     energy = lost = 0.0
     for module in names:
@@ -122,10 +121,10 @@ def merge(
             names=_names(adapters),
             factors=[LoraFactors(f.B.double(), f.A.double()) for f in read],
             weights=share,
+            joint=partial(joint.of, module),
+            inputs=partial(statistics.of, module, _names(adapters)) if statistics else None,
             rank=rank,
             seed=seed + zlib.crc32(module.encode()),
-            cp=factors.modules[module] if factors else None,
-            grams=statistics.of(module, _names(adapters)) if statistics else None,
         )
         merged = chosen.truncation(chosen.function(stack, **options), rank, stack)
         modules[module] = _stored(merged.factors, read)
@@ -138,8 +137,46 @@ def merge(
         rank=max(f.rank for f in modules.values()),
         truncation_loss=lost / energy if energy else 0.0,
         parameters=sum(f.B.numel() + f.A.numel() for f in modules.values()),
-        notes=_notes(chosen, options, factors),
+        notes=_notes(chosen, options, joint.used),
     )
+
+
+class _JointFactors:
+    """The adapters' joint CP factors, rows in their order, computed when a method asks for them."""
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        given: LibraryFactors | None,
+        rank: int | None,
+        seed: int,
+    ) -> None:
+        self.used: LibraryFactors | None = None
+        self._adapters = adapters
+        self._given = given
+        self._rank = rank
+        self._seed = seed
+
+    def of(self, module: str) -> CPFactors:
+        """Return the factors of one module."""
+        if self.used is None:
+            self.used = self._in_order(self._given) if self._given else self._computed()
+        return self.used.modules[module]
+
+    def _computed(self) -> LibraryFactors:
+        largest = max(f.rank for a in self._adapters for f in a.modules.values())
+        rank = largest if self._rank is None else self._rank
+        return factorise(self._adapters, rank, seed=self._seed)
+
+    def _in_order(self, given: LibraryFactors) -> LibraryFactors:
+        names = _names(self._adapters)
+        missing = sorted(set(names) - set(given.names))
+        if missing or set(module_names(self._adapters)) != set(given.modules):
+            what = f"adapters {', '.join(missing)}" if missing else "the adapters' modules"
+            raise AdapterError(f"factors must cover {what}; factorise these adapters again")
+        rows = [given.index(name) for name in names]
+        modules = {module: cp._replace(C=cp.C[rows]) for module, cp in given.modules.items()}
+        return replace(given, names=tuple(names), modules=modules)
 
 
 def _notes(
@@ -194,22 +231,6 @@ def _weights(
             f"got {given.tolist()}"
         )
     return given / given.sum()
-
-
-def _joint_factors(
-    adapters: Sequence[Adapter], factors: LibraryFactors | None, rank: int | None, seed: int
-) -> LibraryFactors:
-    """Return joint factors with rows in the adapters' order, computed if they are not given."""
-    if factors is None:
-        largest = max(f.rank for a in adapters for f in a.modules.values())
-        return factorise(adapters, largest if rank is None else rank, seed=seed)
-    missing = sorted(set(_names(adapters)) - set(factors.names))
-    if missing or set(module_names(adapters)) != set(factors.modules):
-        what = f"adapters {', '.join(missing)}" if missing else "the adapters' modules"
-        raise AdapterError(f"factors must cover {what}; factorise these adapters again")
-    rows = [factors.index(name) for name in _names(adapters)]
-    modules = {module: cp._replace(C=cp.C[rows]) for module, cp in factors.modules.items()}
-    return replace(factors, names=tuple(_names(adapters)), modules=modules)
 
 
 def _stored(merged: LoraFactors, inputs: Sequence[LoraFactors]) -> LoraFactors:

@@ -23,10 +23,12 @@ def input_grams(stack: ModuleStack) -> Tensor:
     ValueError
         If the module has no activation statistics.
     """
-    if stack.grams is None:
+    if stack.inputs is None:
         raise ValueError(f"{stack.module}: activation statistics are missing; pass statistics=…")
-    grams = _OFF_DIAGONAL * stack.grams
-    diagonal = stack.grams.diagonal(dim1=1, dim2=2)
+    grams = stack.inputs()
+    diagonal = grams.diagonal(dim1=1, dim2=2).clone()
     floor = _FLOOR * diagonal.mean().clamp_min(torch.finfo(grams.dtype).tiny)
-    grams.diagonal(dim1=1, dim2=2).copy_(diagonal.clamp_min(floor))
-    return grams * stack.weights.to(grams)[:, None, None]
+    weights = stack.weights.to(grams)
+    grams *= _OFF_DIAGONAL * weights[:, None, None]
+    grams.diagonal(dim1=1, dim2=2).copy_(diagonal.clamp_min(floor) * weights[:, None])
+    return grams

@@ -3,7 +3,7 @@
 Symbols: K adapters, d_out × d_in the module, r_k the LoRA ranks, R the CP rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,24 +29,25 @@ class ModuleStack:
         In double precision; an adapter without this module has rank zero.
     weights : Tensor, shape (K,)
         Relative weights of the adapters, with sum 1.
+    joint : callable
+        Returns the joint CP factors of the module, rows of C in the order of `factors`.
+    inputs : callable or None
+        Returns the mean of x xᵀ over the module's inputs x per adapter's cluster, shape
+        (K, d_in, d_in), where there are activation statistics.
     rank : int or None
         Rank R asked for; the engine truncates to it whatever the method does with it.
     seed : int
         Seed of anything random; different for every module.
-    cp : CPFactors or None
-        Joint CP factors, rows of C in the order of `factors`, for methods that need them.
-    grams : Tensor or None, shape (K, d_in, d_in)
-        Mean x xᵀ of the module's inputs x per adapter's cluster, for methods that need them.
     """
 
     module: str
     names: Sequence[str]
     factors: Sequence[LoraFactors]
     weights: Tensor
+    joint: Callable[[], CPFactors]
+    inputs: Callable[[], Tensor] | None = None
     rank: int | None = None
     seed: int = 0
-    cp: CPFactors | None = None
-    grams: Tensor | None = None
 
     @property
     def Bs(self) -> list[Tensor]:  # noqa: N802

@@ -132,3 +132,12 @@ def test_dropping_keeps_or_rescales():
     dropped = drop_and_rescale(torch.ones(1000), 0.25, generator)
     assert set(dropped.unique().tolist()) == {0.0, 4.0}
     assert 200 < int((dropped > 0).sum()) < 300
+
+
+def test_tc_lora_uses_activation_statistics_where_there_are_some(adapters, statistics):
+    data_free = merge(adapters, "tc-lora", rank=4).adapter
+    assert_same_updates(data_free, merge(adapters, "tc-lora-mean", rank=4).adapter)
+    aware = merge(adapters, "tc-lora", rank=4, statistics=statistics)
+    explicit = merge(adapters, "tc-lora-activation", rank=4, statistics=statistics)
+    assert_same_updates(aware.adapter, explicit.adapter)
+    assert not aware.notes  # no joint factors of the plain updates were computed

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,7 +278,9 @@ class _Trainer:
             }
         history: list[dict[str, float]] = json.loads((folder / "history.json").read_text())
         self.scheduler.last_epoch = len(history) - 1
-        self.scheduler.step()
+        with warnings.catch_warnings():  # of a missing optimiser step: it was in the earlier run
+            warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step()
         logger.info("resumed at step %d of %d", len(history), self.total)
         return history
 

@@ -4,7 +4,7 @@ Every stage is a cached task (see `tasks.artifact`); this file is the table of c
 and evaluation are flows of their own, because they run as parallel jobs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
 from tasks.jobs import evaluate, train
 from tasks.merging import explained_variance, factorise, merge
+from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
 from tasks.tracking import Run
 from tclora.config import Config, load_config, parse_config
@@ -169,9 +170,15 @@ def evaluate_all(
     return _collect("evaluate", futures)
 
 
-def _in_parallel(cfg: Config, subflow: Any) -> Any:  # noqa: ANN401
+def _in_parallel(cfg: Config, subflow: Any) -> Callable[..., Artifacts]:  # noqa: ANN401
     jobs = parallel_jobs(cfg.resources.jobs)
-    return subflow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=jobs))
+    parallel = subflow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=jobs))
+
+    def run_subflow(*arguments: Any) -> Artifacts:  # noqa: ANN401
+        with job_progress():
+            return parallel(*arguments)
+
+    return run_subflow
 
 
 def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Artifacts:

@@ -8,13 +8,13 @@ from prefect import get_run_logger
 
 from tasks.artifact import Artifact, source_digest, stage
 from tasks.data import WORK
+from tasks.progress import current
 from tasks.tracking import Run, live_run
 from tclora.config import EvaluateConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
 from tclora.jobs import EvaluateJob, TrainJob, run_job
-
-_LOG_EVERY = 10  # steps between two lines of progress
+from tclora.train import total_steps
 
 
 @contextmanager
@@ -40,8 +40,8 @@ def train(
 ) -> Artifact:
     """Train one adapter; progress goes to the log and to a nested MLflow run while it works."""
     parent, resources = run
-    logger = get_run_logger()
     root = rows.root
+    total = total_steps(rows.info["rows"], config)
     key = sha256_json(
         [name, rows.files, config.model_dump(), base_digest, seed, init_seed,
          source_digest("tclora.train"), source_digest("tclora.prompts")]
@@ -61,13 +61,14 @@ def train(
 
         def on_event(record: dict[str, float]) -> None:
             live.add(record)
-            if (int(record["step"]) + 1) % _LOG_EVERY == 0:
-                logger.info("%s: step %d, loss %.3f", name, record["step"] + 1, record["loss"])
+            current().update(name, int(record["step"]) + 1, total, f"loss {record['loss']:.3f}")
 
         result = run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)
     history = result.pop("history")
     write_json(root / "training" / f"{name}.json", history)
-    logger.info("%s: loss %.3f after %d steps", name, result["final_loss"], result["steps"])
+    get_run_logger().info(
+        "%s: loss %.3f after %d steps", name, result["final_loss"], result["steps"]
+    )
     return Artifact.of(
         root,
         f"adapters/{name}",
@@ -107,10 +108,9 @@ def evaluate(
         adapters={key: artifact.path for key, artifact in adapters.items()},
         harness_target=target.with_suffix(".harness.parquet") if harness else None,
     )
-    logger = get_run_logger()
 
     def on_event(event: dict[str, Any]) -> None:
-        logger.info("%s: evaluated %d of %d rows", name, event["rows"], event["of"])
+        current().update(name, event["rows"], event["of"], "rows")
 
     with _environment(resources) as env:
         run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)

@@ -178,8 +178,10 @@ def _log_methods(run: Run, evaluation: Artifact, merged: Mapping[str, Artifact])
 def link(run: Run, config: Config) -> None:
     """Show the MLflow run among Prefect's artifacts."""
     key = "".join(c if c.isalnum() else "-" for c in config.name.lower())
+    # A store without a server is looked at with `tclora ui`.
+    server = run.uri if run.uri.startswith("http") else "http://127.0.0.1:5000"
     create_link_artifact(
-        link=f"{run.uri}#/experiments/{run.experiment_id}/runs/{run.run_id}",
+        link=f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}",
         link_text=f"MLflow run {run.run_id}",
         key=f"mlflow-{key}",
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -93,7 +94,8 @@ def _generate_and_score(
     device = model.device
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
     width = ids.shape[1]
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         input_ids=ids,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,

@@ -36,7 +36,9 @@ def problem(kind: str, seed: int) -> Core:
     if kind == "random":
         return compress([draw(D, RANK) for _ in range(K)], [draw(RANK, D) for _ in range(K)])
     U, V = draw(D, RANK), draw(RANK, D)
-    Bs = [U * torch.rand(RANK, generator=generator).double() + 0.1 * draw(D, RANK) for _ in range(K)]
+    Bs = [
+        U * torch.rand(RANK, generator=generator).double() + 0.1 * draw(D, RANK) for _ in range(K)
+    ]
     return compress(Bs, [V + 0.1 * draw(RANK, D) for _ in range(K)])
 
 
@@ -74,14 +76,13 @@ def measure(kind: str, seed: int, R: int) -> dict[str, object]:
 def main() -> None:
     """Run and report."""
     kinds = [("random", 3), ("planted", 3), ("adapter-like", 4)]
-    rows = [
-        measure(kind, seed, R) for R in (16, 32, 64) for kind, n in kinds for seed in range(n)
-    ]
+    rows = [measure(kind, seed, R) for R in (16, 32, 64) for kind, n in kinds for seed in range(n)]
     report(
         "cp_quality",
         "CP solver: relative error against the best of ten parafac starts",
         pd.DataFrame(rows),
-        f"K = {K}, r = {RANK}, {D} × {D} module; {SWEEPS} sweeps at most, relative error ‖X − X̂‖/‖X‖.",
+        f"K = {K}, r = {RANK}, a module of {D} by {D}; {SWEEPS} parafac sweeps at most. "
+        "Errors are norms of the residual relative to the stack's.",
     )
 
 

@@ -34,7 +34,9 @@ SMOLLM2_135M = {
 
 def layers(shapes: Mapping[str, tuple[int, int]], count: int) -> dict[str, tuple[int, int]]:
     """Return the module shapes of `count` equal layers."""
-    return {f"model.layers.{i}.{name}": shape for i in range(count) for name, shape in shapes.items()}
+    return {
+        f"model.layers.{i}.{name}": shape for i in range(count) for name, shape in shapes.items()
+    }
 
 
 def draw_adapter(

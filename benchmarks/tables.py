@@ -24,7 +24,9 @@ def report(name: str, title: str, frame: pd.DataFrame, note: str = "") -> None:
         What a reader must know beside the machine and the versions, which are added.
     """
     threads = torch.get_num_threads()
-    machine = f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+    machine = (
+        f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
+    )
     text = f"# {title}\n\n{_markdown(frame)}\n\n{note}\n\nMachine: {machine}.\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")

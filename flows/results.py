@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-_SPLITS = {"test": "in-domain", "ood": "out-of-domain", "composition": "composition"}
+_SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 
 
 def print_results(outcome: Mapping[str, str], console: Console) -> None:
@@ -26,7 +26,7 @@ def method_table(library: Path) -> Table:
     recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
     overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
     splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
-    table = Table(title="NLL per response token (accuracy)", title_justify="left", box=SIMPLE)
+    table = Table(title="NLL per response token (accuracy)", title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for split in splits:
         table.add_column(_SPLITS[split], justify="right")

@@ -139,7 +139,7 @@ def _fit(
             optimiser.zero_grad()
             loss = 0.0
             for batch in batches:
-                with _attached(model, adapter, gates()):
+                with attached(model, adapter, gates()):
                     part = response_nll(model, batch).sum() / tokens
                 part.backward()
                 loss += float(part.detach())
@@ -158,13 +158,25 @@ def _require_grad(tensors: Sequence[Tensor], needed: bool) -> None:
 
 
 @contextmanager
-def _attached(
-    model: PreTrainedModel, adapter: Adapter, gates: Mapping[str, Tensor]
+def attached(
+    model: PreTrainedModel, adapter: Adapter | None, gates: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Add B diag(gate) A x to the output of every module while the context lasts."""
+    """Add B diag(gate) A x to the output of every module while the context lasts.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model.
+    adapter : Adapter or None
+        What to attach; None attaches nothing.
+    gates : Mapping[str, Tensor], optional
+        Module path → factors of its components, shape (R,); 1 by default.
+    """
     handles = [
-        model.get_submodule(module).register_forward_hook(_hook(model, factors, gates[module]))
-        for module, factors in adapter.modules.items()
+        model.get_submodule(module).register_forward_hook(
+            _hook(model, factors, None if gates is None else gates[module])
+        )
+        for module, factors in (adapter.modules.items() if adapter else ())
     ]
     try:
         yield
@@ -174,12 +186,13 @@ def _attached(
 
 
 def _hook(
-    model: PreTrainedModel, factors: LoraFactors, gate: Tensor
+    model: PreTrainedModel, factors: LoraFactors, gate: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     B, A = (factor.to(model.device, model.dtype) for factor in factors)
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + ((inputs[0] @ A.mT) * gate.to(model.dtype)) @ B.mT
+        inner = inputs[0] @ A.mT
+        return output + (inner if gate is None else inner * gate.to(model.dtype)) @ B.mT
 
     return add
 

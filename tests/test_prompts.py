@@ -23,7 +23,7 @@ def test_the_chat_template_is_the_tokenizers(tokenizer):
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(ValueError, match="train.template must be 'plain'"):
+    with pytest.raises(ValueError, match=r"train\.template must be 'plain'"):
         encode(tokenizer, ["a"], ["b"])
     with pytest.raises(ValueError, match="must be 'chat' or 'plain', got 'alpaca'"):
         encode(tokenizer, ["a"], ["b"], template="alpaca")

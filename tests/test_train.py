@@ -75,7 +75,7 @@ def test_seeds_change_the_adapter(train):
     assert len(digests) == 3
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     pass
 
 
@@ -86,9 +86,9 @@ def test_a_resumed_training_ends_with_the_same_bytes(train, tmp_path, changes):
 
     def interrupt(record):
         if record["step"] == 4:
-            raise Interrupted
+            raise StopHereError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         train("cut", checkpoint_steps=2, **changes,
               options={"checkpoint": checkpoint, "on_step": interrupt})  # fmt: skip
     assert len(json.loads((checkpoint / "history.json").read_text())) == 4

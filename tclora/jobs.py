@@ -139,7 +139,10 @@ def _follow(
 ) -> dict[str, Any] | None:
     result = None
     for line in process.stdout or ():
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:  # printed before the job began, or cut off by its death
+            continue
         if "result" in event:
             result = event["result"]
         elif on_event:

@@ -25,6 +25,7 @@ from tclora.config import Config, load_config, parse_config
 from tclora.data.readers import source_digest
 from tclora.devices import exclusive, parallel_jobs
 from tclora.errors import JobError
+from tclora.jobs import stopping_jobs
 from tclora.merge import methods
 from tclora.preflight import Models, check
 from tclora.summary import BASE, OWN
@@ -183,7 +184,8 @@ def _in_parallel(cfg: Config, subflow: Any) -> Callable[..., Artifacts]:  # noqa
 
 def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Artifacts:
     """Wait for all jobs; if some failed, name them. What the others made stays in the cache."""
-    wait(list(futures.values()))
+    with stopping_jobs():
+        wait(list(futures.values()))
     failed = {name: f.state.message for name, f in futures.items() if not f.state.is_completed()}
     if failed:
         listing = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
@@ -219,8 +221,8 @@ def _mlflow_run(cfg: Config) -> Iterator[Run]:
     run = tracking.open_run(cfg, flow_run.name or cfg.name, tags)
     try:
         yield run
-    except BaseException:
-        tracking.close_run(run, "FAILED")
+    except BaseException as error:
+        tracking.close_run(run, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
     tracking.close_run(run, "FINISHED")
 

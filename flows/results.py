@@ -26,7 +26,8 @@ def method_table(library: Path) -> Table:
     recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
     overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
     splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
-    table = Table(title="NLL per response token (accuracy)", title_justify="left", box=SIMPLE, pad_edge=False)
+    title = "NLL per response token (accuracy)"
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for split in splits:
         table.add_column(_SPLITS[split], justify="right")

@@ -25,6 +25,8 @@ from tclora.errors import JobError, TcloraError
 
 EventCallback = Callable[[dict[str, float]], None]
 _LOG_LINES = 15  # of standard error, shown when a job dies
+_running: set[subprocess.Popen[str]] = set()
+_interrupted = threading.Event()
 
 
 class _Job(BaseModel):
@@ -88,6 +90,8 @@ def run_job(
     JobError
         If the job fails, is killed or exceeds its time; the message carries its own error.
     """
+    if _interrupted.is_set():
+        raise JobError(f"job {job.name} was not started: the run was interrupted")
     with tempfile.TemporaryDirectory(prefix="tclora-job-") as scratch:
         spec = Path(scratch) / "job.json"
         spec.write_text(job.model_dump_json())
@@ -99,6 +103,22 @@ def run_job(
         if "error" in result:
             raise JobError(f"job {job.name}: {result['error']}")
         return result
+
+
+@contextmanager
+def stopping_jobs() -> Iterator[None]:
+    """Kill all running jobs, and start no waiting one, if the block is left by an exception.
+
+    For interruptions: threads that wait for jobs cannot be stopped, their processes can.
+    """
+    _interrupted.clear()
+    try:
+        yield
+    except BaseException:
+        _interrupted.set()
+        for process in list(_running):
+            process.kill()
+        raise
 
 
 @contextmanager
@@ -121,10 +141,12 @@ def _process(
     if timer:
         timer.daemon = True
         timer.start()
+    _running.add(process)
     try:
         yield process
         process.wait()
     finally:
+        _running.discard(process)
         if timer:
             timer.cancel()
         process.kill()

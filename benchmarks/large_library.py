@@ -44,7 +44,7 @@ def measure(folder: Path, method: str) -> dict[str, object]:
 def main(methods: tuple[str, ...]) -> None:
     """Run every method and report."""
     rows = []
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         write_library(Path(folder), layers(MISTRAL_7B, LAYERS), K)
         for method in methods:
             done = subprocess.run(  # this script itself

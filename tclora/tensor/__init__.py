@@ -7,7 +7,7 @@ from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als
 from tclora.tensor.diagnostics import component_diagnostics, shared_share
-from tclora.tensor.factorise import explained_variance_curve, factorise
+from tclora.tensor.factorise import explained_variance_curve, factorise, smallest_ranks
 from tclora.tensor.library import CPFactors, LibraryFactors
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "explained_variance_curve",
     "factorise",
     "shared_share",
+    "smallest_ranks",
 ]

@@ -4,7 +4,7 @@ Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the CP rank.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ _BATCH_BYTES = 256 << 20
 
 def factorise(
     adapters: Sequence[Adapter],
-    rank: int,
+    rank: int | Mapping[str, int],
     *,
     n_starts: int = 4,
     n_iter: int = 100,
@@ -40,8 +40,9 @@ def factorise(
     ----------
     adapters : sequence of K Adapter
         With distinct names and one base model; a module that an adapter lacks counts as zero.
-    rank : int
-        CP rank R. Where it exceeds a module's Σ r_k it is clamped to it, which is exact.
+    rank : int, or mapping from module path to int
+        CP rank R of all modules, or of each. Where it exceeds a module's Σ r_k it is clamped to it,
+        which is exact.
     n_starts, n_iter, tol, seed
         See `cp_als`.
     progress : callable, optional
@@ -59,14 +60,13 @@ def factorise(
         If there is no adapter, names repeat, or shapes disagree.
     """
     check_adapters(adapters)
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    found: dict[str, CPFactors] = {}
     names = module_names(adapters)
+    ranks = _rank_of_each(names, rank)
+    found: dict[str, CPFactors] = {}
     clamped = 0
-    for modules, cores, bound in _batches(adapters, names):
-        used = min(rank, bound)
-        clamped += len(modules) * (used < rank)
+    for modules, cores, bound in _batches(adapters, names, ranks):
+        used = min(ranks[modules[0]], bound)
+        clamped += len(modules) * (used < ranks[modules[0]])
         B, A = torch.stack([c.B for c in cores]), torch.stack([c.A for c in cores])
         if used == bound:
             solution = cp_exact(B, A, used)
@@ -77,13 +77,13 @@ def factorise(
             progress(len(found), len(names))
     if clamped:
         logger.warning(
-            "CP rank %d exceeds the adapters' total rank in %d of %d modules; "
+            "the CP rank exceeds the adapters' total rank in %d of %d modules; "
             "the total rank, which is exact, is used there",
-            rank, clamped, len(names),
+            clamped, len(names),
         )  # fmt: skip
     return LibraryFactors(
         names=tuple(adapter.name for adapter in adapters),
-        rank=rank,
+        rank=max(ranks.values()),
         modules=dict(sorted(found.items())),
         base_model=adapters[0].base_model,
     )
@@ -146,6 +146,38 @@ def explained_variance_curve(
     return _with_overall(rows)
 
 
+def smallest_ranks(curve: pd.DataFrame, explained_variance: float) -> dict[str, int]:
+    """Choose CP ranks by the explained variance they reach.
+
+    Parameters
+    ----------
+    curve : DataFrame
+        From `explained_variance_curve`.
+    explained_variance : float
+        What must be reached (fraction 0–1).
+
+    Returns
+    -------
+    dict
+        Module path → the smallest rank measured that reaches it in this module; "overall" → the
+        smallest one that reaches it over all modules. Without "overall" it is what `factorise`
+        takes as ranks of each module.
+
+    Raises
+    ------
+    ValueError
+        If a module does not reach it at any rank.
+    """
+    reached = curve[curve["explained_variance"] >= explained_variance]
+    ranks = reached.groupby("module")["rank"].min()
+    if missing := sorted(set(curve["module"]) - set(ranks.index)):
+        raise ValueError(
+            f"explained_variance must be reached at a rank of the curve, got {explained_variance}, "
+            f"which {missing[0]} does not reach at {curve['rank'].max()}; measure larger ranks"
+        )
+    return {str(module): int(rank) for module, rank in ranks.items()}
+
+
 def check_adapters(adapters: Sequence[Adapter]) -> None:
     """Refuse an empty list of adapters, adapters without modules, and repeated names."""
     names = [adapter.name for adapter in adapters]
@@ -159,17 +191,26 @@ def check_adapters(adapters: Sequence[Adapter]) -> None:
         raise AdapterError(f"adapters must update at least one module, got none in {names}")
 
 
+def _rank_of_each(names: Sequence[str], rank: int | Mapping[str, int]) -> dict[str, int]:
+    ranks = dict.fromkeys(names, rank) if isinstance(rank, int) else dict(rank)
+    if missing := [name for name in names if name not in ranks]:
+        raise ValueError(f"rank must be given for every module, got none for {missing[0]}")
+    if min(ranks.values()) < 1:
+        raise ValueError(f"rank must be at least 1, got {min(ranks.values())}")
+    return ranks
+
+
 def _batches(
-    adapters: Sequence[Adapter], names: Sequence[str]
+    adapters: Sequence[Adapter], names: Sequence[str], ranks: Mapping[str, int] | None = None
 ) -> Iterator[tuple[list[str], list[Core], int]]:
-    """Compress modules and yield them grouped by core shape and total rank Σ r_k."""
+    """Compress modules and yield them grouped by core shape, total rank Σ r_k and CP rank."""
     groups: dict[tuple[object, ...], tuple[list[str], list[Core], int]] = {}
     held = 0
     for module in names:
         factors = module_factors(adapters, module)
         core = compress([f.B for f in factors], [f.A for f in factors])
         bound = sum(min(f.rank, *f.shape) for f in factors)
-        key = (core.B.shape, core.A.shape, bound)
+        key = (core.B.shape, core.A.shape, bound, ranks[module] if ranks else None)
         modules, cores, _ = groups.setdefault(key, ([], [], bound))
         modules.append(module)
         cores.append(core)

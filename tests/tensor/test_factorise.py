@@ -11,6 +11,7 @@ from tclora.tensor import (
     explained_variance_curve,
     factorise,
     shared_share,
+    smallest_ranks,
 )
 
 SHAPES = {"layers.0.q": (20, 16), "layers.0.up": (30, 16), "layers.1.q": (20, 16)}
@@ -147,3 +148,17 @@ def test_diagnostics_tell_shared_from_own():
     assert len(frame) == 18
     assert frame["spread"].between(1, 2).all()
     assert frame.groupby("module")["energy_share"].sum().tolist() == pytest.approx([1, 1, 1])
+
+
+def test_ranks_chosen_by_explained_variance(adapters):
+    curve = explained_variance_curve(adapters, (1, 2, 4, 8, 12))
+    ranks = smallest_ranks(curve, 0.8)
+    overall = ranks.pop("overall")
+    assert factorise(adapters, overall).explained_variance >= 0.8
+    factors = factorise(adapters, ranks)
+    assert {module: cp.rank for module, cp in factors.modules.items()} == ranks
+    assert all(cp.explained_variance >= 0.79 for cp in factors.modules.values())
+    with pytest.raises(ValueError, match=r"which layers\.0\.q does not reach at 2"):
+        smallest_ranks(explained_variance_curve(adapters, (1, 2)), 0.99)
+    with pytest.raises(ValueError, match=r"none for layers\.0\.q"):
+        factorise(adapters, {"layers.1.q": 2})

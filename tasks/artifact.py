@@ -127,18 +127,32 @@ def _closure(module: str) -> dict[str, Path]:
     queue = [module]
     while queue:
         name = queue.pop()
-        spec = importlib.util.find_spec(name)
-        if name in found or spec is None or spec.origin is None:
-            continue
-        found[name] = Path(spec.origin)
-        queue += [imported for imported in _imports(found[name]) if imported not in found]
+        path = None if name in found else _source(name)
+        if path:
+            found[name] = path
+            queue += _imports(path)
     return found
 
 
+def _source(name: str) -> Path | None:
+    """Return the file of a module; None for what a module defines, such as a function."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
 def _imports(path: Path) -> Iterator[str]:
-    """Yield the tclora modules a source file imports, at any depth of nesting."""
+    """Yield what a source file imports from tclora, at any depth of nesting.
+
+    A name imported from a package may be a module of its own, so both are candidates.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tclora."):
-            yield node.module
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("tclora."))
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.partition(".")[0] == "tclora")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -129,7 +130,7 @@ def load_base_model(location: str, dtype: torch.dtype, device: str = "cpu") -> P
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"base_model {location!r} cannot be loaded: {error}") from error
     loaded: PreTrainedModel = model.to(device).eval()
     return loaded

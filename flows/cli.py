@@ -106,6 +106,60 @@ def doctor(
     raise typer.Exit(0 if healthy else 1)
 
 
+AdaptersArgument = Annotated[list[Path], typer.Argument(help="PEFT LoRA directories.")]
+
+
+@app.command("merge")
+def merge_adapters(
+    adapters: AdaptersArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    method: Annotated[str, typer.Option(help="See `tclora methods`.")] = "tc-lora",
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result.")] = None,
+    weights: Annotated[list[float], typer.Option(help="One per adapter, in order.")] = [],  # noqa: B006
+    options: Annotated[
+        list[str], typer.Option("--option", metavar="KEY=VALUE", help="The method's own options.")
+    ] = [],  # noqa: B006
+    force: Annotated[bool, typer.Option(help="Merge adapters of different base models.")] = False,
+) -> None:
+    """Merge PEFT LoRA adapters, whoever trained them; the base model is not loaded."""
+    from flows.merging import merge_directories
+
+    merge_directories(
+        adapters,
+        output,
+        method,
+        rank=rank,
+        weights=weights,
+        options=options,
+        force=force,
+        console=console,
+    )
+
+
+@app.command("methods")
+def list_methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the merge methods: what they do, where they come from, what they need."""
+    from flows.merging import method_rows, methods_table
+
+    if as_json:
+        console.print_json(data=method_rows())
+    else:
+        console.print(methods_table())
+
+
+@app.command()
+def inspect(
+    adapters: AdaptersArgument,
+    picture: Annotated[Path | None, typer.Option(help="Draw the measures (PNG, SVG).")] = None,
+) -> None:
+    """Show ranks, targets and norms of adapters, and how much they interfere."""
+    from flows.merging import print_inspection
+
+    print_inspection(adapters, picture, console)
+
+
 def _settle_environment() -> None:
     """Defaults of the libraries for a local run; what the user has set wins."""
     for name, value in {

@@ -1,0 +1,140 @@
+import pandas as pd
+import pytest
+
+from tasks import tracking
+from tasks.tracking import Run
+from tclora.config import parse_config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return parse_config({"name": "trial", "output": str(tmp_path_factory.mktemp("runs"))})
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    return tracking.open_run(config, "first", {"prefect.flow_run_id": "f-1"})
+
+
+def metrics_of(run: Run):
+    return run.client.get_run(run.run_id).data.metrics
+
+
+def test_a_store_is_made_in_the_output_folder(config, run):
+    assert run.uri == f"sqlite:///{config.output}/mlflow.db"
+    assert (config.output / "mlflow.db").is_file()
+    found = run.client.get_run(run.run_id)
+    assert found.info.run_name == "first"
+    assert found.data.tags["prefect.flow_run_id"] == "f-1"
+    assert found.data.params["train.lr"] == "0.0002"
+    assert found.data.params["cluster.k_range"] == "[2, 12]"
+    assert found.info.artifact_uri.startswith((config.output / "mlartifacts").as_uri())
+
+
+def test_the_users_store_wins(config, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert tracking.tracking_uri(config.output) == "http://127.0.0.1:9"
+
+
+def test_a_second_run_joins_the_experiment(config, run):
+    second = tracking.open_run(config, "second", {})
+    assert second.experiment_id == run.experiment_id
+    assert second.run_id != run.run_id
+    tracking.close_run(second, "KILLED")
+    assert run.client.get_run(second.run_id).info.status == "KILLED"
+
+
+def test_a_nested_run_receives_records_and_finishes(run):
+    with tracking.live_run(run, "cluster-0", {"tclora.kind": "train"}) as live:
+        for step in range(5):
+            live.add({"step": step, "loss": 2.0 - step / 4, "lr": 1e-3})
+    found = run.client.get_run(live.run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.parentRunId"] == run.run_id
+    assert found.data.tags["tclora.kind"] == "train"
+    curve = run.client.get_metric_history(live.run.run_id, "loss")
+    assert [(point.step, point.value) for point in curve] == [
+        (step, 2.0 - step / 4) for step in range(5)
+    ]
+
+
+def fail_in(run):
+    with tracking.live_run(run, "cluster-1", {}) as live:
+        live.add({"step": 0, "loss": 1.0})
+        raise RuntimeError("no room")
+
+
+def test_an_exception_marks_the_nested_run_and_keeps_its_records(run):
+    with pytest.raises(RuntimeError, match="no room"):
+        fail_in(run)
+    (found,) = run.client.search_runs([run.experiment_id], "attributes.run_name = 'cluster-1'")
+    assert found.info.status == "FAILED"
+    assert found.data.tags["tclora.error"] == "no room"
+    assert found.data.metrics == {"loss": 1.0}
+
+
+def test_a_long_history_is_logged_whole(run):
+    nested = tracking.nested_run(run, "long", {})
+    tracking.log_history(nested, [{"step": i, "loss": i / 7, "lr": 0.1} for i in range(700)])
+    curve = run.client.get_metric_history(nested.run_id, "loss")
+    assert [point.value for point in curve] == [i / 7 for i in range(700)]
+
+
+def test_metrics_that_are_undefined_or_oddly_named(run):
+    nested = tracking.nested_run(run, "odd", {})
+    tracking.log_metrics(nested, {"test/task-größe (%)/nll": 1, "nothing": float("nan")})
+    assert metrics_of(nested) == {"test/task-größe ___/nll": 1.0}
+
+
+def test_long_parameters_are_shortened(run):
+    nested = tracking.nested_run(run, "params", {})
+    tracking.log_params(nested, {f"p{i}": "x" * 10_000 for i in range(150)})
+    params = run.client.get_run(nested.run_id).data.params
+    assert len(params) == 150
+    assert {len(value) for value in params.values()} == {6000}
+
+
+def test_rows_are_recorded_by_digest(run):
+    nested = tracking.nested_run(run, "rows", {})
+    frame = pd.DataFrame({"prompt": ["a", "b"], "response": ["c", "d"], "choices": [None, ["x"]]})
+    tracking.log_dataset(nested, frame, "mine.jsonl", "trial-train", "training")
+    (entry,) = run.client.get_run(nested.run_id).inputs.dataset_inputs
+    assert entry.dataset.name == "trial-train"
+    assert "mine.jsonl" in entry.dataset.source
+    assert entry.tags[0].value == "training"
+    other = tracking.nested_run(run, "rows", {})
+    tracking.log_dataset(other, frame[:1], "mine.jsonl", "trial-train", "training")
+    (changed,) = run.client.get_run(other.run_id).inputs.dataset_inputs
+    assert changed.dataset.digest != entry.dataset.digest
+
+
+def test_an_adapter_is_stored_once_per_digest_and_registered(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    one = tracking.nested_run(run, "one", {})
+    two = tracking.nested_run(run, "two", {})
+    first = tracking.log_adapter(one, tmp_path, "merged-x", "digest-1")
+    assert tracking.log_adapter(two, tmp_path, "merged-x", "digest-1") == first
+    assert tracking.log_adapter(two, tmp_path, "merged-y", "digest-1") != first
+    second = tracking.log_adapter(two, tmp_path, "merged-x", "digest-2")
+    assert second != first
+    model = run.client.get_logged_model(first)
+    assert str(model.status) == "READY"
+    outputs = run.client.get_run(two.run_id).outputs.model_outputs
+    assert {output.model_id for output in outputs} >= {first, second}
+    versions = [tracking.register_adapter(one, m, "trial-x") for m in (first, first, second, first)]
+    assert versions == ["1", "1", "2", "1"]
+    assert str(run.client.get_model_version_by_alias("trial-x", "current").version) == "1"
+
+
+def test_a_registered_adapter_can_be_downloaded(run, tmp_path):
+    import mlflow
+
+    (tmp_path / "adapter_config.json").write_text('{"r": 3}')
+    model_id = tracking.log_adapter(run, tmp_path, "stored", "digest-9")
+    tracking.register_adapter(run, model_id, "stored")
+    folder = mlflow.artifacts.download_artifacts(
+        "models:/stored@current", dst_path=str(tmp_path / "out")
+    )
+    files = {path.name: path.read_text() for path in (tmp_path / "out").rglob("*.json")}
+    assert folder
+    assert files["adapter_config.json"] == '{"r": 3}'

@@ -220,7 +220,7 @@ def register_adapter(run: Run, model_id: str, name: str) -> str:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.model_id == model_id:
+        if version.source == f"models:/{model_id}":  # a search leaves model_id empty
             break
     else:
         version = client.create_model_version(

@@ -1,10 +1,12 @@
 """Activation statistics: the Gram matrices of module inputs, per cluster.
 
 Symbols: d_in the width of a module's input, G_k (d_in, d_in) the mean of x xᵀ over the tokens of
-cluster k. One matrix takes 4 d_in² bytes; modules that read the same input share it.
+cluster k. One matrix takes 4 d_in² bytes, half of that on disk; modules that read the same input
+share it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,8 @@ class ActivationStatistics:
     groups : Mapping[str, str]
         Module path → the module whose matrix it shares, because both read the same input.
     grams : Mapping[str, Mapping[str, Tensor]]
-        Cluster → group → G of shape (d_in, d_in); dicts, or lazy views on files.
+        Cluster → group → G of shape (d_in, d_in), or, where fewer tokens t than d_in were seen, its
+        root F of shape (t, d_in) with G = FᵀF; dicts, or lazy views on files.
     tokens : Mapping[str, int]
         Cluster → tokens seen.
     """
@@ -56,12 +59,12 @@ class ActivationStatistics:
                 f"and {len(self.groups)} modules; collect them again"
             )
         group = self.groups[module]
-        return torch.stack([self.grams[cluster][group].double() for cluster in clusters])
+        return torch.stack([_dense(self.grams[cluster][group].double()) for cluster in clusters])
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file of upper triangles, atomically."""
         tensors = {
-            f"{cluster}/{group}": gram.contiguous()
+            f"{cluster}/{group}": _packed(gram)
             for cluster, grams in self.grams.items()
             for group, gram in grams.items()
         }
@@ -106,13 +109,26 @@ class _FileGrams(Mapping[str, Tensor]):
         self._groups = groups
 
     def __getitem__(self, group: str) -> Tensor:
-        return self._file.get_tensor(f"{self._cluster}/{group}")
+        return _unpacked(self._file.get_tensor(f"{self._cluster}/{group}"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._groups)
 
     def __len__(self) -> int:
         return len(self._groups)
+
+
+def _packed(gram: Tensor) -> Tensor:
+    """Return the upper triangle of a symmetric matrix, shape (d (d + 1) / 2,)."""
+    return gram[torch.ones_like(gram, dtype=torch.bool).triu()]
+
+
+def _unpacked(triangle: Tensor) -> Tensor:
+    """Return the symmetric matrix (d, d) of an upper triangle."""
+    d = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    gram = triangle.new_zeros(d, d)
+    gram[torch.ones_like(gram, dtype=torch.bool).triu()] = triangle
+    return gram + gram.triu(1).mT
 
 
 def _header(path: str | Path) -> dict[str, str]:
@@ -185,10 +201,15 @@ def collect(
         for handle in handles:
             handle.remove()
     tokens = sum(len(row) for row in rows)
-    grams = {group: (gram / tokens).cpu() for group, gram in sorted(recorder.sums.items())}
+    grams = {group: recorder.mean(group, tokens).cpu() for group in sorted(recorder.inputs)}
     return ActivationStatistics(
         dict(sorted(recorder.groups.items())), {cluster: grams}, {cluster: tokens}
     )
+
+
+def _dense(gram: Tensor) -> Tensor:
+    """Return G from itself or from its root, which is never square."""
+    return gram if gram.shape[0] == gram.shape[1] else gram.mT @ gram
 
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:
@@ -204,7 +225,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.mask = torch.zeros(0, dtype=torch.bool)  # (rows, T), True where a token stands
         self.groups: dict[str, str] = {}
-        self.sums: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}  # X (t, d_in) while t < d_in, then Xᵀ X
         self._last: Tensor | None = None
         self._leader = ""
 
@@ -221,6 +242,14 @@ class _Recorder:
 
     def _add(self, group: str, x: Tensor) -> None:
         """Add the inputs x (tokens, d_in) to a group's sum."""
-        if group not in self.sums:
-            self.sums[group] = x.new_zeros(x.shape[1], x.shape[1])
-        self.sums[group].addmm_(x.mT, x)
+        seen = self.inputs.get(group, x.new_zeros(0, x.shape[1]))
+        if seen.shape[0] == x.shape[1]:
+            seen.addmm_(x.mT, x)
+            return
+        seen = torch.cat([seen, x])
+        self.inputs[group] = seen if seen.shape[0] < x.shape[1] else seen.mT @ seen
+
+    def mean(self, group: str, tokens: int) -> Tensor:
+        """Return G over that many tokens, or its root."""
+        seen = self.inputs[group]
+        return seen / (tokens if seen.shape[0] == seen.shape[1] else tokens**0.5)

@@ -6,6 +6,7 @@ from torch.linalg import svd
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.merge import merge
+from tclora.merge.truncate import leading_svd
 
 from .examples import D_IN, MODULES, NAMES, make_adapter
 
@@ -218,3 +219,14 @@ def test_modules_that_no_adapter_shares_keep_their_update():
     for part in parts:
         for module, factors in part.modules.items():
             torch.testing.assert_close(result.modules[module].delta(), factors.delta())
+
+
+def test_large_dense_updates_are_truncated_by_subspace_iteration():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(300, 12, generator=generator) * 0.7 ** torch.arange(12)
+    noise = 0.01 * torch.randn(300, 200, generator=generator)
+    matrix = left @ torch.randn(12, 200, generator=generator) + noise
+    U, S, V = leading_svd(matrix, 8, generator)
+    exact = svd(matrix, full_matrices=False)
+    torch.testing.assert_close(S[:8], exact.S[:8], rtol=1e-4, atol=0)
+    check(U[:, :8] * S[:8] @ V[:, :8].mT, truncated(matrix, 8), 1e-3)

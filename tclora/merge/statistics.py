@@ -1,8 +1,8 @@
 """Activation statistics: the Gram matrices of module inputs, per cluster.
 
 Symbols: d_in the width of a module's input, G_k (d_in, d_in) the mean of x xᵀ over the tokens of
-cluster k. One matrix takes 4 d_in² bytes, half of that on disk; modules that read the same input
-share it.
+cluster k. One matrix takes 4 d_in min(t, d_in) bytes for t tokens, half of that on disk once
+t ≥ d_in; modules that read the same input share it.
 """
 
 import json
@@ -119,12 +119,16 @@ class _FileGrams(Mapping[str, Tensor]):
 
 
 def _packed(gram: Tensor) -> Tensor:
-    """Return the upper triangle of a symmetric matrix, shape (d (d + 1) / 2,)."""
+    """Return the upper triangle of a symmetric matrix, shape (d (d + 1) / 2,), or a root."""
+    if gram.shape[0] != gram.shape[1]:
+        return gram.contiguous()
     return gram[torch.ones_like(gram, dtype=torch.bool).triu()]
 
 
 def _unpacked(triangle: Tensor) -> Tensor:
-    """Return the symmetric matrix (d, d) of an upper triangle."""
+    """Return the symmetric matrix (d, d) of an upper triangle, or a root as it is."""
+    if triangle.ndim == 2:
+        return triangle
     d = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
     gram = triangle.new_zeros(d, d)
     gram[torch.ones_like(gram, dtype=torch.bool).triu()] = triangle

@@ -81,9 +81,10 @@ def unfoldings(
     B: Tensor, A: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Start from the leading vectors of the two unfoldings (HOSVD)."""
-    rows = (B @ (A @ A.mT) @ B.mT).sum(1)  # (M, m, m)
-    columns = (A.mT @ (B.mT @ B) @ A).sum(1)  # (M, n, n)
-    U, V = (torch.linalg.eigh(gram).eigenvectors.flip(-1) for gram in (rows, columns))
+    columns, rows = B.transpose(1, 2).flatten(2), A.flatten(1, 2)  # (M, m, K r), (M, K r, n)
+    outputs = (B @ (A @ A.mT)).transpose(1, 2).flatten(2) @ columns.mT  # (M, m, m)
+    inputs = rows.mT @ ((B.mT @ B) @ A).flatten(1, 2)  # (M, n, n)
+    U, V = (torch.linalg.eigh(gram).eigenvectors.flip(-1) for gram in (outputs, inputs))
     return fill(U[..., :rank], rank, generator), fill(V[..., :rank], rank, generator)
 
 

@@ -76,3 +76,12 @@ def tiny_model_dir(tmp_path_factory, tokenizer):
 def tiny_model(tiny_model_dir):
     """A fresh copy of the tiny model, to be changed freely."""
     return LlamaForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+@pytest.fixture(scope="session")
+def prefect_server():
+    """A Prefect server of its own, with an empty database."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=90):
+        yield

@@ -113,3 +113,9 @@ def test_the_stages_own_modules_are_found(module, needed):
     found = _closure(module)
     assert needed <= found.keys()
     assert all(path.suffix == ".py" for path in found.values())
+
+
+def test_an_artifact_alone_is_its_first_file(artifact):
+    alone = artifact.alone()
+    assert alone.path == artifact.path
+    assert _identity(alone) == _identity(Artifact.of(artifact.root, "folder"))

@@ -1,0 +1,328 @@
+"""The whole pipeline on a tiny model and someone's own file: real jobs, Prefect and MLflow."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import PeftModel
+from reference import row_nll
+from transformers import LlamaForCausalLM
+
+from flows.pipeline import pipeline
+from tclora.errors import ConfigError, JobError
+from tclora.manifest import read_manifest, verify
+from tclora.prompts import encode
+
+pytestmark = pytest.mark.usefixtures("prefect_server", "environment")
+ALWAYS = {"library.json", "report.html"}  # written by every run: they name the run
+WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "house", "music", "paper", "light")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+def alpaca_rows():
+    """Two clearly different tasks without labels."""
+    rng = random.Random(0)
+    for _ in range(28):
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
+        yield {
+            "instruction": f"Add the two numbers {a} and {b}.",
+            "input": "",
+            "output": str(a + b),
+        }
+        words = rng.sample(WORDS, 3)
+        yield {
+            "instruction": "Write this list of words in reverse order.",
+            "input": ", ".join(words), "output": ", ".join(reversed(words)),
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, tiny_model_dir):
+    folder = tmp_path_factory.mktemp("project")
+    lines = "".join(json.dumps(row) + "\n" for row in alpaca_rows())
+    (folder / "mine.jsonl").write_text(lines)
+    return {
+        "name": "mine",
+        "output": str(folder / "runs"),
+        "base_model": str(tiny_model_dir),
+        "data": {"path": str(folder / "mine.jsonl"), "test_fraction": 0.2},
+        "cluster": {"k": 2, "min_rows": 4},
+        "train": {
+            "r": 2, "alpha": 4, "lr": 2e-2, "batch_size": 8, "epochs": 2, "template": "plain",
+            "target_modules": ["q_proj", "v_proj", "down_proj"], "dtype": "float32",
+        },
+        "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
+        "evaluate": {"max_new_tokens": 4, "resamples": 100},
+        "merge": {"methods": ["tc-lora", "uniform"]},
+        "resources": {"jobs": 2},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failed(settings, environment, prefect_server):
+    """A first run in which one training job cannot write its adapter; then the cause is gone."""
+    library = Path(settings["output"]) / "mine"
+    obstacle = library / "adapters" / "cluster-1"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file where the adapter's folder should be")
+    with pytest.raises(JobError) as caught:
+        pipeline(settings)
+    stamps = stamps_of(library)
+    obstacle.unlink()
+    return str(caught.value), stamps
+
+
+@pytest.fixture(scope="module")
+def finished(settings, failed):
+    """The second, complete run; tests may damage its library if they run the pipeline again."""
+    return pipeline(settings)
+
+
+@pytest.fixture
+def library(finished):
+    return Path(finished["library"])
+
+
+def stamps_of(library):
+    return {
+        path.relative_to(library).as_posix(): path.stat().st_mtime_ns
+        for path in library.rglob("*")
+        if path.is_file()
+    }
+
+
+def written_by(library, settings, **sections):
+    """Run the pipeline; return the files it has written, and its outcome."""
+    before = stamps_of(library)
+    changed = settings | {name: settings[name] | values for name, values in sections.items()}
+    outcome = pipeline(changed)
+    after = stamps_of(library)
+    assert verify(library) == []
+    return {name for name in after if after[name] != before.get(name)}, outcome
+
+
+def test_a_failing_job_is_named_and_its_siblings_are_kept(failed, settings, library):
+    message, stamps = failed
+    assert message.startswith("1 of 3 train jobs failed")
+    assert "cluster-1: " in message
+    assert "NotADirectoryError" in message
+    assert "cluster-0" not in message
+    now = stamps_of(library)
+    kept = [name for name in stamps if name.startswith(("adapters/cluster-0", "adapters/joint"))]
+    assert len(kept) == 4
+    assert all(now[name] == stamps[name] for name in kept)
+
+
+def test_a_failed_run_is_marked_in_mlflow(failed, finished, settings):
+    client = MlflowClient(finished["mlflow_uri"])
+    runs = client.search_runs([finished["mlflow_experiment"]])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    first = min(parents, key=lambda run: run.info.start_time)
+    assert first.info.status == "FAILED"
+    children = {
+        run.info.run_name: run.info.status
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == first.info.run_id
+    }
+    assert children == {"cluster-0": "FINISHED", "cluster-1": "FAILED", "joint": "FINISHED"}
+
+
+def test_the_library_is_complete(library):
+    assert verify(library) == []
+    manifest = read_manifest(library)
+    assert set(manifest["digests"]) == {
+        "adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "centroids.safetensors",
+        "clusters.parquet", "evaluation/items.parquet", "evaluation/recovery.parquet",
+        "evaluation/summary.parquet", "explained_variance.parquet", "factors.safetensors",
+        "merged/tc-lora", "merged/uniform", "training/cluster-0.json", "training/cluster-1.json",
+        "training/joint.json",
+    }  # fmt: skip
+    assert manifest["clustering"]["k"] == 2
+    assert manifest["profile"]["rows_test"] == 11
+    assert manifest["factors"]["rank"] == 2
+    report = (library / "report.html").read_text()
+    assert "tc-lora" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_the_two_tasks_became_the_two_clusters(library):
+    table = pd.read_parquet(library / "clusters.parquet")
+    kind = table["prompt"].str.startswith("Add")
+    assert table.groupby(kind)["cluster"].nunique().tolist() == [1, 1]
+    assert table["cluster"].nunique() == 2
+
+
+def test_every_method_measured_every_held_out_row(library):
+    items = pd.read_parquet(library / "evaluation" / "items.parquet")
+    assert items.groupby("method").size().to_dict() == {
+        "base": 11, "own": 11, "joint": 11, "tc-lora": 11, "uniform": 11,
+    }  # fmt: skip
+    totals = items.groupby("method")["nll"].sum()
+    assert totals["own"] < totals["base"]
+    recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
+    assert set(recovery["method"]) == {"joint", "tc-lora", "uniform"}
+
+
+@pytest.mark.parametrize("method", ["tc-lora", "uniform", "joint", "base"])
+def test_stock_peft_reproduces_the_measured_nll(library, tiny_model_dir, tokenizer, method):
+    items = pd.read_parquet(library / "evaluation" / "items.parquet").query("method == @method")
+    examples = pd.read_parquet(library / "work" / "examples.parquet").set_index("id")
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    if method != "base":
+        folder = "adapters" if method == "joint" else "merged"
+        model = PeftModel.from_pretrained(model, library / folder / method)
+    chosen = examples.loc[items["id"]]
+    rows = encode(
+        tokenizer, chosen["prompt"].tolist(), chosen["response"].tolist(), template="plain"
+    )
+    found = [row_nll(model.eval(), row) for row in rows]
+    assert items["nll"].tolist() == pytest.approx(found, rel=1e-4)
+
+
+def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
+    from tclora.adapter import read_adapter
+
+    parts = [read_adapter(library / "adapters" / f"cluster-{k}").modules for k in range(2)]
+    merged = read_adapter(library / "merged" / "uniform").modules
+    for name, factors in merged.items():
+        mean = sum(part[name].delta() for part in parts) / 2
+        assert torch.allclose(factors.delta(), mean, atol=1e-5)
+
+
+def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
+    from prefect.client.orchestration import get_client
+
+    client = MlflowClient(finished["mlflow_uri"])
+    parent = client.get_run(finished["mlflow_run"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["train.r"] == "2"
+    assert {"tc-lora/test/nll", "factors/explained_variance", "rows_test"} <= set(
+        parent.data.metrics
+    )
+    assert len(parent.inputs.dataset_inputs) == 2
+    flow_run_id = parent.data.tags["prefect.flow_run_id"]
+    with get_client(sync_client=True) as api:
+        assert api.read_flow_run(flow_run_id).name == parent.data.tags["prefect.flow_run_name"]
+    assert read_manifest(library)["links"]["mlflow_run"]
+    children = {
+        run.info.run_name
+        for run in client.search_runs(
+            [finished["mlflow_experiment"]],
+            f"tags.`mlflow.parentRunId` = '{finished['mlflow_run']}'",
+        )
+    }
+    assert children == {
+        "cluster-0", "cluster-1", "joint", "evaluate-base", "evaluate-own", "evaluate-joint",
+        "evaluate-tc-lora", "evaluate-uniform",
+    }  # fmt: skip
+    artifacts = {entry.path for entry in client.list_artifacts(finished["mlflow_run"])}
+    assert {"report.html", "library.json", "config.yaml", "evaluation", "figures"} <= artifacts
+
+
+def test_the_primary_merge_is_registered(finished):
+    client = MlflowClient(finished["mlflow_uri"])
+    version = client.get_model_version_by_alias("mine-tc-lora", "current")
+    assert version.source.startswith("models:/")
+
+
+def test_prefect_links_to_mlflow(finished):
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as api:
+        found = [a for a in api.read_artifacts() if a.key == "mlflow-mine"]
+    assert any(finished["mlflow_run"] in a.data for a in found)
+
+
+def test_a_second_run_takes_everything_from_the_cache(library, settings):
+    written, outcome = written_by(library, settings)
+    assert written == ALWAYS
+    client = MlflowClient(outcome["mlflow_uri"])
+    cached = client.search_runs(
+        [outcome["mlflow_experiment"]], f"tags.`mlflow.parentRunId` = '{outcome['mlflow_run']}'"
+    )
+    # Trainings that come from the cache have their curve in the new run too.
+    (nested,) = [run for run in cached if run.info.run_name == "cluster-0"]
+    curve = client.get_metric_history(nested.info.run_id, "loss")
+    history = json.loads((library / "training" / "cluster-0.json").read_text())
+    assert [point.value for point in curve] == [record["loss"] for record in history]
+
+
+def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
+    written, _ = written_by(
+        library, settings, factorise={"rank": 1}, merge={"methods": ["tc-lora"]}
+    )
+    manifest = read_manifest(library)
+    assert manifest["factors"]["rank"] == 1
+    assert set(manifest["merges"]) == {"tc-lora"}
+    assert not (library / "merged" / "uniform").exists()
+    assert {"factors.safetensors", "work/items/tc-lora.parquet"} < written
+    assert not [name for name in written if name.startswith(("adapters/", "training/"))]
+    assert not [name for name in written if "uniform" in name or "base" in name]
+    back, _ = written_by(library, settings)  # as it was
+    assert not [name for name in back if name.startswith(("adapters/", "training/"))]
+    assert read_manifest(library)["digests"].keys() > manifest["digests"].keys()
+
+
+def test_a_deleted_adapter_alone_is_trained_again(library, settings):
+    before = read_manifest(library)["digests"]
+    shutil.rmtree(library / "adapters" / "cluster-0")
+    written, _ = written_by(library, settings)
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert written == ALWAYS | {"training/cluster-0.json"} | {
+        f"adapters/cluster-0/{file}" for file in files
+    }
+    after = read_manifest(library)["digests"]
+    assert after["adapters/cluster-0"] == before["adapters/cluster-0"]
+
+
+def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
+    before = read_manifest(library)["digests"]
+    weights = library / "merged" / "uniform" / "adapter_model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\xff\xff\xff\xff")
+    assert verify(library) == ["merged/uniform differs from its digest in library.json"]
+    written, _ = written_by(library, settings)
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert written == ALWAYS | {f"merged/uniform/{file}" for file in files}
+    assert read_manifest(library)["digests"] == before
+
+
+@pytest.mark.parametrize(("until", "file"), [("read", "examples"), ("embed", "embeddings")])
+def test_a_run_can_stop_early(settings, tmp_path, until, file):
+    pipeline(settings | {"output": str(tmp_path)}, until=until)
+    names = {path.stem for path in (tmp_path / "mine" / "work").rglob("*") if path.is_file()}
+    assert file in names
+    assert names <= {"examples", "embeddings"}
+
+
+def test_problems_are_found_before_anything_is_done(settings, tmp_path):
+    bad = settings | {
+        "output": str(tmp_path / "runs"),
+        "base_model": str(tmp_path / "none"),
+        "merge": {"methods": ["tc-lora", "magic"]},
+        "embed": {"model": str(tmp_path / "nowhere")},
+    }
+    with pytest.raises(ConfigError, match="3 problem") as caught:
+        pipeline(bad)
+    for wanted in ("base_model: ", "embed.model: ", "merge.methods: 'magic' must be one of"):
+        assert wanted in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_stage_is_refused(settings):
+    with pytest.raises(ValueError, match=r"until must be one of read, embed, .*, got 'tea'"):
+        pipeline(settings, until="tea")

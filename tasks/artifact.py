@@ -68,6 +68,11 @@ class Artifact(BaseModel):
         """The first file."""
         return self.root / next(iter(self.files))
 
+    def alone(self) -> "Artifact":
+        """Return a reference to the first file only, for stages that depend on nothing else."""
+        name = next(iter(self.files))
+        return Artifact.model_construct(root=self.root, files={name: self.files[name]})
+
     @property
     def digest(self) -> str:
         """Digest over all files."""

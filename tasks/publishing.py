@@ -1,5 +1,6 @@
 """Tasks that finish a run: figures with intervals, the manifest, the report, MLflow."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,7 +136,7 @@ def _log_training(run: Run, name: str, part: Artifact) -> None:
         return
     tags = {"tclora.kind": "train", "tclora.cached_from": part.info["mlflow_parent"]}
     nested = tracking.nested_run(run, name, tags)
-    history = pd.read_json(part.root / "training" / f"{name}.json").to_dict("records")
+    history = json.loads((part.root / "training" / f"{name}.json").read_text(encoding="utf-8"))
     tracking.log_history(nested, history)
     tracking.log_metrics(nested, part.metrics)
     tracking.close_run(nested, "FINISHED")

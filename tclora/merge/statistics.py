@@ -101,15 +101,16 @@ class ActivationStatistics:
 
 
 class _FileGrams(Mapping[str, Tensor]):
-    """One cluster's matrices, read from a memory-mapped file when asked for."""
+    """One cluster's matrices, read from a file when asked for; no page of it stays resident."""
 
     def __init__(self, path: str | Path, cluster: str, groups: Sequence[str]) -> None:
-        self._file = safe_open(path, framework="pt")
+        self._path = path
         self._cluster = cluster
         self._groups = groups
 
     def __getitem__(self, group: str) -> Tensor:
-        return _unpacked(self._file.get_tensor(f"{self._cluster}/{group}"))
+        with safe_open(self._path, framework="pt") as file:
+            return _unpacked(file.get_tensor(f"{self._cluster}/{group}"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._groups)

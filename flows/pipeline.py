@@ -16,7 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
-from tasks.jobs import evaluate, train
+from tasks.jobs import evaluate, statistics, train
 from tasks.merging import explained_variance, factorise, merge
 from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
@@ -86,7 +86,9 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     if last < STAGES.index("train"):
         return
     trained = _in_parallel(cfg, train_all)(cfg, models, rows, run)
-    adapters = {name: part for name, part in trained.items() if name != JOINT}
+    # Loss curves hold times, so a repeated training has other ones; its adapter is the same.
+    weights = {name: part.alone() for name, part in trained.items()}
+    adapters = {name: part for name, part in weights.items() if name != JOINT}
     if last < STAGES.index("factorise"):
         return
     factors = factorise(
@@ -96,7 +98,16 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     _announce("factorise", factors.metrics)
     if last < STAGES.index("merge"):
         return
-    merged = {name: _merge(name, adapters, factors, cfg.seed) for name in cfg.merge.methods}
+    informed = {m.name for m in methods() if m.needs} & set(cfg.merge.methods)
+    activations: Artifacts = {}
+    if informed and cfg.merge.calibration_rows:
+        activations = _in_parallel(cfg, collect_all)(cfg, models, rows, adapters, run)
+    merged = {
+        name: merge(name, adapters, factors, activations, cfg.factorise.rank, cfg.seed)
+        if name in informed
+        else merge(name, adapters, None, {}, None, cfg.seed)
+        for name in cfg.merge.methods
+    }
     if last < STAGES.index("evaluate"):
         return
     parts = {
@@ -106,7 +117,7 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
         "explained_variance": variance,
     }
     if "evaluation" in rows:
-        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, trained, merged, run)
+        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, weights, merged, run)
         parts["evaluation"] = summarise_items(items, cfg.evaluate, cfg.seed)
     else:
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
@@ -138,6 +149,27 @@ def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifac
             run=(run, cfg.resources),
         )
     return _collect("train", futures)
+
+
+@flow(name="collect-statistics", validate_parameters=False)
+def collect_all(
+    cfg: Config, models: Models, rows: Artifacts, adapters: Artifacts, run: Run
+) -> Artifacts:
+    """Collect activation statistics of every cluster, in parallel jobs."""
+    futures = {
+        name: statistics.submit(
+            name,
+            rows[name],
+            adapter,
+            cfg.merge.calibration_rows,
+            cfg.train,
+            models.base,
+            models.base_digest,
+            run=(run, cfg.resources),
+        )
+        for name, adapter in adapters.items()
+    }
+    return _collect("statistics", futures)
 
 
 @flow(name="evaluate-library", validate_parameters=False)
@@ -194,11 +226,6 @@ def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Arti
             f"run repeats these only:\n{listing}"
         )
     return {name: future.result() for name, future in futures.items()}
-
-
-def _merge(name: str, adapters: Artifacts, factors: Artifact, seed: int) -> Artifact:
-    needs = next(info.needs for info in methods() if info.name == name)
-    return merge(name, adapters, factors if needs == "factors" else None, seed)
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from tasks.artifact import Artifact, source_digest, stage
 from tasks.data import WORK
 from tasks.progress import current
 from tasks.tracking import Run, live_run
+from tclora.adapter import read_adapter
 from tclora.config import EvaluateConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
-from tclora.jobs import EvaluateJob, TrainJob, run_job
+from tclora.jobs import EvaluateJob, StatisticsJob, TrainJob, run_job
 from tclora.train import total_steps
 
 
@@ -78,6 +79,34 @@ def train(
     )
 
 
+@stage("tclora.merge.statistics", name="statistics", task_run_name="statistics-{name}")
+def statistics(
+    name: str,
+    rows: Artifact,
+    adapter: Artifact,
+    count: int,
+    train: TrainConfig,
+    base: str,
+    base_digest: str,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Collect the base model's activations on a cluster's first rows, for merges that use them."""
+    _, resources = run
+    target = f"{WORK}/statistics/{name}.safetensors"
+    job = StatisticsJob(
+        name=name,
+        base_location=base,
+        rows=rows.path,
+        target=rows.root / target,
+        train=train,
+        count=count,
+        modules=tuple(read_adapter(adapter.path).modules),
+    )
+    with _environment(resources) as env:
+        result = run_job(job, env=env, timeout=resources.job_timeout)
+    return Artifact.of(rows.root, target, info=result)
+
+
 @stage("tclora.evaluate", "tclora.harness", name="evaluate", task_run_name="evaluate-{name}")
 def evaluate(
     name: str,
@@ -103,7 +132,6 @@ def evaluate(
         rows=rows.path,
         target=target,
         train=train,
-        seed=0,
         evaluate=config,
         adapters={key: artifact.path for key, artifact in adapters.items()},
         harness_target=target.with_suffix(".harness.parquet") if harness else None,

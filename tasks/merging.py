@@ -7,6 +7,7 @@ from tasks.artifact import Artifact, stage
 from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.config import FactoriseConfig
 from tclora.files import atomic_path
+from tclora.merge import ActivationStatistics
 from tclora.merge import merge as merge_adapters
 from tclora.tensor import LibraryFactors, explained_variance_curve
 from tclora.tensor import factorise as factorise_adapters
@@ -59,13 +60,24 @@ def explained_variance(
 
 @stage("tclora.merge", name="merge", task_run_name="merge-{method}")
 def merge(
-    method: str, adapters: dict[str, Artifact], factors: Artifact | None, seed: int
+    method: str,
+    adapters: dict[str, Artifact],
+    factors: Artifact | None,
+    statistics: dict[str, Artifact],
+    rank: int | None,
+    seed: int,
 ) -> Artifact:
-    """Merge the cluster adapters by one method and write a stock PEFT directory."""
+    """Merge the cluster adapters by one method and write a stock PEFT directory.
+
+    `factors` and `statistics` (by adapter; may be empty) are given to methods that use them.
+    """
+    grams = [part.path for part in statistics.values()]
     merged = merge_adapters(
         _read(adapters),
         method,
         factors=LibraryFactors.load(factors.path) if factors else None,
+        statistics=ActivationStatistics.load(*grams) if grams else None,
+        rank=rank,
         seed=seed,
     )
     root = _root(adapters)

@@ -144,6 +144,13 @@ class MergeConfig(_Section):
     )
     primary: str = Field("tc-lora", description="the merge the run is for; registered in MLflow")
 
+    calibration_rows: int = Field(
+        8,
+        ge=0,
+        description="training rows per cluster whose activations inform the merges that use them; "
+        "0: data-free merges only",
+    )
+
     @model_validator(mode="after")
     def _check_primary(self) -> "MergeConfig":
         if self.primary not in self.methods:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tclora.config import EvaluateConfig, TrainConfig
 from tclora.errors import JobError, TcloraError
+from tclora.prompts import TokenRow, encode
 
 EventCallback = Callable[[dict[str, float]], None]
 _LOG_LINES = 15  # of standard error, shown when a job dies
@@ -37,13 +39,13 @@ class _Job(BaseModel):
     rows: Path
     target: Path
     train: TrainConfig
-    seed: int
 
 
 class TrainJob(_Job):
     """Train one adapter on the rows of a Parquet file (columns prompt, response)."""
 
     kind: Literal["train"] = "train"
+    seed: int
     init_seed: int
     checkpoint: Path
 
@@ -60,8 +62,19 @@ class EvaluateJob(_Job):
     harness_target: Path | None = None  # where lm-eval's figures go, if they are asked for
 
 
+class StatisticsJob(_Job):
+    """Collect one cluster's activation statistics on its first rows; see `tclora.merge.collect`."""
+
+    kind: Literal["statistics"] = "statistics"
+    count: int  # rows
+    modules: tuple[str, ...]
+
+
+Job = TrainJob | EvaluateJob | StatisticsJob
+
+
 def run_job(
-    job: TrainJob | EvaluateJob,
+    job: Job,
     *,
     env: Mapping[str, str] | None = None,
     timeout: float | None = None,
@@ -71,7 +84,7 @@ def run_job(
 
     Parameters
     ----------
-    job : TrainJob or EvaluateJob
+    job : TrainJob, EvaluateJob or StatisticsJob
         What to do.
     env : mapping, optional
         Environment variables on top of this process's own, such as CUDA_VISIBLE_DEVICES.
@@ -210,25 +223,12 @@ def _die_with_parent() -> None:
 
 
 def _train(job: TrainJob) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
-    from tclora.prompts import encode
     from tclora.train import train_adapter
 
-    frame = pd.read_parquet(job.rows, columns=["prompt", "response"])
-    device = default_device()
-    rows = encode(
-        load_tokenizer(job.base_location),
-        frame["prompt"].tolist(),
-        frame["response"].tolist(),
-        template=job.train.template,
-        max_tokens=job.train.max_tokens,
-    )
-    model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
+    model, tokenizer = _base(job)
     result = train_adapter(
         model,
-        rows,
+        _encoded(job, tokenizer),
         job.train,
         job.target,
         base_model=job.base_location,
@@ -240,14 +240,48 @@ def _train(job: TrainJob) -> dict[str, Any]:
     return asdict(result)
 
 
-def _evaluate(job: EvaluateJob) -> dict[str, Any]:
-    from tclora.evaluate import evaluate_frame
-    from tclora.files import atomic_path
+def _base(job: Job) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer."""
     from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
 
     device = default_device()
     model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
-    tokenizer = load_tokenizer(job.base_location)
+    return model, load_tokenizer(job.base_location)
+
+
+def _encoded(job: Job, tokenizer: Any, count: int | None = None) -> list[TokenRow]:  # noqa: ANN401
+    """Return the job's rows, or the first of them, as tokens."""
+    frame = pd.read_parquet(job.rows, columns=["prompt", "response"])[:count]
+    return encode(
+        tokenizer,
+        frame["prompt"].tolist(),
+        frame["response"].tolist(),
+        template=job.train.template,
+        max_tokens=job.train.max_tokens,
+    )
+
+
+def _statistics(job: StatisticsJob) -> dict[str, Any]:
+    from tclora.merge import collect
+
+    model, tokenizer = _base(job)
+    statistics = collect(
+        model,
+        _encoded(job, tokenizer, job.count),
+        job.name,
+        job.modules,
+        pad_id=tokenizer.pad_token_id,
+        token_budget=job.train.tokens_per_forward,
+    )
+    statistics.save(job.target)
+    return {"tokens": statistics.tokens[job.name]}
+
+
+def _evaluate(job: EvaluateJob) -> dict[str, Any]:
+    from tclora.evaluate import evaluate_frame
+    from tclora.files import atomic_path
+
+    model, tokenizer = _base(job)
     frame = pd.read_parquet(job.rows)
     parts = []
     for key, rows in _adapter_groups(frame, job.adapters):
@@ -321,8 +355,10 @@ def main(path: str) -> None:
     try:
         if values["kind"] == "train":
             result = _train(TrainJob.model_validate(values))
-        else:
+        elif values["kind"] == "evaluate":
             result = _evaluate(EvaluateJob.model_validate(values))
+        else:
+            result = _statistics(StatisticsJob.model_validate(values))
     except (TcloraError, OSError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     _emit({"result": result})

@@ -69,7 +69,15 @@ def check(config: Config) -> Models:
 def _method_problems(config: Config) -> list[str]:
     known = [info.name for info in methods()]
     unknown = [name for name in config.merge.methods if name not in known]
-    return [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
+    problems = [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
+    needing = {info.name for info in methods() if info.needs == "statistics"}
+    uninformed = [name for name in config.merge.methods if name in needing]
+    if uninformed and not config.merge.calibration_rows:
+        problems.append(
+            f"merge.calibration_rows must be above 0 for {', '.join(uninformed)}, which need "
+            "activation statistics, got 0"
+        )
+    return problems
 
 
 def _harness_problems(config: Config) -> list[str]:

@@ -126,7 +126,7 @@ def evaluate_job(tmp_path, tiny_model_dir, frame, adapters, **evaluate):
     frame.to_parquet(tmp_path / "rows.parquet")
     return EvaluateJob(
         name="method", base_location=str(tiny_model_dir), rows=tmp_path / "rows.parquet",
-        target=tmp_path / "items.parquet", seed=0, train=TrainConfig(**CONFIG), adapters=adapters,
+        target=tmp_path / "items.parquet", train=TrainConfig(**CONFIG), adapters=adapters,
         evaluate=EvaluateConfig(**{"generate": False} | evaluate),
     )  # fmt: skip
 

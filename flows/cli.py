@@ -64,6 +64,9 @@ def ui(
     from tasks.tracking import tracking_uri
 
     uri = tracking_uri(output)
+    if uri.startswith("http"):
+        console.print(f"MLflow runs at {uri} (MLFLOW_TRACKING_URI)", highlight=False)
+        return
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise typer.BadParameter(
             f"{output} holds no MLflow store yet; run the pipeline first or name its --output"
@@ -184,4 +187,9 @@ def main() -> None:
         app()
     except TcloraError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that may not be written
+        Console(stderr=True).print(
+            f"[bold red]error:[/] {escape(str(error))}; what was finished is kept", highlight=False
+        )
         sys.exit(2)

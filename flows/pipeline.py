@@ -21,12 +21,13 @@ from tasks.merging import explained_variance, factorise, merge
 from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
 from tasks.tracking import Run
-from tclora.config import Config, load_config, parse_config
+from tclora.config import Config, load_config
 from tclora.data.readers import source_digest
 from tclora.devices import exclusive, parallel_jobs
 from tclora.errors import JobError
 from tclora.jobs import stopping_jobs
 from tclora.merge import methods
+from tclora.models import choose_dtype, default_device
 from tclora.preflight import Models, check
 from tclora.summary import BASE, OWN
 
@@ -46,7 +47,7 @@ def pipeline(
         A configuration as ``tclora config`` prints it, missing keys at their defaults; or the path
         of a YAML file.
     overrides : sequence of str
-        Such as "train.epochs=1", for a configuration file.
+        Such as "train.epochs=1".
     until : str
         Last stage to run, one of read, embed, cluster, train, factorise, merge, evaluate, report.
 
@@ -55,13 +56,15 @@ def pipeline(
     dict of str to str
         Folder of the library, MLflow run id and store.
     """
-    cfg = load_config(config, overrides) if isinstance(config, str) else parse_config(config)
+    cfg = load_config(config, overrides)
     if until not in STAGES:
         raise ValueError(f"until must be one of {', '.join(STAGES)}, got {until!r}")
     models = check(cfg)
+    cfg = _settled(cfg)
     with _sole_use(cfg), _mlflow_run(cfg) as run:
         _stages(cfg, models, run, STAGES.index(until))
     return {
+        "until": until,
         "library": str(cfg.library_dir),
         "mlflow_run": run.run_id,
         "mlflow_uri": run.uri,
@@ -141,7 +144,7 @@ def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifac
         futures[name] = train.submit(
             name,
             rows[name],
-            cfg.train,
+            cfg.train.model_copy(update={"joint": False}),  # says nothing about one adapter
             models.base,
             models.base_digest,
             cfg.seed,
@@ -192,7 +195,7 @@ def evaluate_all(
             name,
             rows["evaluation"],
             adapters,
-            cfg.evaluate,
+            cfg.evaluate.model_copy(update={"confidence": 0.95, "resamples": 1}),  # for summaries
             cfg.train,
             models.base,
             models.base_digest,
@@ -226,6 +229,12 @@ def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Arti
             f"run repeats these only:\n{listing}"
         )
     return {name: future.result() for name, future in futures.items()}
+
+
+def _settled(cfg: Config) -> Config:
+    """Write the weights' type in place of "auto", so that unlike machines share no results."""
+    dtype = str(choose_dtype(cfg.train.dtype, default_device())).removeprefix("torch.")
+    return cfg.model_copy(update={"train": cfg.train.model_copy(update={"dtype": dtype})})
 
 
 @contextmanager

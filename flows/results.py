@@ -14,7 +14,8 @@ _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 def print_results(outcome: Mapping[str, str], console: Console) -> None:
     """Print the method table, if methods were evaluated, and the places of all results."""
     library = Path(outcome["library"])
-    if (library / "evaluation" / "summary.parquet").exists():
+    finished = outcome["until"] == "report"
+    if finished and (library / "evaluation" / "summary.parquet").exists():
         console.print(method_table(library))
     for label, place in _places(outcome, library):
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
@@ -61,10 +62,9 @@ def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
 
 def _places(outcome: Mapping[str, str], library: Path) -> list[tuple[str, Path | str]]:
     places: list[tuple[str, Path | str]] = [("library", library)]
-    if (library / "report.html").exists():
+    if outcome["until"] == "report":
         places.append(("report", library / "report.html"))
-    merged = sorted((library / "merged").glob("*")) if (library / "merged").is_dir() else []
-    places += [("merged adapter", path) for path in merged]
+        places += [("merged adapter", path) for path in sorted((library / "merged").glob("*"))]
     places.append(("MLflow store", outcome["mlflow_uri"]))
     places.append(("MLflow run", f"{outcome['mlflow_run']} (open it: tclora ui)"))
     return places

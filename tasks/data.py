@@ -8,7 +8,7 @@ from prefect import get_run_logger
 from safetensors.numpy import load_file, save_file
 
 from tasks.artifact import Artifact, stage
-from tclora.cluster import NOISE, agreement, assign, cluster_rows, map_2d
+from tclora.cluster import NOISE, agreement, assign, assign_held_out, cluster_rows, map_2d
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.data.examples import profile, read_examples
 from tclora.embed import embed_texts
@@ -70,6 +70,11 @@ def cluster(examples: Artifact, embeddings: Artifact, config: ClusterConfig, see
     nearest, _ = assign(vectors, result.centroids)
     labels = nearest.copy()
     labels[training] = result.labels
+    held_out = ~training
+    labels[held_out] = assign_held_out(
+        nearest[held_out], [task for task, row in zip(tasks, training, strict=True) if not row],
+        result.labels, known, config.method, seed,
+    )  # fmt: skip
     points = map_2d(vectors, seed)
     table = frame[["id", "prompt", "task", "split"]].assign(
         cluster=labels,
@@ -99,7 +104,7 @@ def cluster(examples: Artifact, embeddings: Artifact, config: ClusterConfig, see
     )
 
 
-@stage(name="divide")
+@stage("tclora.cluster", name="divide")
 def divide(examples: Artifact, clusters: Artifact, joint: bool) -> dict[str, Artifact]:
     """Write the rows of every training job, and those to evaluate, to files of their own.
 

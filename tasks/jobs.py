@@ -28,7 +28,9 @@ def _environment(resources: ResourceConfig) -> Iterator[dict[str, str]]:
             yield {"CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false"}
 
 
-@stage("tclora.train", "tclora.prompts", name="train", task_run_name="train-{name}")
+@stage(
+    "tclora.train", "tclora.prompts", "tclora.models", name="train", task_run_name="train-{name}"
+)
 def train(
     name: str,
     rows: Artifact,
@@ -107,7 +109,13 @@ def statistics(
     return Artifact.of(rows.root, target, info=result)
 
 
-@stage("tclora.evaluate", "tclora.harness", name="evaluate", task_run_name="evaluate-{name}")
+@stage(
+    "tclora.evaluate",
+    "tclora.harness",
+    "tclora.models",
+    name="evaluate",
+    task_run_name="evaluate-{name}",
+)
 def evaluate(
     name: str,
     rows: Artifact,

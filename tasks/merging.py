@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from prefect import get_run_logger
+
 from tasks.artifact import Artifact, stage
 from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.config import FactoriseConfig
@@ -30,11 +32,18 @@ def factorise(
     root = _root(adapters)
     factors.save(root / "factors.safetensors")
     explained = factors.explained_variance
+    used = max(module.rank for module in factors.modules.values())
+    if used < rank:
+        get_run_logger().warning(
+            "factorise.rank %d exceeds the adapters' total rank; %d, which is exact, is used",
+            rank,
+            used,
+        )
     return Artifact.of(
         root,
         "factors.safetensors",
-        metrics={"factors/rank": rank, "factors/explained_variance": explained},
-        info={"rank": rank, "explained_variance": explained},
+        metrics={"factors/rank": used, "factors/explained_variance": explained},
+        info={"rank": used, "explained_variance": explained},
     )
 
 

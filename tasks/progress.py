@@ -36,7 +36,7 @@ class JobProgress:
                 if name not in self._tasks:
                     self._tasks[name] = self._bars.add_task(name, total=of, note="")
                 self._bars.update(self._tasks[name], completed=done, note=note)
-            elif done * _LINES // of > self._shown.get(name, 0):
+            elif of and done * _LINES // of > self._shown.get(name, 0):
                 self._shown[name] = done * _LINES // of
                 get_run_logger().info("%s: %d of %d, %s", name, done, of, note)
 

@@ -1,6 +1,7 @@
 """Tasks that finish a run: figures with intervals, the manifest, the report, MLflow."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from prefect.artifacts import create_link_artifact
 
 from tasks import tracking
 from tasks.artifact import Artifact, stage
+from tasks.data import WORK
 from tasks.tracking import Run
 from tclora.config import Config, EvaluateConfig
 from tclora.files import atomic_path
@@ -18,7 +20,7 @@ from tclora.preflight import Models
 from tclora.report import figures, write_report
 from tclora.summary import recovery, summarise
 
-_FOLDERS = ("adapters", "training", "merged")
+_FOLDERS = ("adapters", "training", "merged", "evaluation")
 
 
 @stage("tclora.summary", name="summarise")
@@ -88,6 +90,7 @@ def publish(
     }  # fmt: skip
     write_manifest(root, values, files)
     write_report(root)
+    shutil.rmtree(root / WORK / "checkpoints", ignore_errors=True)  # all adapters are finished
     return Artifact.of(root, "library.json", "report.html", info={"storage": storage})
 
 

@@ -14,13 +14,26 @@ from typing import Any
 import mlflow
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, RunTag
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.entities import (
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+from prefect import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
 from tclora.config import Config
+from tclora.devices import exclusive
 
 _BATCH = 500  # metrics per call; MLflow allows 1000
 _PARAM_LENGTH = 6000
+_LIBRARY = "tclora.library"  # tag: the folder a run works on
 Record = Mapping[str, float]
 
 
@@ -57,21 +70,41 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
         Such as the links to Prefect.
     """
     uri = tracking_uri(config.output)
-    config.output.absolute().mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)  # the registry resolves models:/ addresses through it
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(config.name)
-    if experiment is None:
-        local = uri.startswith("sqlite:")
-        artifacts = (config.output.absolute() / "mlartifacts").as_uri() if local else None
-        experiment_id = client.create_experiment(config.name, artifact_location=artifacts)
-    else:
-        experiment_id = experiment.experiment_id
-    created = client.create_run(experiment_id, run_name=run_name, tags=dict(tags))
+    # Two first runs at once would both create the tables of a new store.
+    with exclusive(config.output.absolute() / ".mlflow.lock"):
+        experiment_id = _experiment(client, config)
+    _close_abandoned(client, experiment_id, str(config.library_dir))
+    tags = {**tags, _LIBRARY: str(config.library_dir)}
+    created = client.create_run(experiment_id, run_name=run_name, tags=tags)
     run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
     log_params(run, _flatten(config.model_dump(mode="json")))
     client.log_dict(run.run_id, config.model_dump(mode="json"), "config.yaml")
     return run
+
+
+def _experiment(client: MlflowClient, config: Config) -> str:
+    """Return the id of the run's experiment, created or restored where needed."""
+    experiment = client.get_experiment_by_name(config.name)
+    if experiment is None:
+        artifacts = None
+        if tracking_uri(config.output).startswith("sqlite:"):
+            artifacts = (config.output.absolute() / "mlartifacts").as_uri()
+        return str(client.create_experiment(config.name, artifact_location=artifacts))
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+def _close_abandoned(client: MlflowClient, experiment_id: str, library: str) -> None:
+    """Mark runs on this library as KILLED whose process died before it could; its lock is ours."""
+    filters = f"attributes.status = 'RUNNING' AND tags.`{_LIBRARY}` = '{library}'"
+    for parent in client.search_runs([experiment_id], filters):
+        children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        for run in [parent, *client.search_runs([experiment_id], children)]:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
 
 
 def close_run(run: Run, status: str) -> None:
@@ -124,10 +157,13 @@ class StepLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is buffered."""
-        for start in range(0, len(self._buffer), _BATCH):
-            self.run.client.log_batch(self.run.run_id, metrics=self._buffer[start : start + _BATCH])
-        self._buffer.clear()
+        """Send what is buffered; a store that fails now is tried again at the next flush."""
+        try:
+            while self._buffer:
+                self.run.client.log_batch(self.run.run_id, metrics=self._buffer[:_BATCH])
+                del self._buffer[:_BATCH]
+        except MlflowException as error:  # training is worth more than its curve
+            get_run_logger().warning("MLflow did not take the metrics: %s", error)
         self._sent = time.monotonic()
 
 
@@ -166,7 +202,8 @@ def set_tags(run: Run, tags: Mapping[str, str]) -> None:
 def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: str) -> None:
     """Record which rows a run used: digest, schema and source, not the rows."""
     texts = frame[["prompt", "response"]].astype("string")
-    dataset = mlflow.data.from_pandas(texts, source=source, name=name)
+    origin = CodeDatasetSource(tags={"tclora.data": source})
+    dataset = mlflow.data.from_pandas(texts, source=origin, name=name)
     run.client.log_inputs(
         run.run_id,
         datasets=[
@@ -190,11 +227,10 @@ def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
     same = client.search_logged_models(
         [run.experiment_id],
         filter_string=f"tags.`tclora.sha256` = '{digest}' AND name = '{name}'",
-        max_results=1,
     )
-    if same:
-        model = same[0]
-    else:
+    # One that is not ready was left by a run that was killed while it uploaded.
+    model = next((found for found in same if found.status == LoggedModelStatus.READY), None)
+    if model is None:
         model = client.create_logged_model(
             run.experiment_id,
             name=name,

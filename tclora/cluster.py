@@ -119,6 +119,41 @@ def assign(vectors: Embeddings, centres: NDArray[np.float32]) -> tuple[Labels, N
     return nearest, similarity[np.arange(len(vectors)), nearest]
 
 
+def assign_held_out(
+    nearest: Labels,
+    tasks: Sequence[str | None],
+    training_labels: Labels,
+    training_tasks: Sequence[str | None],
+    method: str,
+    seed: int = 0,
+) -> Labels:
+    """Give held-out rows the cluster whose adapter answers for them.
+
+    Parameters
+    ----------
+    nearest : ndarray of int64, shape (N,)
+        Nearest centroid of each held-out row; right for clusters of similar prompts.
+    tasks : sequence of N str or None
+        Task labels of the held-out rows.
+    training_labels, training_tasks
+        Clusters and task labels of the training rows.
+    method : str
+        With "task", rows of a trained task go to its cluster; with "random", to a random one, as
+        the training rows did.
+    seed : int
+        Seed of random groups.
+    """
+    if method == "random":
+        groups = np.random.default_rng(seed + 1).permutation(np.arange(len(nearest)))
+        return groups % (training_labels.max() + 1)
+    if method == "task":
+        cluster_of = dict(zip(training_tasks, training_labels.tolist(), strict=True))
+        return np.array(
+            [cluster_of.get(t, n) for t, n in zip(tasks, nearest, strict=True)], dtype=np.int64
+        )
+    return nearest
+
+
 def centroids(vectors: Embeddings, labels: Labels) -> NDArray[np.float32]:
     """Return the unit-norm mean direction of every cluster, shape (K, D); noise does not count."""
     means = np.stack([vectors[labels == k].mean(axis=0) for k in range(labels.max() + 1)])

@@ -5,7 +5,8 @@ refused with the nearest known one, and all problems are reported together.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,6 +85,17 @@ class ClusterConfig(_Section):
     )
     fit_rows: Positive = Field(50_000, description="fit on a sample of at most this many rows")
 
+    @model_validator(mode="after")
+    def _check_k(self) -> "ClusterConfig":
+        if self.k == "auto":
+            if self.method == "random":
+                raise ValueError("k must be a number with method: random, got 'auto'")
+            if self.k_range[0] > self.k_range[1]:
+                raise ValueError(f"k_range must be (low, high), got {list(self.k_range)}")
+        elif self.fit_rows < self.k:
+            raise ValueError(f"fit_rows must be at least k = {self.k}, got {self.fit_rows}")
+        return self
+
 
 class TrainConfig(_Section):
     """How one LoRA adapter is trained."""
@@ -116,7 +128,7 @@ class TrainConfig(_Section):
     )
     freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="type of weights in training and evaluation; auto: bf16 where fast"
     )
     checkpoint_steps: Positive = Field(20, description="steps between checkpoints")
@@ -211,13 +223,15 @@ class Config(_Section):
         return (self.output / self.name).absolute()
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Config:
     """Read a YAML file, apply ``key=value`` overrides and validate everything.
 
     Parameters
     ----------
-    path : str or Path, optional
-        YAML file; the defaults alone if None.
+    source : str, Path or mapping, optional
+        YAML file or nested mapping; the defaults alone if None.
     overrides : sequence of str
         ``"train.epochs=1"``; values are YAML.
 
@@ -230,12 +244,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     ConfigError
         With every problem found: unreadable file, unknown keys, wrong types or values.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(Path(path))
+    if isinstance(source, Mapping):
+        values = deepcopy(dict(source))
+    else:
+        values = {} if source is None else _read_yaml(Path(source))
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, source=str(path or "configuration"))
+    named = isinstance(source, (str, Path))
+    return parse_config(values, source=str(source) if named else "configuration")
 
 
 def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.loss import response_nll
-from tclora.prompts import IGNORED, Batch, TokenRow, batches, encode
+from tclora.prompts import IGNORED, Batch, TokenRow, batches, collate, encode
 from tclora.scoring import score
 
 
@@ -73,6 +73,7 @@ def measure(
         pad_id=tokenizer.pad_token_id,
         token_budget=token_budget,
         prompts_only=max_new_tokens is not None,
+        room=max_new_tokens or 0,
     ):
         texts: Sequence[str | None] = [None] * len(batch.rows)
         if max_new_tokens is None:
@@ -105,6 +106,10 @@ def _generate_and_score(
     )
     texts = tokenizer.batch_decode(output.sequences[:, width:], skip_special_tokens=True)
     cache = output.past_key_values
+    if any(getattr(cache, "is_sliding", ())):  # has forgotten what it would have to be cut back to
+        chosen = [rows[i] for i in batch.rows]
+        whole = collate(chosen, range(len(chosen)), tokenizer.pad_token_id)
+        return response_nll(model, whole).sum(1), texts
     # The last prompt token is fed again: its logits predict the first response token.
     cache.crop(width - 1 - cache.get_seq_length())
     responses = [rows[i].response for i in batch.rows]

@@ -73,9 +73,14 @@ def atomic_path(target: Path) -> Iterator[Path]:
         fresh = scratch / target.name
         yield fresh
         _sync(fresh)
-        if target.is_dir():
+        if target.is_dir():  # a folder cannot be renamed onto one that is not empty
             target.replace(scratch / "old")
-        fresh.replace(target)
+        try:
+            fresh.replace(target)
+        except OSError:
+            if (scratch / "old").exists():
+                (scratch / "old").replace(target)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -95,13 +95,20 @@ def prune(root: Path, folders: Iterable[str], keep: Iterable[str]) -> list[str]:
         Folders of `root` to tidy, such as "adapters".
     keep : iterable of str
         Paths below `root` that belong to the library.
+
+    Notes
+    -----
+    Only what the manifest of the earlier run lists is removed, never a user's own file.
     """
+    if not (root / MANIFEST).exists():
+        return []
+    ours = set(read_manifest(root)["digests"])
     kept = set(keep)
     removed = []
     for folder in folders:
         for path in sorted((root / folder).glob("*")):
             name = path.relative_to(root).as_posix()
-            if name not in kept:
+            if name in ours - kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(name)
     return removed

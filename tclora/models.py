@@ -76,21 +76,12 @@ def model_digest(location: str) -> str:
     ----------
     location : str
         What `locate_base_model` or `locate_embedder` returned.
-
-    Notes
-    -----
-    Local weight files enter by name and size, other files by content: reading tens of gigabytes
-    for every run would cost more than it protects.
     """
     path = Path(location)
     if not path.is_dir():
         config = AutoConfig.from_pretrained(location)
         return sha256_json([location, getattr(config, "_commit_hash", None)])
-    entries = []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        large = file.suffix in {".safetensors", ".bin", ".gguf"}
-        entries.append([file.name, file.stat().st_size if large else sha256_path(file)])
-    return sha256_json(entries)
+    return sha256_path(path)
 
 
 def choose_dtype(name: str, device: str = "cpu") -> torch.dtype:

@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tclora.config import Config
@@ -11,7 +12,6 @@ from tclora.errors import ConfigError, ModelError
 from tclora.harness import executes_code
 from tclora.merge import methods
 from tclora.models import (
-    default_device,
     load_tokenizer,
     locate_base_model,
     locate_embedder,
@@ -95,18 +95,31 @@ def _harness_problems(config: Config) -> list[str]:
     return problems
 
 
+def _target_problems(adapted: PeftModel, config: Config) -> list[str]:
+    """Find targets that match nothing, or match what a plain update B @ A cannot express."""
+    problems = []
+    adapted_modules = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters()
+                       if ".lora_A." in name}  # fmt: skip
+    targets = config.train.target_modules
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name.endswith(f".{target}") for name in adapted_modules):
+            problems.append(f"train.target_modules: {target!r} matches no linear layer")
+    if any(".lora_embedding_A" in name for name, _ in adapted.named_parameters()):
+        problems.append("train.target_modules must be linear layers, not embeddings")
+    return problems
+
+
 def _base_model_problems(location: str, config: Config) -> list[str]:
     problems = []
-    with torch.device("meta"):  # shapes without weights
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location))
-        try:
-            attach_lora(model, config.train, seed=0)
-        except ModelError as error:
-            problems.append(str(error))
     try:
-        encode(load_tokenizer(location), ["a"], ["b"], template=config.train.template)
-    except ValueError as error:
-        problems.append(str(error))
-    if config.train.dtype == "float16" and default_device() == "cpu":
-        problems.append("train.dtype: float16 needs a GPU; use auto, bfloat16 or float32")
+        with torch.device("meta"):  # shapes without weights
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location))
+            adapted = attach_lora(model, config.train, seed=0)
+        problems += _target_problems(adapted, config)
+        tokenizer = load_tokenizer(location)
+        if tokenizer.eos_token_id is None:
+            problems.append("base_model: its tokenizer must have an end-of-sequence token")
+        encode(tokenizer, ["a"], ["b"], template=config.train.template)
+    except (OSError, ValueError, ModelError) as error:
+        problems.append(f"base_model: {error}")
     return problems

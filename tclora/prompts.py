@@ -116,7 +116,12 @@ def _fit(prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int) ->
 
 
 def batches(
-    rows: Sequence[TokenRow], *, pad_id: int, token_budget: int = 1024, prompts_only: bool = False
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    token_budget: int = 1024,
+    prompts_only: bool = False,
+    room: int = 0,
 ) -> Iterator[Batch]:
     """Group rows of similar length into batches of at most `token_budget` padded tokens.
 
@@ -129,7 +134,9 @@ def batches(
     token_budget : int
         Padded tokens per batch (rows × longest row); a longer single row makes a batch of its own.
     prompts_only : bool
-        Leave the responses out, for generation.
+        Leave the responses out, for generation; they still count in the budget.
+    room : int
+        Tokens to be generated per row, counted in the budget where they exceed the response.
 
     Yields
     ------
@@ -142,14 +149,26 @@ def batches(
     order = sorted(range(len(rows)), key=length, reverse=True)
     start = 0
     while start < len(order):
-        count = max(1, token_budget // max(1, length(order[start])))
-        yield _collate(rows, order[start : start + count], pad_id, prompts_only)
-        start += count
+        chosen = order[start : start + _fitting(rows, order[start:], token_budget, room)]
+        yield collate(rows, chosen, pad_id, prompts_only)
+        start += len(chosen)
 
 
-def _collate(
-    rows: Sequence[TokenRow], chosen: Sequence[int], pad_id: int, prompts_only: bool
+def _fitting(rows: Sequence[TokenRow], order: Sequence[int], token_budget: int, room: int) -> int:
+    """Return how many of the next rows fit the budget, padded; at least one."""
+    prompt = response = 0
+    for count, index in enumerate(order):
+        prompt = max(prompt, len(rows[index].prompt))
+        response = max(response, room, len(rows[index].response))
+        if count and (count + 1) * (prompt + response) > token_budget:
+            return count
+    return len(order)
+
+
+def collate(
+    rows: Sequence[TokenRow], chosen: Sequence[int], pad_id: int, prompts_only: bool = False
 ) -> Batch:
+    """Pad the chosen rows on the left into one batch; see `batches`."""
     sequences = [
         rows[i].prompt if prompts_only else rows[i].prompt + rows[i].response for i in chosen
     ]

@@ -45,6 +45,18 @@ def score(scorer: str, generated: str, answer: str, metadata: str | None = None)
     raise ValueError(f"scorer must be 'exact', 'number' or 'reasoning-gym:NAME', got {scorer!r}")
 
 
+def check_scorer(scorer: str, metadata: str | None) -> None:
+    """Raise ValueError if a row's scorer is unknown or its metadata is not JSON."""
+    if scorer in {"exact", "number"}:
+        return
+    if not scorer.startswith(_GYM):
+        raise ValueError(
+            f"scorer must be 'exact', 'number' or 'reasoning-gym:NAME', got {scorer!r}"
+        )
+    _gym_dataset(scorer.removeprefix(_GYM))
+    json.loads(metadata or "{}")
+
+
 def default_scorer(answer: str) -> str:
     """Choose a scorer for a row that names none: ``number`` for numeric answers, else ``exact``."""
     return "number" if _NUMBER.fullmatch(answer.strip()) else "exact"

@@ -78,7 +78,8 @@ def recovery(
                 part[part["method"] == name].set_index("id")[["nll", "tokens"]]
                 for name in (BASE, method, OWN)
             ]
-            point, sample = _cluster_recovery(tables, resamples, seed)
+            # Clusters are independent: each has resamples of its own, the same for every method.
+            point, sample = _cluster_recovery(tables, resamples, seed + int(str(cluster)))
             points.append(point)
             draws.append(sample)
             rows.append((method, str(cluster), point, *_interval(sample, confidence)))

@@ -8,7 +8,6 @@ on CPU, and checkpoints in safe formats.
 import json
 import logging
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
@@ -87,9 +87,9 @@ def train_adapter(
     seed, init_seed : int
         Seeds of the row order and dropout, and of A_0.
     checkpoint : Path, optional
-        Directory of the checkpoint: written every `config.checkpoint_steps`, removed at the end. If
-        it exists, training resumes there and ends with the same adapter; the caller makes sure
-        that it belongs to the same rows, configuration and seeds.
+        Directory of the checkpoint: written every `config.checkpoint_steps` and after the last
+        step. If it exists, training resumes there and ends with the same adapter; the caller makes
+        sure that it belongs to the same rows, configuration and seeds, and removes it.
     on_step : callable, optional
         Called after each step with its record; after a resume, with the earlier ones too.
 
@@ -107,7 +107,7 @@ def train_adapter(
     started = time.monotonic()
     peft_model = attach_lora(model, config, init_seed)
     trainer = _Trainer(peft_model, config, total_steps(len(rows), config))
-    history = trainer.restore(checkpoint) if checkpoint and checkpoint.is_dir() else []
+    history = _resume(trainer, checkpoint) if checkpoint and checkpoint.is_dir() else []
     for step, order in enumerate(_step_rows(len(rows), trainer.total, config.batch_size, seed)):
         if step < len(history):  # done before the resume
             if on_step:
@@ -118,11 +118,9 @@ def train_adapter(
         history.append(record | {"seconds": time.monotonic() - started})
         if on_step:
             on_step(history[-1])
-        if checkpoint and (step + 1) % config.checkpoint_steps == 0:
+        if checkpoint and ((step + 1) % config.checkpoint_steps == 0 or step + 1 == trainer.total):
             trainer.save(checkpoint, history)
     write_adapter(_factors(peft_model, trainer.masters, target.name, base_model), target)
-    if checkpoint:
-        shutil.rmtree(checkpoint, ignore_errors=True)
     tail = history[-max(1, len(history) // 10) :]
     return TrainingResult(
         history=tuple(history),
@@ -131,6 +129,17 @@ def train_adapter(
         final_loss=sum(record["loss"] for record in tail) / len(tail),
         seconds=time.monotonic() - started,
     )
+
+
+def _resume(trainer: "_Trainer", checkpoint: Path) -> list[dict[str, float]]:
+    """Restore a checkpoint; start afresh if it cannot be read."""
+    try:
+        return trainer.restore(checkpoint)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        logger.warning(
+            "checkpoint %s cannot be read, training starts afresh: %s", checkpoint, error
+        )
+        return []
 
 
 def total_steps(n_rows: int, config: TrainConfig) -> int:
@@ -226,8 +235,8 @@ class _Trainer:
         """One optimiser step: mean loss over the supervised tokens of all its rows."""
         tokens = sum(len(row.response) for row in rows)
         loss = 0.0
-        pad_id = self.model.config.pad_token_id or 0
-        for batch in batches(rows, pad_id=pad_id, token_budget=self.config.tokens_per_forward):
+        # What pads is masked out, so that any token serves.
+        for batch in batches(rows, pad_id=0, token_budget=self.config.tokens_per_forward):
             part = response_nll(self.model, batch).sum() / tokens
             part.backward()
             loss += part.item()

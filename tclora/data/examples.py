@@ -7,7 +7,7 @@ import pandas as pd
 
 from tclora.config import DataConfig
 from tclora.data.demo import DEMO, demo_examples
-from tclora.data.frame import canonical_frame
+from tclora.data.frame import canonical_frame, content_ids
 from tclora.data.readers import read_table
 from tclora.errors import DataError
 
@@ -58,7 +58,8 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
             extra, more = _read(config, path, seed)
             parts.append(extra.assign(split=split))
             skipped += more
-    frame = _without_repeats(pd.concat(parts, ignore_index=True))
+    frame = pd.concat(parts, ignore_index=True)
+    frame = _without_repeats(frame.assign(id=content_ids(frame)))
     frame = _split_off_test(frame, config.test_fraction, seed)
     frame = _sample(frame, config, seed)
     if not (frame["split"] == "train").any():

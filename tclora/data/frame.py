@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from tclora.errors import DataError
-from tclora.scoring import default_scorer
+from tclora.scoring import check_scorer, default_scorer
 
 SPLITS = ("train", "test", "ood", "composition")
 OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")
@@ -67,11 +67,14 @@ def canonical_frame(
     if raw.empty:
         raise DataError(f"{source}: must hold at least one row, got none")
     raw = _rename(raw, source, columns or {})
-    pair_of = _detect_form(raw, source)
+    mapped = {"prompt", "response"} <= set(columns or {})
+    pair_of = _plain_form("prompt", "response") if mapped else _detect_form(raw, source)
     pairs, problems = {}, {}
     for number, row in zip(raw.index, raw.to_dict("records"), strict=True):
         try:
             pairs[number] = pair_of(row)
+            if scorer := _optional(row.get("scorer")):
+                check_scorer(str(scorer), _optional(row.get("metadata")))
         except ValueError as problem:
             problems[number] = f"{source}, row {number}: {problem}"
     if problems and (on_bad_row == "error" or not pairs):
@@ -111,11 +114,15 @@ def _detect_form(raw: pd.DataFrame, source: str) -> Callable[[Row], Pair]:
         return _chat_pair
     for prompt, response in _PLAIN_FORMS:
         if {prompt, response} <= columns:
-            return lambda row: (_text(row[prompt], prompt), _text(row[response], response))
+            return _plain_form(prompt, response)
     raise DataError(
         f"{source}: columns must be prompt/response (or {_OTHER_NAMES}), instruction/output "
         f"(Alpaca) or messages (chat), got {list(raw.columns)}; name yours in data.columns"
     )
+
+
+def _plain_form(prompt: str, response: str) -> Callable[[Row], Pair]:
+    return lambda row: (_text(row[prompt], prompt), _text(row[response], response))
 
 
 def _alpaca_pair(row: Row) -> Pair:
@@ -158,16 +165,17 @@ def _text(value: Any, field: str) -> str:  # noqa: ANN401
 def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFrame:
     frame = pd.DataFrame(pairs, columns=["prompt", "response"], dtype=object)
     for column in OPTIONAL:
-        values = kept[column].tolist() if column in kept else [None] * len(kept)
-        frame[column] = pd.Series([_optional(v) for v in values], dtype=object)
+        values = [_optional(v) for v in kept[column]] if column in kept else [None] * len(kept)
+        if column != "choices":  # labels may be numbers in the source
+            values = [value if value is None else str(value) for value in values]
+        frame[column] = pd.Series(values, dtype=object)
     unknown = set(frame["split"].dropna()) - set(SPLITS)
     if unknown:
         raise DataError(f"{source}: split must be one of {SPLITS}, got {sorted(unknown)}")
     frame["answer"] = frame["answer"].where(frame["answer"].notna(), frame["response"]).map(str)
     scorers = pd.Series(map(default_scorer, frame["answer"]), index=frame.index, dtype=object)
     frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), scorers)
-    frame["id"] = _ids(frame)
-    return frame[list(COLUMNS)]
+    return frame.assign(id=content_ids(frame))[list(COLUMNS)]
 
 
 def _optional(value: Any) -> Any:  # noqa: ANN401
@@ -181,8 +189,8 @@ def _optional(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def _ids(frame: pd.DataFrame) -> list[str]:
-    """Stable content hashes; a repeated row gets its repetition number appended."""
+def content_ids(frame: pd.DataFrame) -> list[str]:
+    """Return stable content hashes; a repeated row gets its repetition number appended."""
     seen: dict[str, int] = {}
     ids = []
     for prompt, response in zip(frame["prompt"], frame["response"], strict=True):

@@ -200,8 +200,6 @@ def map_2d(vectors: Embeddings, seed: int = 0) -> NDArray[np.float32]:
 
 
 def _check_k(n_rows: int, k: int | str) -> None:
-    if k == "auto":
-        raise DataError("cluster.k: 'auto' works with cluster.method: kmeans only; give a number")
     if int(k) > n_rows:
         raise DataError(
             f"cluster.k must be at most the number of training rows ({n_rows}), got {k}; "

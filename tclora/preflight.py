@@ -116,10 +116,13 @@ def _base_model_problems(location: str, config: Config) -> list[str]:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location))
             adapted = attach_lora(model, config.train, seed=0)
         problems += _target_problems(adapted, config)
+    except (OSError, ValueError, ModelError) as error:
+        problems.append(f"base_model: {error}")
+    try:
         tokenizer = load_tokenizer(location)
         if tokenizer.eos_token_id is None:
             problems.append("base_model: its tokenizer must have an end-of-sequence token")
         encode(tokenizer, ["a"], ["b"], template=config.train.template)
-    except (OSError, ValueError, ModelError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"base_model: {error}")
     return problems

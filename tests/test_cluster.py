@@ -132,8 +132,8 @@ def test_no_candidate_for_k_is_an_error():
 
 
 def test_auto_is_for_kmeans_alone():
-    with pytest.raises(DataError, match=r"'auto' works with cluster.method: kmeans only"):
-        cluster_rows(scattered(), config("random", k="auto"))
+    with pytest.raises(ValueError, match="k must be a number with method: random"):
+        config("random", k="auto")
 
 
 def test_one_cluster_is_allowed():

@@ -56,14 +56,12 @@ def test_an_unreadable_manifest_says_why(tmp_path, text, message):
 
 
 def test_prune_removes_what_does_not_belong(library):
-    (library / "adapters/old").mkdir()
-    (library / "adapters/old/weights").write_text("x")
-    (library / "adapters/file").write_text("x")
-    (library / "other").mkdir()
-    removed = prune(library, ("adapters", "merged"), ["adapters/a", "adapters/b"])
-    assert removed == ["adapters/file", "adapters/old"]
-    assert verify(library) == []
-    assert (library / "other").is_dir()
+    (library / "adapters/own").mkdir()
+    removed = prune(library, ("adapters", "merged"), ["adapters/a"])
+    assert removed == ["adapters/b"]
+    assert (library / "adapters/a").is_dir()
+    assert (library / "adapters/own").is_dir()  # not in the manifest: the user's
+    assert prune(library, ("adapters",), ["adapters/a"]) == []
 
 
 def test_size(library):

@@ -70,7 +70,6 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
         Such as the links to Prefect.
     """
     uri = tracking_uri(config.output)
-    mlflow.set_tracking_uri(uri)  # the registry resolves models:/ addresses through it
     client = MlflowClient(uri)
     # Two first runs at once would both create the tables of a new store.
     with exclusive(config.output.absolute() / ".mlflow.lock"):
@@ -253,14 +252,19 @@ def register_adapter(run: Run, model_id: str, name: str) -> str:
         The version.
     """
     client = run.client
+    # A local store would look a models:/ address up in the process's global store, not in its own.
+    remote = run.uri.startswith("http")
+    source = (
+        f"models:/{model_id}" if remote else client.get_logged_model(model_id).artifact_location
+    )
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.source == f"models:/{model_id}":  # a search leaves model_id empty
+        if version.source == source:  # a search leaves model_id empty
             break
     else:
         version = client.create_model_version(
-            name, source=f"models:/{model_id}", run_id=run.run_id, model_id=model_id
+            name, source=source, run_id=run.run_id, model_id=model_id
         )
     client.set_registered_model_alias(name, "current", version.version)
     return str(version.version)

@@ -71,7 +71,9 @@ def test_doctor_names_what_is_missing(tmp_path):
     assert BUILTIN_BASE in result.stdout
 
 
-def test_the_ui_needs_a_store(tmp_path):
+def test_the_ui_needs_a_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("os.execvp", None)  # a server must not take this process over
     result = invoke("ui", "--output", str(tmp_path))
     assert result.exit_code == 2
     assert "holds no MLflow store yet" in " ".join(result.output.split())

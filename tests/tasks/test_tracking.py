@@ -126,9 +126,10 @@ def test_an_adapter_is_stored_once_per_digest_and_registered(run, tmp_path):
     assert str(run.client.get_model_version_by_alias("trial-x", "current").version) == "1"
 
 
-def test_a_registered_adapter_can_be_downloaded(run, tmp_path):
+def test_a_registered_adapter_can_be_downloaded(run, tmp_path, monkeypatch):
     import mlflow
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
     (tmp_path / "adapter_config.json").write_text('{"r": 3}')
     model_id = tracking.log_adapter(run, tmp_path, "stored", "digest-9")
     tracking.register_adapter(run, model_id, "stored")

@@ -102,13 +102,21 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     if last < STAGES.index("merge"):
         return
     informed = {m.name for m in methods() if m.needs} & set(cfg.merge.methods)
-    activations: Artifacts = {}
+    activations = None
     if informed and cfg.merge.calibration_rows:
-        activations = _in_parallel(cfg, collect_all)(cfg, models, rows, adapters, run)
+        activations = statistics(
+            {name: rows[name] for name in adapters},
+            adapters,
+            cfg.merge.calibration_rows,
+            cfg.train,
+            models.base,
+            models.base_digest,
+            run=(run, cfg.resources),
+        )
     merged = {
         name: merge(name, adapters, factors, activations, cfg.factorise.rank, cfg.seed)
         if name in informed
-        else merge(name, adapters, None, {}, None, cfg.seed)
+        else merge(name, adapters, None, None, None, cfg.seed)
         for name in cfg.merge.methods
     }
     if last < STAGES.index("evaluate"):
@@ -152,27 +160,6 @@ def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifac
             run=(run, cfg.resources),
         )
     return _collect("train", futures)
-
-
-@flow(name="collect-statistics", validate_parameters=False)
-def collect_all(
-    cfg: Config, models: Models, rows: Artifacts, adapters: Artifacts, run: Run
-) -> Artifacts:
-    """Collect activation statistics of every cluster, in parallel jobs."""
-    futures = {
-        name: statistics.submit(
-            name,
-            rows[name],
-            adapter,
-            cfg.merge.calibration_rows,
-            cfg.train,
-            models.base,
-            models.base_digest,
-            run=(run, cfg.resources),
-        )
-        for name, adapter in adapters.items()
-    }
-    return _collect("statistics", futures)
 
 
 @flow(name="evaluate-library", validate_parameters=False)

@@ -81,32 +81,33 @@ def train(
     )
 
 
-@stage("tclora.merge.statistics", name="statistics", task_run_name="statistics-{name}")
+@stage("tclora.merge.statistics", "tclora.models", name="statistics")
 def statistics(
-    name: str,
-    rows: Artifact,
-    adapter: Artifact,
+    rows: dict[str, Artifact],
+    adapters: dict[str, Artifact],
     count: int,
     train: TrainConfig,
     base: str,
     base_digest: str,
     run: tuple[Run, ResourceConfig],
 ) -> Artifact:
-    """Collect the base model's activations on a cluster's first rows, for merges that use them."""
+    """Collect the base activations on each cluster's first rows, for merges that use them."""
     _, resources = run
-    target = f"{WORK}/statistics/{name}.safetensors"
+    root = next(iter(rows.values())).root
+    folder = f"{WORK}/statistics"
     job = StatisticsJob(
-        name=name,
+        name="statistics",
         base_location=base,
-        rows=rows.path,
-        target=rows.root / target,
+        rows={name: part.path for name, part in rows.items()},
+        target=root / folder,
         train=train,
         count=count,
-        modules=tuple(read_adapter(adapter.path).modules),
+        # Cluster adapters differ in their numbers alone, so that one speaks for all.
+        modules=tuple(read_adapter(next(iter(adapters.values())).path).modules),
     )
     with _environment(resources) as env:
         result = run_job(job, env=env, timeout=resources.job_timeout)
-    return Artifact.of(rows.root, target, info=result)
+    return Artifact.of(root, *(f"{folder}/{name}.safetensors" for name in rows), info=result)
 
 
 @stage(

@@ -72,15 +72,15 @@ def merge(
     method: str,
     adapters: dict[str, Artifact],
     factors: Artifact | None,
-    statistics: dict[str, Artifact],
+    statistics: Artifact | None,
     rank: int | None,
     seed: int,
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
-    `factors` and `statistics` (by adapter; may be empty) are given to methods that use them.
+    `factors` and `statistics` are given to methods that use them.
     """
-    grams = [part.path for part in statistics.values()]
+    grams = [statistics.root / name for name in statistics.files] if statistics else []
     merged = merge_adapters(
         _read(adapters),
         method,

@@ -36,7 +36,6 @@ class _Job(BaseModel):
 
     name: str
     base_location: str
-    rows: Path
     target: Path
     train: TrainConfig
 
@@ -45,6 +44,7 @@ class TrainJob(_Job):
     """Train one adapter on the rows of a Parquet file (columns prompt, response)."""
 
     kind: Literal["train"] = "train"
+    rows: Path
     seed: int
     init_seed: int
     checkpoint: Path
@@ -57,16 +57,21 @@ class EvaluateJob(_Job):
     """
 
     kind: Literal["evaluate"] = "evaluate"
+    rows: Path
     evaluate: EvaluateConfig
     adapters: dict[str, Path]  # "all" or the cluster's number -> directory
     harness_target: Path | None = None  # where lm-eval's figures go, if they are asked for
 
 
 class StatisticsJob(_Job):
-    """Collect one cluster's activation statistics on its first rows; see `tclora.merge.collect`."""
+    """Collect the clusters' activation statistics on their first rows; see `tclora.merge.collect`.
+
+    `target` is a folder; it gets one file per cluster.
+    """
 
     kind: Literal["statistics"] = "statistics"
-    count: int  # rows
+    rows: dict[str, Path]  # cluster's adapter -> Parquet file
+    count: int  # rows per cluster
     modules: tuple[str, ...]
 
 
@@ -228,7 +233,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
     model, tokenizer = _base(job)
     result = train_adapter(
         model,
-        _encoded(job, tokenizer),
+        _encoded(job, job.rows, tokenizer),
         job.train,
         job.target,
         base_model=job.base_location,
@@ -249,9 +254,14 @@ def _base(job: Job) -> tuple[Any, Any]:
     return model, load_tokenizer(job.base_location)
 
 
-def _encoded(job: Job, tokenizer: Any, count: int | None = None) -> list[TokenRow]:  # noqa: ANN401
-    """Return the job's rows, or the first of them, as tokens."""
-    frame = pd.read_parquet(job.rows, columns=["prompt", "response"])[:count]
+def _encoded(
+    job: Job,
+    rows: Path,
+    tokenizer: Any,  # noqa: ANN401
+    count: int | None = None,
+) -> list[TokenRow]:
+    """Return the rows of a file, or the first of them, as tokens."""
+    frame = pd.read_parquet(rows, columns=["prompt", "response"])[:count]
     return encode(
         tokenizer,
         frame["prompt"].tolist(),
@@ -265,16 +275,19 @@ def _statistics(job: StatisticsJob) -> dict[str, Any]:
     from tclora.merge import collect
 
     model, tokenizer = _base(job)
-    statistics = collect(
-        model,
-        _encoded(job, tokenizer, job.count),
-        job.name,
-        job.modules,
-        pad_id=tokenizer.pad_token_id,
-        token_budget=job.train.tokens_per_forward,
-    )
-    statistics.save(job.target)
-    return {"tokens": statistics.tokens[job.name]}
+    tokens: dict[str, int] = {}
+    for name, rows in job.rows.items():
+        statistics = collect(
+            model,
+            _encoded(job, rows, tokenizer, job.count),
+            name,
+            job.modules,
+            pad_id=tokenizer.pad_token_id,
+            token_budget=job.train.tokens_per_forward,
+        )
+        statistics.save(job.target / f"{name}.safetensors")
+        tokens |= statistics.tokens
+    return {"tokens": tokens}
 
 
 def _evaluate(job: EvaluateJob) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     factors = factorise(
         adapters, cfg.factorise.rank, cfg.factorise.n_starts, cfg.factorise.n_iter, cfg.seed
     )
-    variance = explained_variance(adapters, cfg.factorise, cfg.seed)
+    variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed)
     _announce("factorise", factors.metrics)
     if last < STAGES.index("merge"):
         return

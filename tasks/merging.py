@@ -7,7 +7,6 @@ from prefect import get_run_logger
 
 from tasks.artifact import Artifact, stage
 from tclora.adapter import Adapter, read_adapter, write_adapter
-from tclora.config import FactoriseConfig
 from tclora.files import atomic_path
 from tclora.merge import ActivationStatistics
 from tclora.merge import merge as merge_adapters
@@ -49,10 +48,10 @@ def factorise(
 
 @stage("tclora.tensor", name="explained-variance")
 def explained_variance(
-    adapters: dict[str, Artifact], config: FactoriseConfig, seed: int
+    adapters: dict[str, Artifact], ranks: tuple[int, ...], seed: int
 ) -> Artifact:
     """Explained variance against rank, per module and overall."""
-    curve = explained_variance_curve(_read(adapters), config.ranks, seed=seed)
+    curve = explained_variance_curve(_read(adapters), ranks, seed=seed)
     root = _root(adapters)
     with atomic_path(root / "explained_variance.parquet") as fresh:
         curve.to_parquet(fresh)

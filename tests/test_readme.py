@@ -44,6 +44,7 @@ def test_every_command_it_names_exists():
 
 def test_its_pictures_and_files_exist():
     text = README.read_text()
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"(configs/[\w-]+\.yaml)", text)
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    linked += re.findall(r"(configs/[\w-]+\.yaml)", text)
     assert linked
     assert [name for name in linked if not (README.parent / name).exists()] == []

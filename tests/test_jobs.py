@@ -74,10 +74,10 @@ def poisoned_dir(tmp_path, tiny_model, tokenizer):
     return tmp_path / "poisoned"
 
 
-def children():
-    """Processes this thread has started and not yet collected."""
-    path = f"/proc/{os.getpid()}/task/{threading.get_native_id()}/children"
-    return [int(pid) for pid in Path(path).read_text().split()]
+def running_jobs(thread):
+    """Process ids of the jobs a thread has started; servers of other tests are children too."""
+    found = Path(f"/proc/{os.getpid()}/task/{thread}/children").read_text().split()
+    return [int(p) for p in found if b"tclora.jobs" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_a_training_job_reports_its_steps_and_leaves_a_stock_adapter(finished, tiny_model):
@@ -95,7 +95,7 @@ def test_a_killed_job_names_the_cause_and_resumes_at_its_checkpoint(finished, tr
 
     def kill(event):
         if event["step"] == 7:
-            os.kill(children()[0], signal.SIGKILL)
+            os.kill(running_jobs(threading.get_native_id())[0], signal.SIGKILL)
 
     with pytest.raises(JobError, match=r"job cluster-1 was killed .*lack of memory"):
         run_job(job, env=ENV, on_event=kill)
@@ -166,8 +166,7 @@ def test_a_job_ended_from_outside_names_the_signal(train_job):
     native = threading.get_native_id()
 
     def end():
-        path = Path(f"/proc/{os.getpid()}/task/{native}/children")
-        os.kill(int(path.read_text().split()[0]), signal.SIGTERM)
+        os.kill(running_jobs(native)[0], signal.SIGTERM)
 
     timer = threading.Timer(0.5, end)
     timer.start()
@@ -195,13 +194,13 @@ def test_an_exception_of_the_callback_ends_the_job(train_job):
     seen = []
 
     def fail(event):
-        seen.extend(children())
+        seen.extend(running_jobs(threading.get_native_id()))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_job(train_job(train=ENDLESS), env=ENV, on_event=fail)
     assert seen
-    assert not children()
+    assert not running_jobs(threading.get_native_id())
 
 
 def test_a_job_dies_with_its_parent(train_job, tmp_path):

@@ -16,10 +16,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
-from tasks.jobs import evaluate, statistics, train
+from tasks.jobs import evaluate, evaluate_routed, statistics, train
 from tasks.merging import explained_variance, factorise, merge
 from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
+from tasks.routing import ROUTED, route, routed_info
 from tasks.tracking import Run
 from tclora.config import Config, load_config
 from tclora.data.readers import source_digest
@@ -119,6 +120,20 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
         else merge(name, adapters, None, None, None, cfg.seed)
         for name in cfg.merge.methods
     }
+    routed = None
+    if cfg.route.enabled:
+        routed = route(
+            routed_info(cfg, models, list(adapters)),
+            adapters,
+            merged[cfg.merge.primary],
+            activations,
+            embeddings,
+            clusters,
+            cfg.route.mode,
+            cfg.route.top_k,
+            cfg.route.coverage,
+            cfg.seed,
+        )
     if last < STAGES.index("evaluate"):
         return
     parts = {
@@ -126,9 +141,9 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
         "clusters": clusters,
         "factors": factors,
         "explained_variance": variance,
-    }
+    } | ({ROUTED: routed} if routed else {})
     if "evaluation" in rows:
-        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, weights, merged, run)
+        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, weights, merged, routed, run)
         parts["evaluation"] = summarise_items(items, cfg.evaluate, cfg.seed)
     else:
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
@@ -169,27 +184,26 @@ def evaluate_all(
     rows: Artifacts,
     trained: Artifacts,
     merged: Artifacts,
+    routed: Artifact | None,
     run: Run,
 ) -> Artifacts:
-    """Measure base, own adapters, joint and every merge on the held-out rows, in parallel jobs."""
+    """Measure base, own adapters, joint, merges and the routed library, in parallel jobs."""
     own = {name.removeprefix("cluster-"): part for name, part in trained.items() if name != JOINT}
     candidates: dict[str, Artifacts] = {BASE: {}, OWN: own}
     if JOINT in trained:
         candidates[JOINT] = {"all": trained[JOINT]}
     candidates |= {name: {"all": part} for name, part in merged.items()}
+    measured = cfg.evaluate.model_copy(update={"confidence": 0.95, "resamples": 1})  # for summaries
+    common = (measured, cfg.train, models.base, models.base_digest)
+    where = (run, cfg.resources)
     futures = {
-        name: evaluate.submit(
-            name,
-            rows["evaluation"],
-            adapters,
-            cfg.evaluate.model_copy(update={"confidence": 0.95, "resamples": 1}),  # for summaries
-            cfg.train,
-            models.base,
-            models.base_digest,
-            run=(run, cfg.resources),
-        )
+        name: evaluate.submit(name, rows["evaluation"], adapters, *common, run=where)
         for name, adapters in candidates.items()
     }
+    if routed:
+        futures[ROUTED] = evaluate_routed.submit(
+            ROUTED, rows["evaluation"], routed, *common, run=where
+        )
     return _collect("evaluate", futures)
 
 

@@ -1,6 +1,6 @@
 """Tasks that run as jobs in their own process: training one adapter, evaluating one method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,10 +131,46 @@ def evaluate(
 
     `adapters` maps "all", or a cluster's number, to an adapter; it is empty for the base model.
     """
+    return _evaluate(name, rows, config, train, base, run, adapters=adapters)
+
+
+@stage(
+    "tclora.evaluate",
+    "tclora.route",
+    "tclora.models",
+    name="evaluate-routed",
+    task_run_name="evaluate-{name}",
+)
+def evaluate_routed(
+    name: str,
+    rows: Artifact,
+    routed: Artifact,
+    config: EvaluateConfig,
+    train: TrainConfig,
+    base: str,
+    base_digest: str,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Measure the routed library on the held-out rows, each prompt by its own route."""
+    return _evaluate(name, rows, config, train, base, run, routed=routed)
+
+
+def _evaluate(
+    name: str,
+    rows: Artifact,
+    config: EvaluateConfig,
+    train: TrainConfig,
+    base: str,
+    run: tuple[Run, ResourceConfig],
+    *,
+    adapters: Mapping[str, Artifact] | None = None,
+    routed: Artifact | None = None,
+) -> Artifact:
     _, resources = run
     target = rows.root / WORK / "items" / f"{name}.parquet"
-    # A method that is a different adapter per cluster is no model lm-eval could be given.
-    harness = config.harness and set(adapters) <= {"all"}
+    # A method that is a different adapter per row is no model lm-eval could be given.
+    harness = config.harness and not routed and set(adapters or {}) <= {"all"}
+    folder, routing = [rows.root / file for file in routed.files] if routed else (None, None)
     job = EvaluateJob(
         name=name,
         base_location=base,
@@ -142,8 +178,10 @@ def evaluate(
         target=target,
         train=train,
         evaluate=config,
-        adapters={key: artifact.path for key, artifact in adapters.items()},
+        adapters={key: artifact.path for key, artifact in (adapters or {}).items()},
         harness_target=target.with_suffix(".harness.parquet") if harness else None,
+        routed=folder,
+        routing=routing,
     )
 
     def on_event(event: dict[str, Any]) -> None:

@@ -12,12 +12,15 @@ from prefect.artifacts import create_link_artifact
 from tasks import tracking
 from tasks.artifact import Artifact, stage
 from tasks.data import WORK
+from tasks.routed_model import log_routed
+from tasks.routing import ROUTED
 from tasks.tracking import Run
 from tclora.config import Config, EvaluateConfig
 from tclora.files import atomic_path
 from tclora.manifest import prune, size, write_manifest
 from tclora.preflight import Models
 from tclora.report import figures, write_report
+from tclora.route.storage import FOLDER
 from tclora.summary import recovery, summarise
 
 _FOLDERS = ("adapters", "training", "merged", "evaluation")
@@ -55,16 +58,18 @@ def publish(
     """Write manifest and report; remove what an earlier run left behind.
 
     `parts` holds the stages' single artifacts by name: examples, clusters, factors,
-    explained_variance and, where there were held-out rows, evaluation.
+    explained_variance and, where there are any, routed and evaluation.
     """
     root = parts["clusters"].root
     everything = [parts[name] for name in parts if name != "examples"]
     everything += [*merged.values(), *trained.values()]
     files = {name: digest for part in everything for name, digest in part.files.items()}
-    prune(root, _FOLDERS, files)
+    prune(root, (".", *_FOLDERS), files)
     separate = [part.path for name, part in trained.items() if name.startswith("cluster-")]
     storage = {"separate adapters": sum(size(path) for path in separate)}
     storage["factors"] = size(parts["factors"].path)
+    if ROUTED in parts:
+        storage[ROUTED] = size(parts[ROUTED].path)
     storage |= {f"merged {method}": size(part.path) for method, part in merged.items()}
     hidden = {"history", "mlflow_parent"}
     values: dict[str, Any] = {
@@ -85,6 +90,7 @@ def publish(
         "merges": {
             method: part.info | {"bytes": size(part.path)} for method, part in merged.items()
         },
+        "routed": parts[ROUTED].info if ROUTED in parts else None,
         "storage": storage,
         "links": dict(links),
     }  # fmt: skip
@@ -119,14 +125,17 @@ def log_library(
         _register(run, config, name, part)
     for method, part in merged.items():
         _register(run, config, f"merged-{method}", part)
+    if ROUTED in parts:
+        log_routed(run, parts[ROUTED], config)
     if "evaluation" in parts:
         _log_methods(run, parts["evaluation"], merged)
 
 
 def _files(*groups: Mapping[str, Artifact]) -> list[str]:
-    """Files of the library; adapters are not among them, they become logged models."""
+    """Files of the library without adapters, which become logged models."""
     names = [name for group in groups for part in group.values() for name in part.files]
-    return [name for name in names if not name.startswith(("adapters/", "merged/", "work/"))]
+    models = ("adapters/", "merged/", "work/")
+    return [name for name in names if name != FOLDER and not name.startswith(models)]
 
 
 def _folder(name: str) -> str | None:
@@ -147,9 +156,9 @@ def _log_training(run: Run, name: str, part: Artifact) -> None:
 
 def _register(run: Run, config: Config, name: str, part: Artifact) -> None:
     digest = next(iter(part.files.values()))
-    model_id = tracking.log_adapter(run, part.path, name, digest)
+    model_id = tracking.log_model_files(run, part.path, name, digest, "peft-lora")
     if name == f"merged-{config.merge.primary}":
-        tracking.register_adapter(run, model_id, f"{config.name}-{config.merge.primary}")
+        tracking.register_model(run, model_id, f"{config.name}-{config.merge.primary}")
 
 
 def _log_methods(run: Run, evaluation: Artifact, merged: Mapping[str, Artifact]) -> None:

@@ -214,8 +214,8 @@ def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: 
     )
 
 
-def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
-    """Record a PEFT directory as a logged model; equal bytes are stored once per experiment.
+def log_model_files(run: Run, folder: Path, name: str, digest: str, kind: str) -> str:
+    """Record a directory as a logged model; equal digests are stored once per experiment.
 
     Returns
     -------
@@ -235,7 +235,7 @@ def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
             name=name,
             source_run_id=run.run_id,
             tags={"tclora.sha256": digest},
-            params={"format": "peft-lora"},
+            params={"format": kind},
         )
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
@@ -243,7 +243,7 @@ def log_adapter(run: Run, folder: Path, name: str, digest: str) -> str:
     return model.model_id
 
 
-def register_adapter(run: Run, model_id: str, name: str) -> str:
+def register_model(run: Run, model_id: str, name: str) -> str:
     """Register a logged model under a name, alias "current"; once per logged model.
 
     Returns

@@ -5,4 +5,19 @@ arXiv 2508.03999). Pure functions over arrays, frames and files; the Prefect flo
 logging that chain them live in the packages ``flows`` and ``tasks``.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tclora.route.model import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import `load` when it is asked for: it needs torch and transformers."""
+    if name == "load":
+        from tclora.route.model import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -172,6 +172,23 @@ class MergeConfig(_Section):
         return self
 
 
+class RouteConfig(_Section):
+    """The routed library: the primary merge's factors, gated per prompt by the text router."""
+
+    enabled: bool = Field(True, description="build the routed library and evaluate it")
+    mode: Literal["nearest", "softmax"] = Field(
+        "nearest",
+        description="the nearest cluster alone, or a softmax over similarities to all centroids "
+        "at a calibrated temperature",
+    )
+    top_k: Positive | None = Field(None, description="mix at most this many clusters (softmax)")
+    coverage: Fraction = Field(
+        0.99,
+        description="share of a cluster's prompts that count as known; prompts farther away than "
+        "those get the static merge",
+    )
+
+
 class EvaluateConfig(_Section):
     """What is measured."""
 
@@ -214,6 +231,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     factorise: FactoriseConfig = FactoriseConfig()
     merge: MergeConfig = MergeConfig()
+    route: RouteConfig = RouteConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     resources: ResourceConfig = ResourceConfig()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from tclora.errors import ModelError
 from tclora.files import atomic_path, sha256_json
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Embeddings = NDArray[np.float32]
 
@@ -54,7 +58,8 @@ def embed_texts(
     if file and file.is_file():
         vectors = load_file(file)["embeddings"]
     else:
-        vectors = _encode(distinct, location, batch_size, device)
+        model = load_embedder(location, device)
+        vectors = embed_prompts(model, distinct, batch_size=batch_size)
         if file:
             with atomic_path(file) as fresh:
                 save_file({"embeddings": vectors}, fresh)
@@ -62,16 +67,35 @@ def embed_texts(
     return vectors[[place[text] for text in texts]]
 
 
-def _encode(texts: list[str], location: str, batch_size: int, device: str) -> Embeddings:
+def load_embedder(location: str, device: str = "cpu") -> "SentenceTransformer":
+    """Load a sentence-transformers model from a folder or an id.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be loaded.
+    """
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(location, device=device)
+        return SentenceTransformer(location, device=device)
     except (OSError, ValueError) as error:
         raise ModelError(f"embed.model {location!r} cannot be loaded: {error}") from error
+
+
+def embed_prompts(
+    model: "SentenceTransformer", texts: Sequence[str], *, batch_size: int = 64
+) -> Embeddings:
+    """Embed texts with a loaded model; rows of unit norm, shape (N, D).
+
+    Raises
+    ------
+    ModelError
+        If a vector is not finite.
+    """
     vectors = model.encode(
-        texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+        list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
     ).astype(np.float32)
     if not np.isfinite(vectors).all():
-        raise ModelError(f"embed.model {location!r} gave vectors that are not finite")
+        raise ModelError("embed.model gave vectors that are not finite")
     return np.ascontiguousarray(vectors)

@@ -1,6 +1,7 @@
 """Measuring a model on examples: response NLL and generated answers, prompts computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tclora.loss import response_nll
 from tclora.prompts import IGNORED, Batch, TokenRow, batches, collate, encode
 from tclora.scoring import score
+
+RowContext = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def measure(
     *,
     token_budget: int = 2048,
     max_new_tokens: int | None = None,
+    context: RowContext = lambda _: nullcontext(),
 ) -> list[Measurement]:
     """Measure response NLL and, where asked for, greedy answers.
 
@@ -56,6 +60,9 @@ def measure(
         Padded tokens per forward pass.
     max_new_tokens : int, optional
         Longest answer; None generates nothing.
+    context : callable, optional
+        Takes the indices of a batch's rows, gives a context to compute the batch in, such as the
+        rows' gates.
 
     Returns
     -------
@@ -76,10 +83,11 @@ def measure(
         room=max_new_tokens or 0,
     ):
         texts: Sequence[str | None] = [None] * len(batch.rows)
-        if max_new_tokens is None:
-            nll = response_nll(model, batch).sum(1)
-        else:
-            nll, texts = _generate_and_score(model, tokenizer, rows, batch, max_new_tokens)
+        with context(batch.rows):
+            if max_new_tokens is None:
+                nll = response_nll(model, batch).sum(1)
+            else:
+                nll, texts = _generate_and_score(model, tokenizer, rows, batch, max_new_tokens)
         for index, value, text in zip(batch.rows, nll.tolist(), texts, strict=True):
             results[index] = Measurement(value, len(rows[index].response), text)
     return [results[i] for i in range(len(rows))]
@@ -142,12 +150,13 @@ def evaluate_frame(
     max_tokens: int,
     token_budget: int,
     max_new_tokens: int | None,
+    context: RowContext = lambda _: nullcontext(),
 ) -> pd.DataFrame:
     """Measure a model on canonical rows.
 
     Parameters
     ----------
-    model, tokenizer, token_budget, max_new_tokens
+    model, tokenizer, token_budget, max_new_tokens, context
         See `measure`.
     frame : DataFrame
         Columns id, prompt, response, answer, scorer, metadata.
@@ -167,7 +176,12 @@ def evaluate_frame(
         max_tokens=max_tokens,
     )
     outcomes = measure(
-        model, tokenizer, rows, token_budget=token_budget, max_new_tokens=max_new_tokens
+        model,
+        tokenizer,
+        rows,
+        token_budget=token_budget,
+        max_new_tokens=max_new_tokens,
+        context=context,
     )
     columns = [frame[name].tolist() for name in ("scorer", "answer", "metadata")]
     correct = [

@@ -61,6 +61,8 @@ class EvaluateJob(_Job):
     evaluate: EvaluateConfig
     adapters: dict[str, Path]  # "all" or the cluster's number -> directory
     harness_target: Path | None = None  # where lm-eval's figures go, if they are asked for
+    routed: Path | None = None  # a routed library to measure instead of adapters
+    routing: Path | None = None  # Parquet file of its routing, one row per evaluated row
 
 
 class StatisticsJob(_Job):
@@ -296,6 +298,9 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
 
     model, tokenizer = _base(job)
     frame = pd.read_parquet(job.rows)
+    context: Any = {}
+    if job.routed and job.routing:
+        model, context["context"] = _route(model, job.routed, job.routing)
     parts = []
     for key, rows in _adapter_groups(frame, job.adapters):
         model = _activate(model, key, job.adapters.get(key))
@@ -307,6 +312,7 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
             max_tokens=job.train.max_tokens,
             token_budget=job.evaluate.token_budget,
             max_new_tokens=job.evaluate.max_new_tokens if job.evaluate.generate else None,
+            **context,
         )
         labels = rows[["split", "task", "cluster", "prompt", "answer"]].reset_index(drop=True)
         parts.append(pd.concat([measured, labels], axis=1))
@@ -319,6 +325,22 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
         with atomic_path(job.harness_target) as fresh:
             harness.to_parquet(fresh)
     return {"rows": len(items)}
+
+
+def _route(model: Any, folder: Path, routing: Path) -> tuple[Any, Any]:  # noqa: ANN401
+    """Return the model with a routed library's adapter, and the context that gates given rows."""
+    import torch
+    from peft import PeftModel
+
+    from tclora.route import Gating, read_library
+
+    library = read_library(folder)
+    model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    gating = Gating(model, library.gated)
+    table = pd.read_parquet(routing)
+    weights = torch.from_numpy(table[list(library.gated.names)].to_numpy("float32", copy=True))
+    known = torch.from_numpy(table["known"].to_numpy("bool", copy=True))
+    return model, lambda rows: gating.applied(weights[list(rows)], known[list(rows)])
 
 
 def _run_harness(job: EvaluateJob, model: Any, tokenizer: Any) -> pd.DataFrame:  # noqa: ANN401

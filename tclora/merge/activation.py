@@ -10,7 +10,6 @@ from torch.nn.functional import pad
 
 from tclora.adapter import LoraFactors
 from tclora.merge.cp import PAPER, tc_lora_mean
-from tclora.merge.grams import input_grams
 from tclora.merge.leastsquares import truncate_in_metric
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
@@ -39,8 +38,7 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 1.0) -> LoraFact
     """
     if not emphasis > 0:
         raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
-    grams = input_grams(stack)
-    root = torch.linalg.cholesky(grams.sum(0))  # M = root rootᵀ
+    grams, root = stack.metric.grams, stack.metric.root  # M = root rootᵀ
     shares = [
         torch.linalg.solve_triangular(root.mT, A @ gram, upper=True, left=False)
         for A, gram in zip(stack.As, grams, strict=True)

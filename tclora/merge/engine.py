@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.errors import AdapterError
+from tclora.merge.grams import InputMetrics
 from tclora.merge.registry import Method, check_options, get
 from tclora.merge.stack import ModuleStack
 from tclora.merge.statistics import ActivationStatistics
@@ -112,6 +113,7 @@ def merge(
         raise ValueError(f"statistics must be given for {method}; collect them with `collect`")
     names = module_names(adapters)
     joint = _JointFactors(adapters, factors, rank, seed)
+    metrics = InputMetrics(statistics, _names(adapters), share) if statistics else None
     modules: dict[str, LoraFactors] = {}
     energy = lost = 0.0
     for module in names:
@@ -122,7 +124,7 @@ def merge(
             factors=[LoraFactors(f.B.double(), f.A.double()) for f in read],
             weights=share,
             joint=partial(joint.of, module),
-            inputs=partial(statistics.of, module, _names(adapters)) if statistics else None,
+            inputs=partial(metrics.of, module) if metrics else None,
             rank=rank,
             seed=seed + zlib.crc32(module.encode()),
         )

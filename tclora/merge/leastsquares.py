@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tclora.adapter import LoraFactors
-from tclora.merge.grams import input_grams
 from tclora.merge.registry import register
 from tclora.merge.spans import SPAN_TOLERANCE
 from tclora.merge.stack import ModuleStack
@@ -41,7 +40,7 @@ def truncate_in_metric(
     """
     if not isinstance(update, LoraFactors):
         raise TypeError(f"update must be factors, got {type(update).__name__}")
-    root = torch.linalg.cholesky(input_grams(stack).sum(0))  # M = root rootᵀ
+    root = stack.metric.root  # M = root rootᵀ
     weighted = LoraFactors(update.B, update.A @ root)
     if rank is None or update.rank <= rank:
         return Truncated(update, energy=energy(weighted), lost=0.0)
@@ -60,7 +59,6 @@ def truncate_in_metric(
 )
 def regmean(stack: ModuleStack) -> LoraFactors:
     """Return Σ_k Δ_k G_k (Σ_j G_j)⁻¹, the minimiser of Σ_k ‖(Δ − Δ_k) G_k^{1/2}‖²."""
-    grams = input_grams(stack)
-    root = torch.linalg.cholesky(grams.sum(0))
-    rows = torch.cat([A @ gram for A, gram in zip(stack.As, grams, strict=True)])
-    return LoraFactors(torch.cat(stack.Bs, dim=1), torch.cholesky_solve(rows.mT, root).mT)
+    metric = stack.metric
+    rows = torch.cat([A @ gram for A, gram in zip(stack.As, metric.grams, strict=True)])
+    return LoraFactors(torch.cat(stack.Bs, dim=1), torch.cholesky_solve(rows.mT, metric.root).mT)

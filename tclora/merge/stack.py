@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tclora.adapter import LoraFactors
+from tclora.merge.grams import InputMetric
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.library import CPFactors
 
@@ -32,8 +33,7 @@ class ModuleStack:
     joint : callable
         Returns the joint CP factors of the module, rows of C in the order of `factors`.
     inputs : callable or None
-        Returns the mean of x xᵀ over the module's inputs x per adapter's cluster, shape
-        (K, d_in, d_in), where there are activation statistics.
+        Returns the metric of the module's inputs, where there are activation statistics.
     rank : int or None
         Rank R asked for; the engine truncates to it whatever the method does with it.
     seed : int
@@ -45,7 +45,7 @@ class ModuleStack:
     factors: Sequence[LoraFactors]
     weights: Tensor
     joint: Callable[[], CPFactors]
-    inputs: Callable[[], Tensor] | None = None
+    inputs: Callable[[], InputMetric] | None = None
     rank: int | None = None
     seed: int = 0
 
@@ -63,6 +63,19 @@ class ModuleStack:
     def total_rank(self) -> int:
         """Σ r_k, at most the smaller side of the module."""
         return min(sum(f.rank for f in self.factors), *self.factors[0].shape)
+
+    @cached_property
+    def metric(self) -> InputMetric:
+        """The metric of the module's inputs.
+
+        Raises
+        ------
+        ValueError
+            If the module has no activation statistics.
+        """
+        if self.inputs is None:
+            raise ValueError(f"{self.module}: activation statistics are missing; pass statistics=…")
+        return self.inputs()
 
     @cached_property
     def core(self) -> Core:

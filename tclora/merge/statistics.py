@@ -59,7 +59,7 @@ class ActivationStatistics:
                 f"and {len(self.groups)} modules; collect them again"
             )
         group = self.groups[module]
-        return torch.stack([_dense(self.grams[cluster][group].double()) for cluster in clusters])
+        return torch.stack([_dense(self.grams[cluster][group]) for cluster in clusters])
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file of upper triangles, atomically."""
@@ -213,8 +213,8 @@ def collect(
 
 
 def _dense(gram: Tensor) -> Tensor:
-    """Return G from itself or from its root, which is never square."""
-    return gram if gram.shape[0] == gram.shape[1] else gram.mT @ gram
+    """Return G in double precision from itself or from its root, which is never square."""
+    return gram.double() if gram.shape[0] == gram.shape[1] else (gram.mT @ gram).double()
 
 
 def _module(model: PreTrainedModel, name: str) -> nn.Module:

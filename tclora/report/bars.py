@@ -66,13 +66,13 @@ def storage(contents: Contents) -> Figure | None:
     """Draw the bytes of the separate adapters, the shared factors and each merge, best on top."""
     stored = contents.manifest["storage"]
     merged = [f"merged {name}" for name in merges(contents)]
-    known = ["separate adapters", "factors", *merged]
+    known = ["separate adapters", "factors", "routed", *merged]
     names = [name for name in known if name in stored] + sorted(set(stored) - set(known))
     if not names:
         return None
     names.reverse()
     figure, axes = bar_chart(len(names))
-    shared = {"factors", f"merged {contents.primary}"}
+    shared = {"factors", "routed", f"merged {contents.primary}"}
     colours = [LIGHT["accent-bar" if name in shared else "bar"] for name in names]
     axes.barh(range(len(names)), [stored[name] for name in names], _BAR, color=colours)
     name_bars(axes, names, [size(stored[name]) for name in names])

@@ -42,6 +42,7 @@ _COLUMNS = {
     ),
     "evaluation/recovery.parquet": "method cluster recovery low high",
     "evaluation/harness.parquet": "method task metric value stderr",
+    "routing.parquet": "id prompt task split nearest known similarity",
 }
 
 
@@ -61,6 +62,9 @@ class Contents:
         Adapter name → its training log; adapters without one are left out.
     items, summary, recovery, harness : DataFrame
         The evaluation; empty where it was not done.
+    routing : DataFrame
+        Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
+        there is no routed library.
     """
 
     manifest: Mapping[str, Any]
@@ -71,6 +75,7 @@ class Contents:
     summary: pd.DataFrame
     recovery: pd.DataFrame
     harness: pd.DataFrame
+    routing: pd.DataFrame
 
     @property
     def training_rows(self) -> pd.DataFrame:
@@ -110,6 +115,7 @@ def read_contents(library: Path) -> Contents:
         summary=_read_evaluation(library, "summary", manifest),
         recovery=_read_evaluation(library, "recovery", manifest),
         harness=_read_evaluation(library, "harness", manifest),
+        routing=_read_routing(library, manifest),
     )
 
 
@@ -131,9 +137,17 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401
         raise LibraryError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_table(library: Path, name: str) -> pd.DataFrame:
+def _read_routing(library: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    name = "routing.parquet"
+    if name not in manifest["digests"]:
+        return pd.DataFrame(columns=_COLUMNS[name].split())
+    columns = _COLUMNS[name].split() + [c for c in manifest["training"] if c != "joint"]
+    return _read_table(library, name, columns)
+
+
+def _read_table(library: Path, name: str, columns: list[str] | None = None) -> pd.DataFrame:
     path = library / name
-    columns = _COLUMNS[name].split()
+    columns = columns or _COLUMNS[name].split()
     if not path.is_file():
         raise _missing(path)
     try:

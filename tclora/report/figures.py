@@ -13,6 +13,7 @@ from tclora.report.bars import cluster_sizes, recovery, storage
 from tclora.report.canvas import STYLE
 from tclora.report.contents import Contents, read_contents
 from tclora.report.curves import explained_variance, loss_curves
+from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map
 
 _DRAWINGS = {
@@ -22,6 +23,7 @@ _DRAWINGS = {
     "explained_variance": explained_variance,
     "recovery": recovery,
     "storage": storage,
+    "routing": routing,
 }
 
 
@@ -37,7 +39,7 @@ def figures(library: Path) -> dict[str, Figure]:
     -------
     dict of str to Figure
         Of ``cluster_map``, ``cluster_sizes``, ``loss_curves``, ``explained_variance``,
-        ``recovery``, ``storage``.
+        ``recovery``, ``storage``, ``routing``.
 
     Raises
     ------

@@ -94,7 +94,7 @@ def _best_merge(contents: Contents) -> str:
         return no_recovery(contents)
     best = ranked[0]
     k = contents.manifest["clustering"]["k"]
-    among = f"the best of {len(ranked)} merges, " if len(ranked) > 1 else ""
+    among = f"the best of {len(ranked)} methods, " if len(ranked) > 1 else ""
     return (
         f"{best}{_rank(contents, best)}, {among}recovers {_percent(means[best])} of what the {k} "
         f"clusters{_APOSTROPHE} own adapters gain over the base model{_worst(contents, best)}."

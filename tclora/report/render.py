@@ -33,6 +33,7 @@ from tclora.report.overview import (
     verdict,
 )
 from tclora.report.palette import DARK, LIGHT, cluster_name
+from tclora.report.routing import destinations, routed_prompts, router_quality
 from tclora.report.scatter import MAP_POINTS, task_markers
 from tclora.report.svg import inline_svg
 
@@ -45,6 +46,7 @@ _TITLES = {
     "explained_variance": "Explained variance against the CP rank",
     "recovery": "Mean recovery per method with its interval and worst cluster",
     "storage": "Bytes of the separate adapters, the shared factors and each merge",
+    "routing": "Mean routing weights of the held-out prompts of every task",
 }
 
 
@@ -99,6 +101,9 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         mean_recovery={m: v.value for m, v in recoveries(contents, "mean").items()},
         ordered_merges=[m for m in merges(contents) if m in contents.manifest["merges"]],
         harness=contents.harness.to_dict("records"),
+        destinations=destinations(contents),
+        routed_prompts=routed_prompts(contents),
+        router_quality=router_quality(contents),
         examples=choose_examples(contents),
         judge=judge(contents),
         max_tasks=MAX_TASKS,

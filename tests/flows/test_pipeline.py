@@ -15,6 +15,7 @@ from peft import PeftModel
 from reference import row_nll
 from transformers import LlamaForCausalLM
 
+import tclora
 from flows.pipeline import pipeline
 from tclora.errors import ConfigError, JobError
 from tclora.manifest import read_manifest, verify
@@ -151,7 +152,8 @@ def test_the_library_is_complete(library):
         "adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "centroids.safetensors",
         "clusters.parquet", "evaluation/items.parquet", "evaluation/recovery.parquet",
         "evaluation/summary.parquet", "explained_variance.parquet", "factors.safetensors",
-        "merged/tc-lora", "merged/uniform", "training/cluster-0.json", "training/cluster-1.json",
+        "merged/tc-lora", "merged/uniform", "routed", "routing.parquet",
+        "training/cluster-0.json", "training/cluster-1.json",
         "training/joint.json",
     }  # fmt: skip
     assert manifest["clustering"]["k"] == 2
@@ -172,12 +174,12 @@ def test_the_two_tasks_became_the_two_clusters(library):
 def test_every_method_measured_every_held_out_row(library):
     items = pd.read_parquet(library / "evaluation" / "items.parquet")
     assert items.groupby("method").size().to_dict() == {
-        "base": 11, "own": 11, "joint": 11, "tc-lora": 11, "uniform": 11,
+        "base": 11, "own": 11, "joint": 11, "tc-lora": 11, "uniform": 11, "routed": 11,
     }  # fmt: skip
     totals = items.groupby("method")["nll"].sum()
     assert totals["own"] < totals["base"]
     recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
-    assert set(recovery["method"]) == {"joint", "tc-lora", "uniform"}
+    assert set(recovery["method"]) == {"joint", "tc-lora", "uniform", "routed"}
 
 
 @pytest.mark.parametrize("method", ["tc-lora", "uniform", "joint", "base"])
@@ -209,6 +211,45 @@ def test_own_is_each_clusters_own_adapter(library, tiny_model_dir, tokenizer):
         )
         found = [row_nll(model.eval(), row) for row in rows]
         assert part["nll"].tolist() == pytest.approx(found, rel=1e-4)
+
+
+def test_the_routed_library_reproduces_its_measured_nll(library, tiny_model_dir):
+    """Each held-out prompt, routed by itself in a loaded library, has the NLL of the table."""
+    items = pd.read_parquet(library / "evaluation" / "items.parquet").query("method == 'routed'")
+    examples = pd.read_parquet(library / "work" / "examples.parquet").set_index("id")
+    routed = tclora.load(library, tiny_model_dir, dtype="float32")
+    chosen = examples.loc[items["id"]]
+    rows = encode(
+        routed.tokenizer, chosen["prompt"].tolist(), chosen["response"].tolist(), template="plain"
+    )
+    found = []
+    for prompt, row in zip(chosen["prompt"], rows, strict=True):
+        with routed.routed(routed.route([prompt])):
+            found.append(row_nll(routed.model, row))
+    assert items["nll"].tolist() == pytest.approx(found, rel=1e-4)
+
+
+def test_the_routing_of_held_out_prompts_is_recorded(library):
+    routing = pd.read_parquet(library / "routing.parquet")
+    clusters = pd.read_parquet(library / "clusters.parquet").set_index("id")
+    assert len(routing) == 11
+    assert (routing["nearest"] == clusters.loc[routing["id"], "cluster"].to_numpy()).all()
+    assert routing[["cluster-0", "cluster-1"]].sum(axis=1).tolist() == [1.0] * 11
+
+
+def test_the_routed_library_is_a_pyfunc_model(finished, library, tiny_model_dir):
+    import mlflow
+
+    client = MlflowClient(finished["mlflow_uri"])
+    version = client.get_model_version_by_alias("mine-routed", "current")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLORA_BASE_MODEL", str(tiny_model_dir))
+        model = mlflow.pyfunc.load_model(version.source)
+        prompts = ["Add the two numbers 31 and 42.", "Write this list of words in reverse order."]
+        found = model.predict(pd.DataFrame({"prompt": prompts}), params={"max_new_tokens": 4})
+    wanted = tclora.load(library, tiny_model_dir).generate(prompts, max_new_tokens=4)
+    assert found["completion"].tolist() == [answer.text for answer in wanted]
+    assert found["known"].tolist() == [answer.known for answer in wanted]
 
 
 def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
@@ -246,6 +287,7 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
     assert children == {
         "cluster-0", "cluster-1", "joint", "evaluate-base", "evaluate-own", "evaluate-joint",
         "evaluate-tc-lora", "evaluate-uniform",
+        "evaluate-routed",
     }  # fmt: skip
     artifacts = {entry.path for entry in client.list_artifacts(finished["mlflow_run"])}
     assert {"report.html", "library.json", "config.yaml", "evaluation", "figures"} <= artifacts

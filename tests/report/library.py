@@ -38,6 +38,7 @@ def build_library(folder: Path, *, labelled: bool = True) -> Path:
     items = _items(rng, clusters)
     clusters.to_parquet(folder / "clusters.parquet")
     _curve(rng).to_parquet(folder / "explained_variance.parquet")
+    _routing(clusters).to_parquet(folder / "routing.parquet")
     items.to_parquet(folder / "evaluation/items.parquet")
     _summary(items, labelled).to_parquet(folder / "evaluation/summary.parquet")
     _recovery(rng).to_parquet(folder / "evaluation/recovery.parquet")
@@ -71,6 +72,15 @@ def _clusters(rng):
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.loc[frame.index[:3], "cluster"] = -1
     return frame
+
+
+def _routing(clusters):
+    """Known prompts go to their cluster; out-of-domain ones are unknown."""
+    rows = clusters[clusters["split"] != "train"].drop(columns=["x", "y"])
+    weights = pd.get_dummies(rows["cluster"]).astype("float32").add_prefix("cluster-")
+    known = rows["split"] != "ood"
+    rows = rows.assign(true=rows["cluster"], nearest=rows["cluster"], known=known, confidence=0.9)
+    return pd.concat([rows, weights], axis=1).reset_index(drop=True)
 
 
 def _curve(rng):
@@ -208,8 +218,21 @@ def _manifest():
         "training": training,
         "factors": {"rank": 16, "explained_variance": 0.847},
         "merges": merges,
+        "routed": {
+            "accuracy": 0.987,
+            "calibration_error": 0.012,
+            "coverage_test": 0.99,
+            "coverage_ood": 0.0,
+            "bytes_share": 0.173,
+            "method": "tc-lora",
+            "mode": "nearest",
+        },
         "storage": storage,
         "links": {"mlflow_run": "https://mlflow.example/runs/1", "prefect_flow_run": None},
         "versions": {"tclora": "0.1.0", "torch": "2.6.0"},
-        "digests": {"clusters.parquet": "ef" * 32, "adapters/cluster-0": "01" * 32},
+        "digests": {
+            "clusters.parquet": "ef" * 32,
+            "adapters/cluster-0": "01" * 32,
+            "routing.parquet": "23" * 32,
+        },
     }

@@ -18,6 +18,7 @@ NAMES = [
     "explained_variance",
     "recovery",
     "storage",
+    "routing",
 ]
 
 
@@ -41,7 +42,7 @@ def test_figures_without_data_are_left_out(library):
     path = library / "explained_variance.parquet"
     curve = pd.read_parquet(path)
     curve[curve["module"] != "overall"].to_parquet(path)
-    assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage"]
+    assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage", "routing"]
 
 
 def test_rows_without_tasks_are_drawn(tmp_path):

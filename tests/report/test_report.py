@@ -14,7 +14,7 @@ from tclora.report.render import render
 from .library import SCRIPT, build_library, edit_manifest
 
 MAX_BYTES = 3_000_000
-N_FIGURES = 6
+N_FIGURES = 7
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -81,7 +81,7 @@ def test_same_library_gives_the_same_bytes(library, page):
 
 
 def test_verdict_names_the_best_merge_and_what_own_adapters_gain(page):
-    assert re.search(r"tc-lora \(rank 16\), the best of 5 merges, recovers 94 % \[89, 98\]", page)
+    assert re.search(r"tc-lora \(rank 16\), the best of 5 methods, recovers 94 % \[89, 98\]", page)
     assert "Own adapters lower the in-domain NLL from" in page
 
 
@@ -91,7 +91,7 @@ def test_verdict_names_the_primary_merge_where_another_is_better(library):
     rows.loc[rows["method"] == "uniform", "recovery"] = 0.99
     rows.to_parquet(path)
     page = written(library)
-    assert "uniform (rank 16), the best of 5 merges, recovers 99 %" in page
+    assert "uniform (rank 16), the best of 5 methods, recovers 99 %" in page
     assert "The primary merge, tc-lora, recovers" in page
 
 
@@ -150,7 +150,7 @@ def test_bare_library_is_reported(library):
         file.unlink()
     edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
     page = write_report(library).read_text(encoding="utf-8")
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "Recovery was not measured" in page
     assert "Loss curves are left out" in page
 
@@ -223,3 +223,19 @@ def test_missing_column_is_named(library):
     pd.read_parquet(path).drop(columns="similarity").to_parquet(path)
     with pytest.raises(LibraryError, match=r"clusters\.parquet.*similarity"):
         write_report(library)
+
+
+def test_the_routing_of_every_task_is_shown(library):
+    page = write_report(library).read_text()
+    section = page[page.index('<section id="routing">') : page.index('<section id="results">')]
+    assert "98.7 %" in section  # routing accuracy
+    assert "17.3 %" in section  # bytes
+    assert section.count('<tr><th scope="row">') == 9  # tasks: six in-domain, two OOD, one mixed
+    row = re.search(r"riddles \(OOD\)</th>(.*?)</tr>", section)[1]
+    assert row.endswith('--share:1.000">100</td>')  # all of it to the static merge
+
+
+def test_a_library_without_router_says_so(library):
+    edit_manifest(library, routed=None, digests={"clusters.parquet": "ef" * 32})
+    (library / "routing.parquet").unlink()
+    assert "the library has no router" in write_report(library).read_text()

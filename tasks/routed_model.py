@@ -1,0 +1,50 @@
+"""Logging the routed library to MLflow, as a model that ``mlflow models serve`` runs."""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+import tclora
+from tasks.artifact import Artifact
+from tasks.tracking import Run, log_model_files, register_model
+from tclora.config import Config
+
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "prompt")]),
+    params=ParamSchema([ParamSpec("max_new_tokens", DataType.long, 64)]),
+)
+
+
+def log_routed(run: Run, routed: Artifact, config: Config) -> str:
+    """Log and register the routed library; equal bytes are stored once.
+
+    Returns
+    -------
+    str
+        The logged model's id.
+    """
+    with tempfile.TemporaryDirectory(prefix="tclora-pyfunc-") as scratch:
+        folder = Path(scratch) / "model"
+        save_pyfunc(routed.path, folder)
+        digest = next(iter(routed.files.values()))
+        model_id = log_model_files(run, folder, "routed", digest, "tclora-routed")
+    register_model(run, model_id, f"{config.name}-routed")
+    return model_id
+
+
+def save_pyfunc(library: Path, target: Path) -> None:
+    """Write a routed library as an MLflow pyfunc model directory."""
+    with warnings.catch_warnings():  # of type hints, MLflow's own ones among them
+        warnings.simplefilter("ignore", UserWarning)
+        import mlflow.pyfunc
+
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            python_model=str(Path(__file__).with_name("routed_pyfunc.py")),
+            artifacts={"library": str(library)},
+            signature=_SIGNATURE,
+            pip_requirements=[f"tclora=={tclora.__version__}"],
+        )

@@ -1,0 +1,104 @@
+"""The task that makes the routed library: gates, router, and where held-out prompts go."""
+
+import numpy as np
+import pandas as pd
+from prefect import get_run_logger
+from safetensors.numpy import load_file
+
+from tasks.artifact import Artifact, stage
+from tclora.adapter import read_adapter
+from tclora.config import Config
+from tclora.embed import Embeddings
+from tclora.files import atomic_path
+from tclora.manifest import size
+from tclora.merge import ActivationStatistics
+from tclora.preflight import Models
+from tclora.route import (
+    ModelIdentity,
+    RoutedInfo,
+    Router,
+    fit_gates,
+    fit_router,
+    write_library,
+)
+from tclora.route.storage import FOLDER
+from tclora.route.truth import router_figures, true_clusters
+
+ROUTED = "routed"  # its name among the methods
+
+
+def routed_info(config: Config, models: Models, adapters: list[str]) -> RoutedInfo:
+    """Say which models a routed library belongs to."""
+    return RoutedInfo(
+        base_model=ModelIdentity(id=config.base_model, digest=models.base_digest),
+        embedding_model=ModelIdentity(id=config.embed.model, digest=models.embedder_digest),
+        template=config.train.template,
+        max_tokens=config.train.max_tokens,
+        method=config.merge.primary,
+        clusters=tuple(adapters),
+    )
+
+
+@stage("tclora.route", name="route")
+def route(
+    info: RoutedInfo,
+    adapters: dict[str, Artifact],
+    merged: Artifact,
+    statistics: Artifact | None,
+    embeddings: Artifact,
+    clusters: Artifact,
+    mode: str,
+    top_k: int | None,
+    coverage: float,
+    seed: int,
+) -> Artifact:
+    """Gate the merge's components per cluster, calibrate the router, route the held-out prompts."""
+    root = merged.root
+    grams = [statistics.root / name for name in statistics.files] if statistics else []
+    gated = fit_gates(
+        [read_adapter(part.path, name) for name, part in adapters.items()],
+        read_adapter(merged.path, info.method),
+        ActivationStatistics.load(*grams) if grams else None,
+    )
+    rows = pd.read_parquet(clusters.path, columns=["id", "prompt", "task", "split", "cluster"])
+    vectors = load_file(embeddings.path)["embeddings"]
+    training = (rows["split"] == "train").to_numpy()
+    labels = rows.loc[training, "cluster"].to_numpy()
+    router = fit_router(
+        vectors[training], labels, mode=mode, top_k=top_k, coverage=coverage, seed=seed
+    )
+    write_library(root / FOLDER, gated, router, info)
+    rows["true"] = true_clusters(rows)
+    routing = _route_rows(rows[~training], vectors[~training], router, gated.names)
+    with atomic_path(root / "routing.parquet") as fresh:
+        routing.to_parquet(fresh)
+    figures = dict(router_figures(routing)) if len(routing) else {}
+    for name, value in figures.items():
+        get_run_logger().info("router: %s %.3f", name, value)
+    separate = sum(size(part.path) for part in adapters.values())
+    figures["temperature"] = router.temperature
+    share = size(root / FOLDER) / separate
+    return Artifact.of(
+        root,
+        FOLDER,
+        "routing.parquet",
+        metrics={f"router/{name}": value for name, value in figures.items()}
+        | {"router/bytes_share": share},
+        info={**figures, "mode": mode, "method": info.method, "bytes_share": share},
+    )
+
+
+def _route_rows(
+    rows: pd.DataFrame, vectors: Embeddings, router: Router, names: tuple[str, ...]
+) -> pd.DataFrame:
+    """Return one row per held-out prompt: its routing, its weights in columns of their own."""
+    routing = router.route(vectors)
+    probabilities = router.probabilities(vectors)
+    weights = pd.DataFrame(routing.weights, columns=list(names), index=rows.index)
+    table = rows.assign(
+        nearest=probabilities.argmax(axis=1),
+        known=routing.known,
+        similarity=routing.similarity,
+        confidence=np.max(probabilities, axis=1, initial=0.0),
+    )
+    return pd.concat([table, weights], axis=1).reset_index(drop=True)

@@ -1,0 +1,247 @@
+"""A routed library in use: base model, shared adapter, gates, and the router that sets them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tclora.embed import embed_prompts, load_embedder
+from tclora.errors import ModelError
+from tclora.models import (
+    choose_dtype,
+    default_device,
+    load_base_model,
+    load_tokenizer,
+    locate_base_model,
+    locate_embedder,
+    model_digest,
+)
+from tclora.prompts import collate, encode
+from tclora.route.gating import Gating
+from tclora.route.router import Routing
+from tclora.route.storage import ModelIdentity, RoutedLibrary, read_library
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated answer.
+
+    Attributes
+    ----------
+    text : str
+        The answer without special tokens.
+    tokens : tuple of int
+        Its token ids, the end-of-sequence token included if it was reached.
+    weights : dict of str to float
+        Routing weight of every cluster.
+    known : bool
+        Whether the prompt was routed; if not, the static merge answered.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    weights: dict[str, float]
+    known: bool
+
+
+class RoutedModel:
+    """A base model whose LoRA update depends on the prompt; see `load`.
+
+    Attributes
+    ----------
+    model : PeftModel
+        For direct use; outside of `routed` it is the static merge.
+    tokenizer : PreTrainedTokenizerBase
+        The base model's tokenizer.
+    library : RoutedLibrary
+        Shared factors, gates, router.
+    gating : Gating
+        Sets the gates of `model`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        library: RoutedLibrary,
+        embedder: "SentenceTransformer",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.library = library
+        self.gating = Gating(model, library.gated)
+        self._embedder = embedder
+
+    def route(self, prompts: Sequence[str]) -> Routing:
+        """Return the routing of prompts, each a user's text without template."""
+        return self.library.router.route(embed_prompts(self._embedder, prompts))
+
+    def routed(self, routing: Routing) -> AbstractContextManager[None]:
+        """Gate the rows of `model`'s batches by a routing while the context lasts.
+
+        A batch must hold the routing's prompts in their order, or a multiple of them (beams); one
+        routed prompt alone serves every row. Backward passes belong inside the context too.
+        """
+        return self.gating.applied(
+            torch.from_numpy(routing.weights), torch.from_numpy(routing.known)
+        )
+
+    @contextmanager
+    def routed_per_token(
+        self, *, temperature: float = 1.0, top_k: int | None = None
+    ) -> Iterator[None]:
+        """Gate every token by itself instead; see `Gating.applied_per_token`."""
+        with self.gating.applied_per_token(temperature=temperature, top_k=top_k):
+            yield
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        **options: Any,  # noqa: ANN401
+    ) -> list[Completion]:
+        """Answer prompts in one batch, each routed by itself.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            Users' texts; the library's template is put around them.
+        max_new_tokens : int
+            Longest answer (tokens).
+        **options
+            Of ``transformers``' ``generate``; greedy by default. One sequence per prompt.
+
+        Returns
+        -------
+        list of Completion
+            In the order of the prompts.
+
+        Raises
+        ------
+        ValueError
+            If there is no prompt.
+        """
+        if not prompts:
+            raise ValueError("prompts must be at least one, got none")
+        routing = self.route(prompts)
+        inputs = self.encode(prompts)
+        generate: Any = self.model.generate
+        with self.routed(routing):
+            output = generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **({"do_sample": False} | options),
+            )
+        answers = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._completion(answer, routing, row) for row, answer in enumerate(answers)]
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return prompts in the library's template, padded on the left, on the model's device."""
+        info = self.library.info
+        rows = encode(
+            self.tokenizer,
+            prompts,
+            [""] * len(prompts),
+            template=info.template,
+            max_tokens=self.max_tokens,
+        )
+        batch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id, prompts_only=True)
+        device = self.model.device
+        return {
+            "input_ids": batch.input_ids.to(device),
+            "attention_mask": batch.attention_mask.to(device),
+        }
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the base model can attend to."""
+        config: Any = self.model.config
+        return int(getattr(config, "max_position_embeddings", 0) or self.library.info.max_tokens)
+
+    def weights_of(self, routing: Routing, row: int) -> dict[str, float]:
+        """Return one prompt's routing weight of every cluster by name."""
+        names = self.library.gated.names
+        return dict(zip(names, routing.weights[row].tolist(), strict=True))
+
+    def _completion(self, answer: list[int], routing: Routing, row: int) -> Completion:
+        eos = self.tokenizer.eos_token_id
+        if eos in answer:
+            answer = answer[: answer.index(eos) + 1]
+        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        known = bool(routing.known[row])
+        return Completion(text, tuple(answer), self.weights_of(routing, row), known)
+
+
+def load(
+    library: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    embedder: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+) -> RoutedModel:
+    """Load a routed library on its base model.
+
+    Parameters
+    ----------
+    library : str or Path
+        A library directory, or its folder ``routed/``.
+    base : str, Path or PreTrainedModel, optional
+        Path, id or built-in name of the base model, or the loaded model itself (its linear layers
+        are wrapped in place); the one the library was made with by default.
+    embedder : str, optional
+        Path, id or built-in name of the embedding model; the library's own by default.
+    device : str, optional
+        For models loaded here; a GPU if there is one.
+    dtype : str
+        For a base loaded here, such as "bfloat16"; "auto" takes bf16 where it is fast, else fp32.
+
+    Returns
+    -------
+    RoutedModel
+
+    Raises
+    ------
+    LibraryError
+        If the library is incomplete or corrupt.
+    ModelError
+        If base or embedding model cannot be found or are not those the library was made with.
+    """
+    read = read_library(library)
+    device = device or default_device()
+    if isinstance(base, PreTrainedModel):
+        location = str(base.config.name_or_path)
+        if Path(location).is_dir():
+            _check_identity("base model", location, location, read.info.base_model)
+        model = base
+    else:
+        spec = read.info.base_model.id if base is None else str(base)
+        location = locate_base_model(spec)
+        _check_identity("base model", spec, location, read.info.base_model)
+        model = load_base_model(location, choose_dtype(dtype, device), device)
+    spec = embedder or read.info.embedding_model.id
+    place = locate_embedder(spec)
+    _check_identity("embedding model", spec, place, read.info.embedding_model)
+    adapted = PeftModel.from_pretrained(model, read.folder, autocast_adapter_dtype=False).eval()
+    return RoutedModel(adapted, load_tokenizer(location), read, load_embedder(place, device))
+
+
+def _check_identity(kind: str, spec: str, location: str, wanted: ModelIdentity) -> None:
+    found = model_digest(location)
+    if found != wanted.digest:
+        raise ModelError(
+            f"the {kind} must be the library's own, {wanted.id!r} (digest {wanted.digest[:12]}), "
+            f"got {spec!r} (digest {found[:12]}); pass the one it was made with or run the "
+            "pipeline again"
+        )

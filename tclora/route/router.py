@@ -1,0 +1,195 @@
+"""Text routing: from the embedding of a prompt to the weights of the clusters.
+
+Symbols: N prompts, D embedding width, K clusters, s (N, K) cosine similarities to the centroids.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
+
+from tclora.cluster import NOISE, Labels, assign, centroids
+from tclora.embed import Embeddings
+
+Mode = Literal["nearest", "softmax"]
+Array = NDArray[np.float32]
+_TEMPERATURES = (1e-3, 1.0)  # bounds of the calibration
+_FOLDS = 5
+_ROUNDING = 1e-4  # an embedding differs by less between batches and machines
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where prompts go.
+
+    Attributes
+    ----------
+    weights : ndarray of float32, shape (N, K)
+        Not negative, rows of sum 1.
+    known : ndarray of bool, shape (N,)
+        Whether the prompt is near enough to its nearest cluster; others get the static merge.
+    similarity : ndarray of float32, shape (N,)
+        Cosine similarity to the nearest centroid.
+    """
+
+    weights: Array
+    known: NDArray[np.bool_]
+    similarity: Array
+
+    @property
+    def coverage(self) -> float:
+        """Share of the prompts that are routed (0–1)."""
+        return float(self.known.mean())
+
+
+@dataclass(frozen=True)
+class Router:
+    """Weighs clusters by the similarity of a prompt to their centroids.
+
+    Attributes
+    ----------
+    centroids : ndarray of float32, shape (K, D)
+        Unit-norm centroids.
+    thresholds : ndarray of float32, shape (K,)
+        Least cosine similarity to a centroid at which its cluster knows a prompt.
+    temperature : float
+        Temperature of the softmax over cosine similarities.
+    mode : {"nearest", "softmax"}
+        The nearest cluster alone, or a mixture.
+    top_k : int or None
+        A mixture of at most this many clusters; all if None.
+    """
+
+    centroids: Array
+    thresholds: Array
+    temperature: float
+    mode: Mode = "nearest"
+    top_k: int | None = None
+
+    def route(self, vectors: Embeddings) -> Routing:
+        """Route prompts by their embeddings.
+
+        Parameters
+        ----------
+        vectors : ndarray of float32, shape (N, D)
+            Unit-norm embeddings by the model that made the centroids.
+
+        Raises
+        ------
+        ValueError
+            If the width is not the centroids'.
+        """
+        if vectors.ndim != 2 or vectors.shape[1] != self.centroids.shape[1]:
+            raise ValueError(
+                f"vectors must have shape (N, {self.centroids.shape[1]}), got {vectors.shape}"
+            )
+        nearest, highest = assign(vectors, self.centroids)
+        if self.mode == "nearest":
+            weights = np.eye(len(self.centroids), dtype=np.float32)[nearest]
+        else:
+            weights = self.probabilities(vectors, self.top_k)
+        return Routing(weights, highest >= self.thresholds[nearest], highest)
+
+    def probabilities(self, vectors: Embeddings, top_k: int | None = None) -> Array:
+        """Return softmax(s / T) of the similarities s, over the `top_k` nearest or all clusters."""
+        logits = (vectors @ self.centroids.T).astype(np.float64) / self.temperature
+        k = top_k
+        if k is not None and k < logits.shape[1]:
+            below = np.argsort(-logits, axis=1, kind="stable")[:, k:]
+            np.put_along_axis(logits, below, -np.inf, axis=1)
+        return np.asarray(softmax(logits, axis=1), dtype=np.float32)
+
+
+def fit_router(
+    vectors: Embeddings,
+    labels: Labels,
+    *,
+    mode: Mode = "nearest",
+    top_k: int | None = None,
+    coverage: float = 0.99,
+    seed: int = 0,
+) -> Router:
+    """Calibrate a router on the rows that were clustered.
+
+    Parameters
+    ----------
+    vectors : ndarray of float32, shape (N, D)
+        Unit-norm embeddings of the training prompts.
+    labels : ndarray of int64, shape (N,)
+        Their clusters, 0 … K-1; -1 for rows that belong to none.
+    mode, top_k
+        See `Router`.
+    coverage : float
+        Share of each cluster's rows that its threshold lets through (0–1).
+    seed : int
+        Seed of the folds.
+
+    Returns
+    -------
+    Router
+
+    Notes
+    -----
+    Thresholds and temperature come from similarities to centroids that were computed without the
+    row itself (cross-fitting), so that they hold for new prompts.
+    """
+    kept = labels != NOISE
+    vectors, labels = vectors[kept], labels[kept]
+    centres = centroids(vectors, labels)
+    similarity = _held_out_similarity(vectors, labels, centres, seed)
+    thresholds = [
+        np.quantile(similarity[labels == k, k], 1 - coverage, method="lower") - _ROUNDING
+        for k in range(len(centres))
+    ]
+    temperature = calibrate_temperature(similarity, labels)
+    return Router(centres, np.array(thresholds, dtype=np.float32), temperature, mode, top_k)
+
+
+def _held_out_similarity(vectors: Embeddings, labels: Labels, centres: Array, seed: int) -> Array:
+    """Return (N, K) similarities, each row's to centroids of the other folds' rows."""
+    rng = np.random.default_rng(seed)
+    fold = np.empty(len(labels), dtype=np.int64)
+    for k in range(len(centres)):  # every fold gets its share of every cluster
+        members = np.flatnonzero(labels == k)
+        fold[rng.permutation(members)] = np.arange(len(members)) % _FOLDS
+    similarity = np.empty((len(labels), len(centres)), dtype=np.float32)
+    for part in range(_FOLDS):
+        rest = fold != part
+        fitted = centres.copy()
+        present = np.unique(labels[rest])  # a cluster of one row has no other
+        fitted[present] = [_centroid(vectors[rest & (labels == k)]) for k in present]
+        similarity[~rest] = vectors[~rest] @ fitted.T
+    return similarity
+
+
+def _centroid(vectors: Embeddings) -> Array:
+    mean = vectors.mean(axis=0)
+    return np.asarray(mean / np.linalg.norm(mean), dtype=np.float32)
+
+
+def calibrate_temperature(similarity: Array, labels: Labels) -> float:
+    """Return the temperature at which softmax(s / T) gives the labels the highest likelihood.
+
+    Parameters
+    ----------
+    similarity : ndarray, shape (N, K)
+        Cosine similarities.
+    labels : ndarray of int64, shape (N,)
+        True clusters, 0 … K-1.
+
+    Notes
+    -----
+    The likelihood is convex in 1/T; where every row is nearest to its own centroid by a margin, T
+    ends at the lower bound.
+    """
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        logits = similarity.astype(np.float64) / np.exp(log_temperature)
+        return -float(log_softmax(logits, axis=1)[rows, labels].mean())
+
+    bounds = tuple(float(np.log(bound)) for bound in _TEMPERATURES)
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))

@@ -1,0 +1,94 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tclora.route import calibrate_temperature, fit_router
+
+
+def blobs(k=3, n=40, d=8, spread=0.15, seed=0):
+    rng = np.random.default_rng(seed)
+    vectors = np.eye(k, d).repeat(n, axis=0) + spread * rng.normal(size=(k * n, d))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float32), np.arange(k).repeat(n)
+
+
+def fitted(**options):
+    vectors, labels = blobs()
+    return vectors, labels, fit_router(vectors, labels, **options)
+
+
+def test_a_prompt_goes_to_its_nearest_centroid():
+    vectors, labels, router = fitted()
+    routing = router.route(vectors)
+    assert (routing.weights.argmax(1) == labels).all()
+    assert set(np.unique(routing.weights)) == {0.0, 1.0}
+    assert routing.similarity == pytest.approx((vectors @ router.centroids.T).max(1))
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.8])
+def test_thresholds_let_the_asked_share_of_new_rows_through(coverage):
+    """Few rows in many dimensions: centroids are nearer to their own rows than to new ones."""
+    vectors, labels = blobs(k=3, n=1000, d=200, spread=0.12)
+    seen = np.arange(len(labels)) % 50 == 0  # 20 rows per cluster
+    router = fit_router(vectors[seen], labels[seen], coverage=coverage)
+    assert router.route(vectors[~seen]).coverage == pytest.approx(coverage, abs=0.07)
+
+
+def test_a_prompt_far_from_every_cluster_is_not_known():
+    _, _, router = fitted()
+    far = np.zeros((1, 8), np.float32)
+    far[0, 7] = 1
+    routing = router.route(far)
+    assert not routing.known[0]
+    assert routing.coverage == 0
+
+
+def test_a_mixture_weighs_by_similarity_and_keeps_the_strongest():
+    vectors, labels = blobs(spread=0.6)  # clusters that overlap
+    router = fit_router(vectors, labels, mode="softmax")
+    between = (router.centroids[0] + 0.9 * router.centroids[1])[None]
+    between /= np.linalg.norm(between)
+    (weights,) = router.route(between).weights
+    assert weights.sum() == pytest.approx(1)
+    assert weights[0] > weights[1] > weights[2] > 0
+    (kept,) = replace(router, top_k=2).route(between).weights
+    assert kept[2] == 0
+    assert kept[:2] == pytest.approx(weights[:2] / weights[:2].sum(), rel=1e-4)
+
+
+def test_the_temperature_is_the_most_likely_one():
+    """Labels drawn from softmax(s / T) give T back."""
+    rng = np.random.default_rng(1)
+    similarity = rng.uniform(0, 1, (20_000, 4)).astype(np.float32)
+    logits = similarity / 0.2
+    odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (odds.cumsum(1) > rng.random((len(odds), 1))).argmax(1)
+    assert calibrate_temperature(similarity, labels) == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_temperature_tells_sure_clusters_from_overlapping_ones():
+    temperatures = [fit_router(*blobs(spread=spread)).temperature for spread in (0.15, 0.5)]
+    assert temperatures[1] > 2 * temperatures[0]
+
+
+def test_a_cluster_of_one_row_is_kept():
+    vectors, labels = blobs(n=10)
+    vectors, labels = vectors[:21], labels[:21]
+    router = fit_router(vectors, labels)
+    assert np.isfinite(router.thresholds).all()
+    assert router.route(vectors[20:]).weights.tolist() == [[0, 0, 1]]
+
+
+def test_noise_belongs_to_no_cluster():
+    vectors, labels = blobs()
+    noisy = np.where(np.arange(len(labels)) % 10 == 0, -1, labels)
+    clean, dirty = fit_router(vectors[noisy >= 0], noisy[noisy >= 0]), fit_router(vectors, noisy)
+    assert (dirty.centroids == clean.centroids).all()
+    assert (dirty.thresholds == clean.thresholds).all()
+
+
+def test_vectors_of_another_width_are_refused():
+    _, _, router = fitted()
+    with pytest.raises(ValueError, match=r"shape \(N, 8\), got \(2, 5\)"):
+        router.route(np.zeros((2, 5), np.float32))

@@ -30,7 +30,7 @@ def true_clusters(rows: pd.DataFrame) -> pd.Series:
     training = rows[(rows["split"] == "train") & (rows["cluster"] != NOISE)]
     counts = training.dropna(subset=["task"]).groupby(["task", "cluster"]).size()
     largest = counts.groupby(level="task").idxmax()
-    return rows["task"].map(dict(largest)).astype("Int64")
+    return rows["task"].map(dict(largest.tolist())).astype("Int64")
 
 
 def reliability(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> pd.DataFrame:

@@ -1,9 +1,10 @@
-"""Recovery of every merge method on trained adapters of the demo's tasks, on held-out rows.
+"""Recovery of every merge method on the adapters of a finished run, on its held-out rows.
 
-Usage: ``python benchmarks/recovery.py FOLDER``, where FOLDER holds one PEFT directory per task of
-the demo, named after the task. Recovery is (base − merged) / (base − own adapter) in response NLL
-per token: 1 where merging costs nothing. Methods with a scale run at their default and at the best
-of a small grid on calibration rows, which are training rows that the statistics come from too.
+Usage: ``python benchmarks/recovery.py LIBRARY [--methods …] [--rank R]``. Recovery is
+(base − merged) / (base − own adapter) in response NLL per token: 1 where merging costs nothing; the
+interval is a paired bootstrap over items. Methods with a scale run at their published value and at
+the best of a small grid on calibration rows, which are training rows that the statistics come from
+too.
 """
 
 import argparse
@@ -12,139 +13,119 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from held_out import HeldOut
 from tables import report
-from transformers import PreTrainedModel
 
-from tclora.adapter import Adapter, read_adapter
-from tclora.data.demo import demo_examples
 from tclora.loss import response_nll
-from tclora.merge import ActivationStatistics, collect, merge, methods
-from tclora.merge.calibrate import attached
-from tclora.models import load_base_model, load_tokenizer, locate_base_model
-from tclora.prompts import Batch, TokenRow, batches, encode
+from tclora.merge import merge, methods
+from tclora.merge.calibrate import attached, calibrate_components, calibrate_loadings
+from tclora.prompts import Batch, batches, encode
+from tclora.tensor import factorise
 
 SCALES = (0.2, 0.4, 0.7, 1.0, 1.5)
-TRAIN_ROWS, TEST_ROWS, STATISTICS_ROWS, CALIBRATION_ROWS = 100, 16, 16, 4
-TOKEN_BUDGET = 2048
+CALIBRATION_ROWS = 4
 # Need an input that a table of methods cannot give them, or are another name.
 SKIPPED = {"tc-lora", "tc-lora-calibrated", "tc-lora-reconstruct"}
 
-Rows = dict[str, list[TokenRow]]
 
+class Bench(HeldOut):
+    """A library and a few calibration rows of all its clusters."""
 
-def nll(model: PreTrainedModel, rows: list[Batch], adapter: Adapter | None) -> float:
-    """Return the mean response NLL in nats per token."""
-    total = tokens = 0.0
-    for batch in rows:
-        with torch.no_grad(), attached(model, adapter):
-            total += float(response_nll(model, batch).sum())
-        tokens += batch.supervised
-    return total / tokens
-
-
-class Bench:
-    """Base model, adapters and rows of the demo's tasks."""
-
-    def __init__(self, folder: Path) -> None:
-        location = locate_base_model("smollm2-135m-instruct")
-        self.tokenizer = load_tokenizer(location)
-        self.model = load_base_model(location, torch.float32)
-        self.adapters = [read_adapter(p, p.name) for p in sorted(folder.iterdir())]
-        self.frame = demo_examples(TRAIN_ROWS, TEST_ROWS)
-        self.test = {a.name: self.batches(self.rows(a.name, "test")) for a in self.adapters}
-        self.train = {a.name: self.rows(a.name, "train") for a in self.adapters}
-        self.base = {t: nll(self.model, b, None) for t, b in self.test.items()}
-        self.own = {a.name: nll(self.model, self.test[a.name], a) for a in self.adapters}
-
-    def rows(self, task: str, split: str) -> list[TokenRow]:
-        """Encode one task's rows."""
-        chosen = self.frame[(self.frame["task"] == task) & (self.frame["split"] == split)]
-        prompts, responses = chosen["prompt"].tolist(), chosen["response"].tolist()
-        return encode(self.tokenizer, prompts, responses, template="plain")
-
-    def batches(self, rows: Sequence[TokenRow]) -> list[Batch]:
-        """Batch rows."""
+    def __init__(self, library: Path) -> None:
+        super().__init__(library)
+        rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
+        encoded = encode(
+            self.tokenizer,
+            rows["prompt"].tolist(),
+            rows["response"].tolist(),
+            template=self.manifest["config"]["train"]["template"],
+        )
         pad = self.tokenizer.pad_token_id
-        return list(batches(rows, pad_id=pad, token_budget=TOKEN_BUDGET))
+        self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
 
-    def statistics(self, folder: Path) -> ActivationStatistics:
-        """Collect each cluster's statistics into files."""
-        paths = []
-        for name, rows in self.train.items():
-            paths.append(folder / f"{name}.safetensors")
-            modules = sorted(self.adapters[0].modules)
-            pad = self.tokenizer.pad_token_id
-            collect(self.model, rows[:STATISTICS_ROWS], name, modules, pad_id=pad).save(paths[-1])
-        return ActivationStatistics.load(*paths)
+    @torch.no_grad()
+    def tuned_scale(self, method: str, rank: int | None) -> float:
+        """Return the scale of the grid with the lowest loss on the calibration rows."""
+        losses = {}
+        for scale in SCALES:
+            adapter = merge(self.adapters, method, rank=rank, scale=scale).adapter
+            with attached(self.model, adapter):
+                losses[scale] = sum(
+                    float(response_nll(self.model, batch).sum()) for batch in self.calibration
+                )
+        return min(losses, key=losses.__getitem__)
 
-    def recovery(self, adapter: Adapter) -> list[float]:
-        """Return the recovery of every task."""
-        found = {task: nll(self.model, rows, adapter) for task, rows in self.test.items()}
-        return [(self.base[t] - found[t]) / (self.base[t] - self.own[t]) for t in found]
+    def row(
+        self, name: str, rank: int | None, scale: str = "", **options: object
+    ) -> dict[str, object]:
+        """Measure one method at one rank."""
+        merged = merge(self.adapters, name, rank=rank, statistics=self.statistics, **options)
+        label = f"{name}/{rank}/{scale}"
+        with torch.no_grad():
+            items = self.items(label, self.rows, self.attach(merged.adapter))
+        return {
+            "method": name,
+            "asked rank": rank or "own",
+            "rank": merged.rank,
+            "scale": scale,
+            "lost in truncation": merged.truncation_loss,
+            **self.score(label, items),
+        }
 
-    def calibration_loss(self, adapter: Adapter) -> float:
-        """Return the mean NLL over a few training rows of every task."""
-        rows = [row for rows in self.train.values() for row in rows[:CALIBRATION_ROWS]]
-        return nll(self.model, self.batches(rows), adapter)
+    def calibrated(self, rank: int) -> list[dict[str, object]]:
+        """Measure the merges whose weights are fitted by the model's loss."""
+        factors = factorise(self.adapters, rank)
+        loadings = calibrate_loadings(self.model, factors, self.calibration)
+        informed = merge(self.adapters, "tc-lora", rank=rank, statistics=self.statistics)
+        components = calibrate_components(self.model, informed.adapter, self.calibration)
+        rows = []
+        for name, adapter in (
+            ("tc-lora-calibrated (K weights on the data-free CP)", loadings.adapter),
+            ("tc-lora-activation, R component weights refitted", components.adapter),
+        ):
+            with torch.no_grad():
+                items = self.items(name, self.rows, self.attach(adapter))
+            rows.append(
+                {"method": name, "asked rank": rank, "rank": rank, "scale": "fitted",
+                 "lost in truncation": 0.0, **self.score(name, items)}
+            )  # fmt: skip
+        return rows
 
 
-def tuned_scale(bench: Bench, method: str, rank: int | None) -> float:
-    """Return the scale of the grid with the lowest calibration loss."""
-    losses = {
-        scale: bench.calibration_loss(merge(bench.adapters, method, rank=rank, scale=scale).adapter)
-        for scale in SCALES
-    }
-    return min(losses, key=losses.__getitem__)
-
-
-def measure(
-    bench: Bench, method: str, rank: int | None, statistics: ActivationStatistics, tune: bool
-) -> dict[str, object]:
-    """Measure one method at one rank."""
-    options = {"scale": tuned_scale(bench, method, rank)} if tune else {}
-    merged = merge(bench.adapters, method, rank=rank, statistics=statistics, **options)
-    recovered = bench.recovery(merged.adapter)
-    return {
-        "method": method,
-        "asked rank": rank or "own",
-        "rank": merged.rank,
-        "scale": f"{options['scale']} (tuned)" if tune else "default",
-        "lost in truncation": merged.truncation_loss,
-        "mean recovery": sum(recovered) / len(recovered),
-        "worst recovery": min(recovered),
-    }
-
-
-def main(folder: Path, work: Path, chosen: list[str], rank: int) -> None:
+def main(library: Path, chosen: list[str], rank: int) -> None:
     """Run all methods and report."""
-    bench = Bench(folder)
-    work.mkdir(parents=True, exist_ok=True)
-    statistics = bench.statistics(work)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        bench = Bench(library)
     rows: list[dict[str, object]] = []
     for info in methods():
         if info.name in SKIPPED or (chosen and info.name not in chosen):
             continue
+        scaled = "scale" in info.options
         for asked in (None, rank):
-            rows.append(measure(bench, info.name, asked, statistics, tune=False))
-        if "scale" in info.options:
-            rows.append(measure(bench, info.name, rank, statistics, tune=True))
-        table = pd.DataFrame(rows).sort_values("mean recovery", ascending=False)
-        report(
-            "recovery",
-            "Recovery of the demo's adapters by merge method",
-            table,
-            f"SmolLM2-135M-Instruct, {len(bench.adapters)} tasks, {TEST_ROWS} held-out rows each; "
-            f"statistics from {STATISTICS_ROWS} training rows per task, scales tuned on "
-            f"{CALIBRATION_ROWS} of them over {SCALES}. One seed: differences of a few hundredths "
-            "are not significant.",
-        )
+            rows.append(bench.row(info.name, asked, "published" if scaled else "-"))
+            if scaled:
+                best = bench.tuned_scale(info.name, asked)
+                rows.append(bench.row(info.name, asked, f"{best} (tuned)", scale=best))
+            print(rows[-1], flush=True)
+    if not chosen:
+        rows += bench.calibrated(rank)
+    config = bench.manifest["config"]
+    report(
+        "recovery",
+        "Recovery of the demo's adapters by merge method",
+        pd.DataFrame(rows).sort_values("mean", ascending=False),
+        f"{library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
+        f"{len(bench.rows)} held-out rows, one training seed; statistics from "
+        f"{config['merge']['calibration_rows']} training rows per cluster, scales tuned on "
+        f"{CALIBRATION_ROWS} of them over {SCALES}.",
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("build/recovery"))
+    parser.add_argument("library", type=Path)
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--rank", type=int, default=16)
     arguments = parser.parse_args()
-    main(arguments.folder, arguments.work, arguments.methods, arguments.rank)
+    main(arguments.library, arguments.methods, arguments.rank)

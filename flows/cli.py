@@ -109,7 +109,9 @@ def doctor(
     raise typer.Exit(0 if healthy else 1)
 
 
-AdaptersArgument = Annotated[list[Path], typer.Argument(help="PEFT LoRA directories.")]
+AdaptersArgument = Annotated[
+    list[str], typer.Argument(help="PEFT LoRA directories or Hugging Face ids.")
+]
 
 
 @app.command("merge")
@@ -123,19 +125,38 @@ def merge_adapters(
         list[str], typer.Option("--option", metavar="KEY=VALUE", help="The method's own options.")
     ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option(help="Merge adapters of different base models.")] = False,
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Sample rows of an adapter, or of all with a column 'adapter', for methods that "
+            "use activations; loads the base model.",
+        ),
+    ] = [],  # noqa: B006
+    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows per adapter.")] = 16,
+    base: Annotated[
+        str | None, typer.Option(help="Base model for --calibration; else the adapters' own.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="Of --calibration: chat or plain.")] = "chat",
+    seed: Annotated[int, typer.Option(help="Seed of anything random.")] = 0,
 ) -> None:
-    """Merge PEFT LoRA adapters, whoever trained them; the base model is not loaded."""
-    from flows.merging import merge_directories
+    """Merge PEFT LoRA adapters, whoever trained them; without --calibration no model is loaded."""
+    _settle_environment()
+    from flows.merging import Calibration, merge_directories
 
     merge_directories(
         adapters,
         output,
         method,
-        rank=rank,
-        weights=weights,
-        options=options,
-        force=force,
+        calibration=Calibration(calibration, base, template, calibration_rows)
+        if calibration
+        else None,
         console=console,
+        options=options,
+        rank=rank,
+        weights=weights or None,
+        force=force,
+        seed=seed,
     )
 
 
@@ -161,6 +182,63 @@ def inspect(
     from flows.merging import print_inspection
 
     print_inspection(adapters, picture, console)
+
+
+LibraryArgument = Annotated[
+    Path, typer.Argument(help="Library directory of a run, or its folder routed/.")
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="Base model, if it is not where the library was made.")
+]
+
+
+@app.command()
+def generate(
+    library: LibraryArgument,
+    prompts: Annotated[list[str], typer.Argument(help="Answered in one batch.")],
+    base: BaseOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Answer prompts by a routed library and show where each was routed."""
+    _settle_environment()
+    from flows.serving import print_answers
+
+    print_answers(library, prompts, base, max_new_tokens, as_json, console)
+
+
+@app.command()
+def serve(
+    library: LibraryArgument,
+    base: BaseOption = None,
+    port: Annotated[int, typer.Option(help="Port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address; anyone who reaches it may use it.")] = (
+        "127.0.0.1"
+    ),
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 1024,
+) -> None:
+    """Serve a routed library as an OpenAI-compatible endpoint, /v1/chat/completions."""
+    _settle_environment()
+    from flows.serving import serve_library
+
+    serve_library(library, base, host, port, max_batch, max_tokens, console)
+
+
+@app.command()
+def export(
+    library: LibraryArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    cluster: Annotated[str | None, typer.Option(help="Adapter name or number.")] = None,
+    weights: Annotated[
+        list[str], typer.Option("--weight", metavar="NAME=WEIGHT", help="A mixture instead.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Write one cluster of a routed library, or a mixture, as a plain PEFT adapter."""
+    from flows.serving import export_adapter
+
+    place = export_adapter(library, output, cluster, weights)
+    console.print(f"adapter: {place}", highlight=False, soft_wrap=True)
 
 
 def _settle_environment() -> None:

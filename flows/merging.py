@@ -1,28 +1,60 @@
 """The command line's work on adapters alone: list methods, merge and inspect PEFT directories."""
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
-from tclora.adapter import Adapter, read_adapter, write_adapter
+from tclora.adapter import Adapter, locate_adapter, read_adapter, write_adapter
 from tclora.errors import AdapterError
 from tclora.interference import Interference, interference
-from tclora.merge import MethodInfo, merge, methods
+from tclora.merge import ActivationStatistics, MethodInfo, merge, methods
+from tclora.merge.calibration_files import collect_all, read_calibration
+from tclora.models import (
+    choose_dtype,
+    default_device,
+    load_base_model,
+    load_tokenizer,
+    locate_base_model,
+)
 from tclora.tensor.compress import module_names
 
 
-def read_adapters(paths: Sequence[Path]) -> list[Adapter]:
-    """Open PEFT directories, named after their folders; repeated names get a number."""
-    names = [path.name for path in paths]
+@dataclass(frozen=True)
+class Calibration:
+    """Where `merge_directories` takes activation statistics from.
+
+    Attributes
+    ----------
+    sources : sequence of str
+        ``NAME=FILE``, or files with a column ``adapter``.
+    base : str or None
+        Base model; what the adapters name if None.
+    template : str
+        "chat" or "plain".
+    rows : int
+        At most this many rows per adapter.
+    """
+
+    sources: Sequence[str]
+    base: str | None
+    template: str
+    rows: int
+
+
+def read_adapters(specs: Sequence[str]) -> list[Adapter]:
+    """Open PEFT directories or hub ids, named after their folders, with parents if need be."""
+    paths = [locate_adapter(spec) for spec in specs]
+    names = [Path(spec).name for spec in specs]
     unique = [
-        name if names.count(name) == 1 else f"{path.parent.name}-{name}"
-        for name, path in zip(names, paths, strict=True)
+        name if names.count(name) == 1 else f"{Path(spec).parent.name}-{name}"
+        for name, spec in zip(names, specs, strict=True)
     ]
     return [read_adapter(path, name) for path, name in zip(paths, unique, strict=True)]
 
@@ -37,29 +69,34 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def merge_directories(
-    paths: Sequence[Path],
+    specs: Sequence[str],
     output: Path,
     method: str,
     *,
-    rank: int | None,
-    weights: Sequence[float] | None,
-    options: Sequence[str],
-    force: bool,
+    calibration: Calibration | None,
     console: Console,
+    options: Sequence[str] = (),
+    **settings: Any,  # noqa: ANN401
 ) -> None:
-    """Merge PEFT directories into one and say what became of them."""
-    adapters = read_adapters(paths)
-    try:
-        merged = merge(
-            adapters,
-            method,
-            rank=rank,
-            weights=weights or None,
-            force=force,
-            **parse_options(options),
-        )
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
+    """Merge adapters into one and say what became of them; `settings` go to `merge`."""
+    adapters = read_adapters(specs)
+    chosen = parse_options(options)
+    with tempfile.TemporaryDirectory(prefix="tclora-statistics-") as folder, _bar(console) as bar:
+        statistics = None
+        if calibration:
+            statistics = _collect(calibration, adapters, Path(folder))
+        task = bar.add_task(f"merging by {method}", total=None)
+        try:
+            merged = merge(
+                adapters,
+                method,
+                statistics=statistics,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                **settings,
+                **chosen,
+            )
+        except ValueError as error:
+            raise AdapterError(str(error)) from error
     write_adapter(merged.adapter, output)
     lines = [
         ("method", merged.method),
@@ -71,6 +108,31 @@ def merge_directories(
     ]
     for label, value in lines:
         console.print(f"{label:<20}{value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _bar(console: Console) -> Progress:
+    """Return a progress bar that a terminal shows and a file does not."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _collect(
+    calibration: Calibration, adapters: Sequence[Adapter], folder: Path
+) -> ActivationStatistics:
+    """Collect activation statistics on the calibration rows, with the adapters' base model."""
+    rows = read_calibration(
+        calibration.sources, [adapter.name for adapter in adapters], calibration.rows
+    )
+    base = calibration.base or next((a.base_model for a in adapters if a.base_model), None)
+    if base is None:
+        raise AdapterError("--calibration needs --base: the adapters do not name their base model")
+    location = locate_base_model(base)
+    device = default_device()
+    model = load_base_model(location, choose_dtype("auto", device), device)
+    tokenizer = load_tokenizer(location)
+    try:
+        return collect_all(model, tokenizer, rows, adapters, folder, template=calibration.template)
+    except ValueError as error:
+        raise AdapterError(f"--calibration: {error}") from error
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -93,9 +155,9 @@ def _summary(info: MethodInfo) -> str:
     return info.summary + (f" [{options}]" if options else "")
 
 
-def print_inspection(paths: Sequence[Path], picture: Path | None, console: Console) -> None:
+def print_inspection(specs: Sequence[str], picture: Path | None, console: Console) -> None:
     """Print ranks, targets and norms of adapters and how they interfere; draw it if asked to."""
-    adapters = read_adapters(paths)
+    adapters = read_adapters(specs)
     table = Table("adapter", "modules", "ranks", "norm of update", "base model")
     for adapter in adapters:
         ranks, square = set(), 0.0

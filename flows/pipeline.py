@@ -16,7 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
-from tasks.jobs import evaluate, evaluate_routed, statistics, train
+from tasks.jobs import evaluate, evaluate_routed, find_rank, statistics, train
 from tasks.merging import explained_variance, factorise, merge
 from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
@@ -95,45 +95,24 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     adapters = {name: part for name, part in weights.items() if name != JOINT}
     if last < STAGES.index("factorise"):
         return
-    factors = factorise(
-        adapters, cfg.factorise.rank, cfg.factorise.n_starts, cfg.factorise.n_iter, cfg.seed
-    )
+    informed = {m.name for m in methods() if m.needs} & set(cfg.merge.methods)
+    activations = _activations(cfg, models, rows, adapters, run) if informed else None
+    rank = _cp_rank(cfg, models, rows, adapters, activations, run)
+    factors = factorise(adapters, rank, cfg.factorise.n_starts, cfg.factorise.n_iter, cfg.seed)
     variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed)
     _announce("factorise", factors.metrics)
     if last < STAGES.index("merge"):
         return
-    informed = {m.name for m in methods() if m.needs} & set(cfg.merge.methods)
-    activations = None
-    if informed and cfg.merge.calibration_rows:
-        activations = statistics(
-            {name: rows[name] for name in adapters},
-            adapters,
-            cfg.merge.calibration_rows,
-            cfg.train,
-            models.base,
-            models.base_digest,
-            run=(run, cfg.resources),
-        )
     merged = {
-        name: merge(name, adapters, factors, activations, cfg.factorise.rank, cfg.seed)
+        name: merge(name, adapters, factors, activations, rank, cfg.seed)
         if name in informed
         else merge(name, adapters, None, None, None, cfg.seed)
         for name in cfg.merge.methods
     }
     routed = None
     if cfg.route.enabled:
-        routed = route(
-            routed_info(cfg, models, list(adapters)),
-            adapters,
-            merged[cfg.merge.primary],
-            activations,
-            embeddings,
-            clusters,
-            cfg.route.mode,
-            cfg.route.top_k,
-            cfg.route.coverage,
-            cfg.seed,
-        )
+        primary = merged[cfg.merge.primary]
+        routed = _routed(cfg, models, adapters, primary, activations, embeddings, clusters)
     if last < STAGES.index("evaluate"):
         return
     parts = {
@@ -152,6 +131,74 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     publish(cfg, models, parts, merged, trained, _links(run))
     log_library(run, cfg, parts, merged, trained)
     link(run, cfg)
+
+
+def _activations(
+    cfg: Config, models: Models, rows: Artifacts, adapters: Artifacts, run: Run
+) -> Artifact | None:
+    """Collect activation statistics, unless the configuration forgoes them."""
+    if not cfg.merge.calibration_rows:
+        return None
+    return statistics(
+        {name: rows[name] for name in adapters},
+        adapters,
+        cfg.merge.calibration_rows,
+        cfg.train,
+        models.base,
+        models.base_digest,
+        run=(run, cfg.resources),
+    )
+
+
+def _cp_rank(
+    cfg: Config,
+    models: Models,
+    rows: Artifacts,
+    adapters: Artifacts,
+    activations: Artifact | None,
+    run: Run,
+) -> int:
+    """Return the configured CP rank, or the smallest that reaches the wanted recovery."""
+    if cfg.factorise.target_recovery is None:
+        return cfg.factorise.rank
+    found = find_rank(
+        {name: rows[name] for name in adapters},
+        adapters,
+        activations,
+        cfg.merge.primary,
+        cfg.factorise.target_recovery,
+        cfg.factorise.recovery_rows,
+        cfg.train,
+        models.base,
+        models.base_digest,
+        cfg.seed,
+        run=(run, cfg.resources),
+    )
+    return int(found.info["rank"])
+
+
+def _routed(
+    cfg: Config,
+    models: Models,
+    adapters: Artifacts,
+    primary: Artifact,
+    activations: Artifact | None,
+    embeddings: Artifact,
+    clusters: Artifact,
+) -> Artifact:
+    """Make the routed library on the factors of the primary merge."""
+    return route(
+        routed_info(cfg, models, list(adapters)),
+        adapters,
+        primary,
+        activations,
+        embeddings,
+        clusters,
+        cfg.route.mode,
+        cfg.route.top_k,
+        cfg.route.coverage,
+        cfg.seed,
+    )
 
 
 @flow(name="train-library", validate_parameters=False)

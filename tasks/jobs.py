@@ -14,7 +14,7 @@ from tclora.adapter import read_adapter
 from tclora.config import EvaluateConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
-from tclora.jobs import EvaluateJob, StatisticsJob, TrainJob, run_job
+from tclora.jobs import EvaluateJob, RankJob, StatisticsJob, TrainJob, run_job
 from tclora.train import total_steps
 
 
@@ -108,6 +108,55 @@ def statistics(
     with _environment(resources) as env:
         result = run_job(job, env=env, timeout=resources.job_timeout)
     return Artifact.of(root, *(f"{folder}/{name}.safetensors" for name in rows), info=result)
+
+
+@stage("tclora.route", "tclora.route.search", "tclora.models", name="find-rank")
+def find_rank(
+    rows: dict[str, Artifact],
+    adapters: dict[str, Artifact],
+    activations: Artifact | None,
+    method: str,
+    recovery: float,
+    count: int,
+    train: TrainConfig,
+    base: str,
+    base_digest: str,
+    seed: int,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Find the smallest CP rank at which the routed library reaches a recovery."""
+    _, resources = run
+    root = next(iter(rows.values())).root
+    name = f"{WORK}/rank.json"
+    grams = [root / file for file in activations.files] if activations else []
+    job = RankJob(
+        name="rank",
+        base_location=base,
+        rows={cluster: part.path for cluster, part in rows.items()},
+        target=root / name,
+        train=train,
+        count=count,
+        adapters={cluster: part.path for cluster, part in adapters.items()},
+        statistics=tuple(grams),
+        method=method,
+        recovery=recovery,
+        seed=seed,
+    )
+    logger = get_run_logger()
+
+    def on_event(event: dict[str, Any]) -> None:
+        logger.info("CP rank %d recovers %.1f %%", event["rank"], 100 * event["recovery"])
+
+    with _environment(resources) as env:
+        found = run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)
+    if not found["reached"]:
+        logger.warning(
+            "no CP rank reaches factorise.target_recovery %g; the largest, %d, is used",
+            recovery,
+            found["rank"],
+        )
+    curve = {f"factors/recovery_R{rank}": share for rank, share in found["curve"].items()}
+    return Artifact.of(root, name, metrics=curve, info=found)
 
 
 @stage(

@@ -118,6 +118,30 @@ class _FileModules(Mapping[str, LoraFactors]):
         return len(self._scalings)
 
 
+def locate_adapter(spec: str) -> Path:
+    """Return the folder of an adapter: a local directory, or a hub id, fetched to the local cache.
+
+    Raises
+    ------
+    AdapterError
+        If it is neither a directory nor an id that can be reached.
+    """
+    path = Path(spec)
+    if path.exists() or path.is_absolute() or spec.count("/") != 1 or spec.startswith("."):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(spec, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"adapter {spec!r} must be a directory or a Hugging Face id that can be reached: "
+            f"{reason}"
+        ) from error
+
+
 def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     """Open a PEFT LoRA directory; factors are memory-mapped and read module by module.
 

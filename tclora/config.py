@@ -141,6 +141,12 @@ class FactoriseConfig(_Section):
     """The joint CP decomposition of all adapters."""
 
     rank: Positive = Field(16, description="CP rank R, components per module")
+    target_recovery: Fraction | None = Field(
+        None,
+        description="in place of rank: the smallest R at which the routed library keeps this share "
+        "of the own adapters' gain, measured on recovery_rows training rows per cluster",
+    )
+    recovery_rows: Positive = Field(16, description="rows per cluster for target_recovery")
     ranks: tuple[Positive, ...] = Field(
         (1, 2, 4, 8, 16, 32, 64), description="ranks of the explained-variance curve"
     )

@@ -77,7 +77,24 @@ class StatisticsJob(_Job):
     modules: tuple[str, ...]
 
 
-Job = TrainJob | EvaluateJob | StatisticsJob
+class RankJob(_Job):
+    """Find the smallest CP rank with a wanted recovery; see `tclora.route.search`.
+
+    `target` is a JSON file of the outcome. Rows are the last ones of each cluster: statistics come
+    from the first.
+    """
+
+    kind: Literal["rank"] = "rank"
+    rows: dict[str, Path]  # cluster's adapter -> Parquet file
+    count: int  # rows per cluster
+    adapters: dict[str, Path]
+    statistics: tuple[Path, ...]
+    method: str
+    recovery: float
+    seed: int
+
+
+Job = TrainJob | EvaluateJob | StatisticsJob | RankJob
 
 
 def run_job(
@@ -91,7 +108,7 @@ def run_job(
 
     Parameters
     ----------
-    job : TrainJob, EvaluateJob or StatisticsJob
+    job : TrainJob, EvaluateJob, StatisticsJob or RankJob
         What to do.
     env : mapping, optional
         Environment variables on top of this process's own, such as CUDA_VISIBLE_DEVICES.
@@ -260,10 +277,10 @@ def _encoded(
     job: Job,
     rows: Path,
     tokenizer: Any,  # noqa: ANN401
-    count: int | None = None,
+    some: slice = slice(None),
 ) -> list[TokenRow]:
-    """Return the rows of a file, or the first of them, as tokens."""
-    frame = pd.read_parquet(rows, columns=["prompt", "response"])[:count]
+    """Return the rows of a file, or some of them, as tokens."""
+    frame = pd.read_parquet(rows, columns=["prompt", "response"])[some]
     return encode(
         tokenizer,
         frame["prompt"].tolist(),
@@ -281,7 +298,7 @@ def _statistics(job: StatisticsJob) -> dict[str, Any]:
     for name, rows in job.rows.items():
         statistics = collect(
             model,
-            _encoded(job, rows, tokenizer, job.count),
+            _encoded(job, rows, tokenizer, slice(job.count)),
             name,
             job.modules,
             pad_id=tokenizer.pad_token_id,
@@ -290,6 +307,49 @@ def _statistics(job: StatisticsJob) -> dict[str, Any]:
         statistics.save(job.target / f"{name}.safetensors")
         tokens |= statistics.tokens
     return {"tokens": tokens}
+
+
+def _find_rank(job: RankJob) -> dict[str, Any]:
+    from tclora.adapter import Adapter, read_adapter
+    from tclora.files import write_json
+    from tclora.merge import ActivationStatistics
+    from tclora.prompts import batches
+    from tclora.route.search import RoutedRecovery, smallest_rank
+
+    model, tokenizer = _base(job)
+    opened = [read_adapter(path, name) for name, path in job.adapters.items()]
+    adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
+    measured = {
+        name: list(
+            batches(
+                _encoded(job, rows, tokenizer, slice(-job.count, None)),
+                pad_id=tokenizer.pad_token_id,
+                token_budget=job.train.tokens_per_forward,
+            )
+        )
+        for name, rows in job.rows.items()
+    }
+    recovery = RoutedRecovery(
+        model,
+        adapters,
+        measured,
+        method=job.method,
+        statistics=ActivationStatistics.load(*job.statistics) if job.statistics else None,
+        seed=job.seed,
+    )
+
+    def measure(rank: int) -> float:
+        found = recovery(rank)
+        _emit({"rank": rank, "recovery": found})
+        return found
+
+    r = max(f.rank for adapter in adapters for f in adapter.modules.values())
+    found = smallest_rank(
+        measure, job.recovery, max(1, r // 2), len(adapters) * r, step=max(1, r // 8)
+    )
+    outcome = asdict(found)
+    write_json(job.target, outcome)
+    return outcome
 
 
 def _evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -392,6 +452,8 @@ def main(path: str) -> None:
             result = _train(TrainJob.model_validate(values))
         elif values["kind"] == "evaluate":
             result = _evaluate(EvaluateJob.model_validate(values))
+        elif values["kind"] == "rank":
+            result = _find_rank(RankJob.model_validate(values))
         else:
             result = _statistics(StatisticsJob.model_validate(values))
     except (TcloraError, OSError) as error:

@@ -106,14 +106,17 @@ class _State:
         )
 
 
-def descend(stack: Stack, start: CPSolution, n_iter: int, tol: float) -> CPSolution:
+def descend(
+    stack: Stack, start: CPSolution, n_iter: int, tol: float, accelerate: bool = True
+) -> CPSolution:
     """Sweep from a start until every module has converged or `n_iter` is reached.
 
     A module has converged when its relative error fell by less than `tol` of itself in one sweep.
+    Without acceleration the sweeps are plain alternating least squares.
     """
     best = start
     active = torch.arange(start.U.shape[0], device=start.U.device)
-    step = torch.full_like(best.error, _FIRST_STEP)
+    step = torch.full_like(best.error, _FIRST_STEP if accelerate else 0.0)
     state = _State(best, best, step, rejected=torch.zeros_like(step, dtype=torch.bool))
     for sweep in range(1, n_iter + 1):
         before = state.best.error

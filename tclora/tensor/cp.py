@@ -29,6 +29,7 @@ def cp_als(
     tol: float = 1e-5,
     seed: int = 0,
     start: tuple[Tensor, Tensor] | None = None,
+    accelerate: bool = True,
 ) -> CPSolution:
     """Fit a CP model of rank R to each stack of a batch, keeping each module's best start.
 
@@ -50,6 +51,9 @@ def cp_als(
         Seed of the random starts.
     start : (Tensor, Tensor), optional
         Factor matrices (M, m, R) and (M, n, R) of one more start, tried first.
+    accelerate : bool
+        Extrapolate between sweeps; without, the sweeps are plain alternating least squares, as in
+        TensorLy's ``parafac``.
 
     Returns
     -------
@@ -76,7 +80,7 @@ def cp_als(
         raise ValueError(f"n_starts must be at least 1 without a start, got {n_starts}")
     scale = stack_norm(B, A)
     stack = Stack(B / torch.where(scale > 0, scale, 1)[:, None, None, None], A)
-    run = partial(descend, stack, tol=tol)
+    run = partial(descend, stack, tol=tol, accelerate=accelerate)
     starts = [] if start is None else [start]
     starts += _starts(stack, rank, n_starts, partial(descend, n_iter=n_iter, tol=tol), seed)
     tried = [begin(stack, U, V) for U, V in starts]

@@ -1,0 +1,145 @@
+"""What a routed library keeps at each CP rank, in bytes and FLOPs, against other ways to route.
+
+Usage: ``python benchmarks/routed_recovery.py LIBRARY``, a finished run with held-out rows. Recovery
+is (base − routed) / (base − own adapter) in response NLL per token on the held-out in-domain rows,
+each routed by the text router; the interval is a paired bootstrap over items. Only NLL is
+measured, nothing is generated.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from held_out import HeldOut
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from safetensors.numpy import load_file
+from tables import report
+
+from tclora.adapter import Adapter, write_adapter
+from tclora.merge import merge
+from tclora.route import GatedAdapter, Gating, Router, fit_gates, fit_router
+from tclora.summary import OWN
+from tclora.tensor import factorise
+
+RANKS = (4, 8, 12, 16, 24, 32, 64, 96)
+
+
+class Bench(HeldOut):
+    """Ways to route the library's rows."""
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(library)
+        clusters = pd.read_parquet(library / "clusters.parquet")
+        vectors = load_file(library / "work" / "embeddings.safetensors")["embeddings"]
+        training = (clusters["split"] == "train").to_numpy()
+        labels = clusters.loc[training, "cluster"].to_numpy()
+        self.router = fit_router(vectors[training], labels)
+        place = {row: i for i, row in enumerate(clusters["id"])}
+        self.vectors = vectors[[place[row] for row in self.rows["id"]]]
+
+    @contextmanager
+    def gated(self, gated: GatedAdapter) -> Iterator[tuple[Any, Gating]]:
+        """Load a gated adapter on a base model of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(gated.adapter, Path(folder) / "static")
+            model = PeftModel.from_pretrained(
+                self.base(), Path(folder) / "static", autocast_adapter_dtype=False
+            ).eval()
+        yield model, Gating(model, gated)
+
+    def routed(self, method: str, gated: GatedAdapter, router: Router) -> pd.DataFrame:
+        """Measure rows, each routed by its text."""
+        routing = router.route(self.vectors)
+        weights, known = torch.from_numpy(routing.weights), torch.from_numpy(routing.known)
+        with self.gated(gated) as (model, gating):
+            return self.items(
+                method,
+                self.rows,
+                lambda rows: gating.applied(weights[list(rows)], known[list(rows)]),
+                model,
+            )
+
+    def by_token(self, method: str, gated: GatedAdapter, top_k: int) -> pd.DataFrame:
+        """Measure rows, every token routed in every module."""
+        with self.gated(gated) as (model, gating):
+            context = lambda _: gating.applied_per_token(top_k=top_k)  # noqa: E731
+            return self.items(method, self.rows, context, model)
+
+    def arrow(self, method: str, top_k: int) -> pd.DataFrame:
+        """Measure rows by PEFT's Arrow over the separate adapters."""
+        model = create_arrow_model(
+            base_model=self.base(),
+            task_specific_adapter_paths=[
+                str(self.library / "adapters" / adapter.name) for adapter in self.adapters
+            ],
+            arrow_config=ArrowConfig(top_k=top_k, router_temperature=1.0),
+        ).eval()
+        return self.items(method, self.rows, model=model)
+
+
+def cost(adapter: Adapter, gates: int = 0) -> tuple[float, float]:
+    """Return megabytes in fp32 and million FLOPs per token of an adapter with K gates."""
+    sizes = [(sum(f.shape), f.rank) for f in adapter.modules.values()]
+    numbers = sum((sides + gates) * rank for sides, rank in sizes)
+    flops = sum(2 * sides * rank + (rank if gates else 0) for sides, rank in sizes)
+    return 4 * numbers / 1e6, flops / 1e6
+
+
+def main(library: Path) -> None:
+    """Measure everything and report."""
+    bench = Bench(library)
+    K = len(bench.adapters)
+    separate = sum(cost(adapter)[0] for adapter in bench.adapters)
+    rows: list[dict[str, object]] = []
+
+    def add(name: str, rank: object, items: pd.DataFrame, size: tuple[float, float]) -> None:
+        figures = bench.score(str(items["method"].iloc[0]), items)
+        share = {"MB": size[0], "bytes / separate": size[0] / separate, "MFLOP/token": size[1]}
+        rows.append({"library": name, "R": rank, **figures, **share})
+        print(rows[-1], flush=True)
+
+    for rank in RANKS:
+        static = merge(bench.adapters, "tc-lora", rank=rank, statistics=bench.statistics).adapter
+        gated = fit_gates(bench.adapters, static, bench.statistics)
+        size = cost(gated.adapter, K)
+        routed = bench.routed("routed", gated, bench.router)
+        add("routed (tc-lora factors, gates fitted on inputs)", rank, routed, size)
+        if rank == 16:
+            soft = replace(bench.router, mode="softmax")
+            add("same, softmax at calibrated T", rank, bench.routed("softmax", gated, soft), size)
+            for top in (1, 3):
+                items = bench.by_token(f"token-{top}", gated, top)
+                add(f"same, per token in factor space, top {top}", rank, items, size)
+            add("its static merge", rank, bench.items("static", bench.rows, bench.attach(static)),
+                cost(static))  # fmt: skip
+        factors = factorise(bench.adapters, rank)
+        mean = merge(bench.adapters, "tc-lora-mean", factors=factors).adapter
+        free = fit_gates(bench.adapters, mean)
+        items = bench.routed("free", free, bench.router)
+        add("routed (CP of the updates, data-free)", rank, items, size)
+    flops = cost(bench.adapters[0])[1]
+    for top in (1, 3):
+        items = bench.arrow(f"arrow-{top}", top)
+        add(f"PEFT Arrow over the separate adapters, top {top}", "-", items, (separate, K * flops))
+    add("separate adapters, true cluster", "-",
+        bench.references[bench.references["method"] == OWN].assign(method="own-again"),
+        (separate, flops))  # fmt: skip
+    report(
+        "routed_recovery",
+        "Recovery, bytes and FLOPs of the routed library by CP rank",
+        pd.DataFrame(rows),
+        f"{library.name}: {K} adapters of SmolLM2-135M-Instruct, r = 16, {len(bench.rows)} "
+        "held-out in-domain rows, one training seed. MFLOP per token of the adapters' own products in all "
+        "modules. X-LoRA is left out: its router must be trained on the base model first.",
+    )
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main(Path(sys.argv[1]))

@@ -135,8 +135,8 @@ def main(library: Path) -> None:
         "Recovery, bytes and FLOPs of the routed library by CP rank",
         pd.DataFrame(rows),
         f"{library.name}: {K} adapters of SmolLM2-135M-Instruct, r = 16, {len(bench.rows)} "
-        "held-out in-domain rows, one training seed. MFLOP per token of the adapters' own products in all "
-        "modules. X-LoRA is left out: its router must be trained on the base model first.",
+        "held-out in-domain rows, one training seed. MFLOP per token of the adapters' own products "
+        "in all modules. X-LoRA is left out: its router must be trained on the base model first.",
     )
 
 

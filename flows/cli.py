@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +39,16 @@ def run(
 
     values = load_config(config, overrides)
     _settle_environment()
+    from prefect.client.orchestration import get_client
+
+    # Without a server of the user's own, the first client starts one; it needs as long as the
+    # imports below.
+    server = threading.Thread(target=get_client, kwargs={"sync_client": True})
+    server.start()
     from flows.pipeline import pipeline
     from flows.results import print_results
 
+    server.join()
     outcome = pipeline(values.model_dump(mode="json"), until=until)
     print_results(outcome, console)
 

@@ -182,12 +182,12 @@ class RouteConfig(_Section):
     """The routed library: the primary merge's factors, gated per prompt by the text router."""
 
     enabled: bool = Field(True, description="build the routed library and evaluate it")
-    mode: Literal["nearest", "softmax"] = Field(
+    mode: Literal["nearest", "softmax", "membership"] = Field(
         "nearest",
-        description="the nearest cluster alone, or a softmax over similarities to all centroids "
-        "at a calibrated temperature",
+        description="the nearest cluster alone; a softmax over similarities to all centroids at a "
+        "calibrated temperature; or HDBSCAN's soft membership by distance to exemplars",
     )
-    top_k: Positive | None = Field(None, description="mix at most this many clusters (softmax)")
+    top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(
         0.99,
         description="share of a cluster's prompts that count as known; prompts farther away than "

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
+from tests.route.conftest import *  # noqa: F403
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -33,6 +34,15 @@ def test_the_example_runs(paths, monkeypatch, tmp_path, capsys):
     assert "of the adapters' energy" in capsys.readouterr().out
     assert set(read_adapter(tmp_path / "merged").modules) == {"layer.q_proj"}
     assert names["own"].modules["layer.q_proj"].shape == (12, 10)
+
+
+def test_the_routed_example_runs(library, monkeypatch, tmp_path, capsys):
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    (tmp_path / "runs").mkdir()
+    library.rename(tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # noqa: S102
+    assert capsys.readouterr().out.count("cluster-1") == 2
 
 
 def test_every_command_it_names_exists():

@@ -14,10 +14,12 @@ from scipy.special import log_softmax, softmax
 from tclora.cluster import NOISE, Labels, assign, centroids
 from tclora.embed import Embeddings
 
-Mode = Literal["nearest", "softmax"]
+Mode = Literal["nearest", "softmax", "membership"]
 Array = NDArray[np.float32]
 _TEMPERATURES = (1e-3, 1.0)  # bounds of the calibration
 _FOLDS = 5
+_EXEMPLARS, _NEIGHBOURS = 16, 5
+_NEAR = 1e-3  # distances below count as this one
 _ROUNDING = 1e-4  # an embedding differs by less between batches and machines
 
 
@@ -57,15 +59,24 @@ class Router:
         Least cosine similarity to a centroid at which its cluster knows a prompt.
     temperature : float
         Temperature of the softmax over cosine similarities.
-    mode : {"nearest", "softmax"}
-        The nearest cluster alone, or a mixture.
+    exemplars : ndarray of float32, shape (K, E, D)
+        The rows in the densest part of each cluster; repeated where a cluster has fewer than E.
+    mode : {"nearest", "softmax", "membership"}
+        The nearest cluster alone; a softmax over similarities to centroids; or, for clusters of any
+        shape, weights in inverse proportion to the distance to each cluster's nearest exemplar.
     top_k : int or None
         A mixture of at most this many clusters; all if None.
+
+    Notes
+    -----
+    "membership" is the distance-based soft clustering of HDBSCAN, whose exemplars are the points of
+    highest density.
     """
 
     centroids: Array
     thresholds: Array
     temperature: float
+    exemplars: Array
     mode: Mode = "nearest"
     top_k: int | None = None
 
@@ -89,18 +100,34 @@ class Router:
         nearest, highest = assign(vectors, self.centroids)
         if self.mode == "nearest":
             weights = np.eye(len(self.centroids), dtype=np.float32)[nearest]
-        else:
+        elif self.mode == "softmax":
             weights = self.probabilities(vectors, self.top_k)
+        else:
+            weights = self._memberships(vectors)
         return Routing(weights, highest >= self.thresholds[nearest], highest)
 
     def probabilities(self, vectors: Embeddings, top_k: int | None = None) -> Array:
         """Return softmax(s / T) of the similarities s, over the `top_k` nearest or all clusters."""
         logits = (vectors @ self.centroids.T).astype(np.float64) / self.temperature
-        k = top_k
-        if k is not None and k < logits.shape[1]:
-            below = np.argsort(-logits, axis=1, kind="stable")[:, k:]
-            np.put_along_axis(logits, below, -np.inf, axis=1)
-        return np.asarray(softmax(logits, axis=1), dtype=np.float32)
+        return np.asarray(softmax(_strongest(logits, top_k, -np.inf), axis=1), dtype=np.float32)
+
+    def _memberships(self, vectors: Embeddings) -> Array:
+        similarity = np.einsum("nd,ked->nke", vectors, self.exemplars).max(axis=2)  # (N, K)
+        distance = np.sqrt(np.maximum(2 - 2 * similarity.astype(np.float64), _NEAR**2))
+        weights = _strongest(1 / distance, self.top_k, 0.0)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def _strongest(
+    scores: NDArray[np.float64], top_k: int | None, absent: float
+) -> NDArray[np.float64]:
+    """Keep the `top_k` highest scores of each row, replace the others."""
+    if top_k is None or top_k >= scores.shape[1]:
+        return scores
+    below = np.argsort(-scores, axis=1, kind="stable")[:, top_k:]
+    kept = scores.copy()
+    np.put_along_axis(kept, below, absent, axis=1)
+    return kept
 
 
 def fit_router(
@@ -144,8 +171,22 @@ def fit_router(
         np.quantile(similarity[labels == k, k], 1 - coverage, method="lower") - _ROUNDING
         for k in range(len(centres))
     ]
-    temperature = calibrate_temperature(similarity, labels)
-    return Router(centres, np.array(thresholds, dtype=np.float32), temperature, mode, top_k)
+    return Router(
+        centroids=centres,
+        thresholds=np.array(thresholds, dtype=np.float32),
+        temperature=calibrate_temperature(similarity, labels),
+        exemplars=np.stack([_densest(vectors[labels == k]) for k in range(len(centres))]),
+        mode=mode,
+        top_k=top_k,
+    )
+
+
+def _densest(vectors: Embeddings) -> Array:
+    """Return the rows nearest to their neighbours, shape (E, D), the densest ones again if few."""
+    similarity = np.sort(vectors @ vectors.T, axis=1)[:, ::-1]
+    core = similarity[:, min(_NEIGHBOURS, len(vectors) - 1)]  # to the k-th neighbour
+    order = np.argsort(-core, kind="stable")
+    return np.asarray(vectors[np.resize(order, _EXEMPLARS)], dtype=np.float32)
 
 
 def _held_out_similarity(vectors: Embeddings, labels: Labels, centres: Array, seed: int) -> Array:

@@ -28,6 +28,7 @@ FOLDER = "routed"  # below a library directory
 INFO_FILE = "routed.json"
 GATES_FILE = "gates.safetensors"
 ROUTER_FILE = "router.safetensors"
+_ARRAYS = ("centroids", "thresholds", "exemplars")
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, ROUTER_FILE)
 
 
@@ -152,7 +153,7 @@ def write_library(folder: Path, gated: GatedAdapter, router: Router, info: Route
         write_adapter(gated.adapter, fresh)
         gates = {name: gate.contiguous() for name, gate in gated.gates.items()}
         save_file(gates, fresh / GATES_FILE, metadata={"names": json.dumps(gated.names)})
-        arrays = {"centroids": router.centroids, "thresholds": router.thresholds}
+        arrays = {name: getattr(router, name) for name in _ARRAYS}
         settings = {
             "temperature": router.temperature, "mode": router.mode, "top_k": router.top_k,
         }  # fmt: skip
@@ -185,7 +186,7 @@ def read_library(path: str | Path) -> RoutedLibrary:
     adapter = Adapter(found.name, dict(found.modules), found.base_model)
     gated = GatedAdapter(adapter, load_file(folder / GATES_FILE), names)
     arrays = load_arrays(folder / ROUTER_FILE)
-    router = Router(arrays["centroids"], arrays["thresholds"], **settings)
+    router = Router(**{name: arrays[name] for name in _ARRAYS}, **settings)
     return RoutedLibrary(folder, gated, router, info)
 
 

@@ -6,7 +6,7 @@ Everything is computed from the adapters' factors; no dense update is ever forme
 from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als
-from tclora.tensor.diagnostics import component_diagnostics, shared_share
+from tclora.tensor.diagnostics import component_diagnostics, core_consistency, shared_share
 from tclora.tensor.factorise import explained_variance_curve, factorise, smallest_ranks
 from tclora.tensor.library import CPFactors, LibraryFactors
 
@@ -17,6 +17,7 @@ __all__ = [
     "LibraryFactors",
     "component_diagnostics",
     "compress",
+    "core_consistency",
     "cp_als",
     "explained_variance_curve",
     "factorise",

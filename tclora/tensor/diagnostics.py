@@ -5,7 +5,9 @@ Symbols: K adapters, R the CP rank.
 
 import pandas as pd
 import torch
+from torch import Tensor
 
+from tclora.tensor.als import CPSolution
 from tclora.tensor.library import CPFactors, LibraryFactors
 
 _COLUMNS = ["module", "component", "energy", "energy_share", "spread", "top", "top_share"]
@@ -43,6 +45,44 @@ def shared_share(factors: LibraryFactors) -> float:
     if K == 1 or not total:
         return 0.0
     return float(((frame["spread"] - 1) / (K - 1) * frame["energy"]).sum() / total)
+
+
+def core_consistency(B: Tensor, A: Tensor, solution: CPSolution) -> Tensor:
+    """Return the core consistency of CP models, 100 where the model is trilinear, in percent.
+
+    Parameters
+    ----------
+    B : Tensor, shape (M, K, m, r)
+        Output factors of the cores.
+    A : Tensor, shape (M, K, r, n)
+        Input factors of the cores.
+    solution : CPSolution
+        Models of the same cores.
+
+    Returns
+    -------
+    Tensor, shape (M,)
+        At most 100; low or negative where components explain each other's variation.
+
+    Notes
+    -----
+    100 (1 − ‖𝒢 − ℐ‖² / R) with the least-squares Tucker core 𝒢 (R, R, R) of the model's factors
+    and the superdiagonal ℐ. With R > K the loadings are linearly dependent, so that the measure is
+    below 100 even for an exact model: read it for R ≤ K.
+
+    References
+    ----------
+    Bro, Kiers (2003), "A new efficient method for determining the number of components in PARAFAC
+    models", J. Chemometrics 17(5).
+    """
+    rank = solution.C.shape[2]
+    left = torch.linalg.pinv(solution.U)[:, None] @ B  # (M, K, R, r)
+    right = A @ torch.linalg.pinv(solution.V).mT[:, None]  # (M, K, r, R)
+    core = torch.einsum("mck,mkuv->mcuv", torch.linalg.pinv(solution.C), left @ right)
+    ideal = torch.zeros_like(core)
+    diagonal = torch.arange(rank, device=core.device)
+    ideal[:, diagonal, diagonal, diagonal] = 1
+    return 100 * (1 - (core - ideal).square().sum((1, 2, 3)) / rank)
 
 
 def _describe(module: str, cp: CPFactors, names: tuple[str, ...]) -> pd.DataFrame:

@@ -337,6 +337,18 @@ def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
     assert read_manifest(library)["digests"].keys() > manifest["digests"].keys()
 
 
+def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
+    _, outcome = written_by(library, settings, factorise={"target_recovery": 0.9})
+    found = json.loads((library / "work" / "rank.json").read_text())
+    assert found["reached"]
+    assert found["curve"][str(found["rank"])] >= 0.9
+    assert all(share < 0.9 for rank, share in found["curve"].items() if int(rank) < found["rank"])
+    assert read_manifest(library)["factors"]["rank"] == found["rank"]
+    run = MlflowClient(outcome["mlflow_uri"]).get_run(outcome["mlflow_run"])
+    assert run.data.params["factorise.target_recovery"] == "0.9"
+    written_by(library, settings)  # as it was
+
+
 def test_a_deleted_adapter_alone_is_trained_again(library, settings):
     before = read_manifest(library)["digests"]
     shutil.rmtree(library / "adapters" / "cluster-0")

@@ -57,6 +57,25 @@ def test_a_mixture_weighs_by_similarity_and_keeps_the_strongest():
     assert kept[:2] == pytest.approx(weights[:2] / weights[:2].sum(), rel=1e-4)
 
 
+def test_membership_follows_the_shape_of_a_cluster():
+    """A crescent around a blob: its tips are nearer to the blob's centre than to its own."""
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(-0.9 * np.pi, 0.9 * np.pi, 400)
+    ring = np.stack([0.5 * np.cos(angle), 0.5 * np.sin(angle), np.ones(400)], axis=1)
+    blob = np.stack([0.05 * rng.normal(size=40), 0.05 * rng.normal(size=40), np.ones(40)], axis=1)
+    vectors = np.concatenate([ring, blob]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    labels = np.repeat([0, 1], [400, 40])
+    router = fit_router(vectors, labels, mode="membership")
+    weights = router.route(vectors).weights
+    assert weights.sum(axis=1) == pytest.approx(1)
+    assert (weights[400:].argmax(axis=1) == 1).all()
+    nearest = (replace(router, mode="nearest").route(vectors).weights.argmax(1) == labels).mean()
+    assert (weights.argmax(1) == labels).mean() > nearest + 0.1
+    (alone,) = replace(router, top_k=1).route(vectors[:1]).weights
+    assert sorted(alone.tolist()) == [0, 1]
+
+
 def test_the_temperature_is_the_most_likely_one():
     """Labels drawn from softmax(s / T) give T back."""
     rng = np.random.default_rng(1)

@@ -8,6 +8,8 @@ from tclora.errors import AdapterError, LibraryError
 from tclora.tensor import (
     LibraryFactors,
     component_diagnostics,
+    core_consistency,
+    cp_als,
     explained_variance_curve,
     factorise,
     shared_share,
@@ -162,3 +164,30 @@ def test_ranks_chosen_by_explained_variance(adapters):
         smallest_ranks(explained_variance_curve(adapters, (1, 2)), 0.99)
     with pytest.raises(ValueError, match=r"none for layers\.0\.q"):
         factorise(adapters, {"layers.1.q": 2})
+
+
+def test_core_consistency_tells_a_trilinear_stack_from_one_that_is_not():
+    """By definition: the least-squares Tucker core of a planted CP is superdiagonal."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    U, V, C = draw(1, 12, 3), draw(1, 10, 3), draw(1, 5, 3)
+    B = (U[:, None] * C[:, :, None]).contiguous()
+    A = V.mT[:, None].expand(-1, 5, -1, -1).contiguous()
+    exact = cp_als(B, A, 3, n_iter=500, tol=1e-12)
+    assert float(core_consistency(B, A, exact)) == pytest.approx(100, abs=1e-3)
+    noisy = torch.cat([B, draw(1, 5, 12, 10)], dim=3)
+    rest = torch.cat([A, torch.eye(10, dtype=torch.float64).expand(1, 5, -1, -1)], dim=2)
+    found = cp_als(noisy, rest, 3, n_iter=500)
+    dense = (noisy @ rest)[0]
+    core = torch.einsum(
+        "ck,um,vn,kmn->cuv",
+        *(torch.linalg.pinv(f[0]) for f in (found.C, found.U, found.V)), dense,
+    )  # fmt: skip
+    ideal = torch.zeros(3, 3, 3, dtype=torch.float64)
+    ideal[range(3), range(3), range(3)] = 1
+    wanted = 100 * (1 - float((core - ideal).square().sum()) / 3)
+    assert float(core_consistency(noisy, rest, found)) == pytest.approx(wanted)
+    assert wanted < 90

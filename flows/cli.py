@@ -198,6 +198,9 @@ LibraryArgument = Annotated[
 BaseOption = Annotated[
     str | None, typer.Option(help="Base model, if it is not where the library was made.")
 ]
+EmbedderOption = Annotated[
+    str | None, typer.Option(help="Embedding model, if it is not where the library was made.")
+]
 
 
 @app.command()
@@ -205,6 +208,7 @@ def generate(
     library: LibraryArgument,
     prompts: Annotated[list[str], typer.Argument(help="Answered in one batch.")],
     base: BaseOption = None,
+    embedder: EmbedderOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -212,13 +216,14 @@ def generate(
     _settle_environment()
     from flows.serving import print_answers
 
-    print_answers(library, prompts, base, max_new_tokens, as_json, console)
+    print_answers(library, prompts, (base, embedder), max_new_tokens, as_json, console)
 
 
 @app.command()
 def serve(
     library: LibraryArgument,
     base: BaseOption = None,
+    embedder: EmbedderOption = None,
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     host: Annotated[str, typer.Option(help="Address; anyone who reaches it may use it.")] = (
         "127.0.0.1"
@@ -230,7 +235,7 @@ def serve(
     _settle_environment()
     from flows.serving import serve_library
 
-    serve_library(library, base, host, port, max_batch, max_tokens, console)
+    serve_library(library, (base, embedder), host, port, max_batch, max_tokens, console)
 
 
 @app.command()

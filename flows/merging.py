@@ -11,7 +11,14 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from tclora.adapter import Adapter, locate_adapter, read_adapter, write_adapter
+from tclora.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    locate_adapter,
+    read_adapter,
+    write_adapter,
+)
 from tclora.errors import AdapterError
 from tclora.interference import Interference, interference
 from tclora.merge import ActivationStatistics, MethodInfo, merge, methods
@@ -65,7 +72,30 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     bad = [option for option, (_, sign, _) in zip(options, pairs, strict=True) if not sign]
     if bad:
         raise AdapterError(f"options must be key=value, got {', '.join(bad)}")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise AdapterError(f"options must be key=value with a YAML value: {error}") from error
+
+
+def check_target(target: Path) -> None:
+    """Refuse to replace a directory that is more than an adapter.
+
+    Raises
+    ------
+    AdapterError
+        If `target` is a file, or a directory that holds anything but one PEFT adapter.
+    """
+    if not target.exists():
+        return
+    ours = {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
+    others = [] if target.is_dir() else [target]
+    others += [path for path in target.glob("*") if path.name not in ours]
+    if others:
+        raise AdapterError(
+            f"--output {str(target)!r} must be a new directory or one that holds an adapter alone, "
+            f"but {others[0].name!r} is there; name another one"
+        )
 
 
 def merge_directories(
@@ -79,8 +109,14 @@ def merge_directories(
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """Merge adapters into one and say what became of them; `settings` go to `merge`."""
+    check_target(output)
     adapters = read_adapters(specs)
     chosen = parse_options(options)
+    known = {name for info in methods() if info.name == method for name in info.options}
+    if strange := sorted(set(chosen) - known):
+        raise AdapterError(
+            f"--option {strange[0]!r} must be one of {method}'s own: {sorted(known) or 'none'}"
+        )
     with tempfile.TemporaryDirectory(prefix="tclora-statistics-") as folder, _bar(console) as bar:
         statistics = None
         if calibration:

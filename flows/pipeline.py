@@ -96,7 +96,8 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     if last < STAGES.index("factorise"):
         return
     informed = {m.name for m in methods() if m.needs} & set(cfg.merge.methods)
-    activations = _activations(cfg, models, rows, adapters, run) if informed else None
+    wanted = informed or cfg.route.enabled
+    activations = _activations(cfg, models, rows, adapters, run) if wanted else None
     rank = _cp_rank(cfg, models, rows, adapters, activations, run)
     factors = factorise(adapters, rank, cfg.factorise.n_starts, cfg.factorise.n_iter, cfg.seed)
     variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed)
@@ -166,8 +167,7 @@ def _cp_rank(
         adapters,
         activations,
         cfg.merge.primary,
-        cfg.factorise.target_recovery,
-        cfg.factorise.recovery_rows,
+        cfg.factorise.model_copy(update={"rank": 1, "ranks": (1,)}),  # say nothing here
         cfg.train,
         models.base,
         models.base_digest,

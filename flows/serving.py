@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from flows.merging import check_target
 from tclora.errors import LibraryError
 from tclora.route import read_library
 from tclora.route.model import Completion, load
@@ -14,7 +15,7 @@ from tclora.route.model import Completion, load
 def print_answers(
     library: Path,
     prompts: Sequence[str],
-    base: str | None,
+    models: tuple[str | None, str | None],
     max_new_tokens: int,
     as_json: bool,
     console: Console,
@@ -22,7 +23,9 @@ def print_answers(
     """Answer prompts and print each answer with its routing weights."""
     if empty := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         raise LibraryError(f"prompts must not be empty, but number {empty[0]} is")
-    answers = load(library, base).generate(prompts, max_new_tokens=max_new_tokens)
+    base, embedder = models
+    model = load(library, base, embedder=embedder)
+    answers = model.generate(prompts, max_new_tokens=max_new_tokens)
     if as_json:
         rows = [
             {"prompt": prompt, "text": answer.text, "known": answer.known}
@@ -46,7 +49,7 @@ def _route(answer: Completion) -> str:
 
 def serve_library(
     library: Path,
-    base: str | None,
+    models: tuple[str | None, str | None],
     host: str,
     port: int,
     max_batch: int,
@@ -58,7 +61,8 @@ def serve_library(
 
     from tclora.serve import Engine, Limits, create_app
 
-    engine = Engine(load(library, base), max_batch)
+    base, embedder = models
+    engine = Engine(load(library, base, embedder=embedder), max_batch)
     name = library.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
     console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
@@ -70,9 +74,15 @@ def export_adapter(
     library: Path, output: Path, cluster: str | None, weights: Sequence[str]
 ) -> Path:
     """Write one cluster, or a mixture given as NAME=WEIGHT, as a plain PEFT directory."""
-    pairs = [text.partition("=") for text in weights]
+    check_target(output)
+    pairs = [text.rpartition("=") for text in weights]
     try:
         mixture = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise LibraryError(f"--weight must be NAME=NUMBER, got {', '.join(weights)}") from None
+    if len(mixture) < len(pairs):
+        raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
+    try:
         chosen = int(cluster) if cluster and cluster.isdigit() else cluster
         return read_library(library).to_peft(output, chosen, weights=mixture or None)
     except ValueError as error:

@@ -11,7 +11,7 @@ from tasks.data import WORK
 from tasks.progress import current
 from tasks.tracking import Run, live_run
 from tclora.adapter import read_adapter
-from tclora.config import EvaluateConfig, ResourceConfig, TrainConfig
+from tclora.config import EvaluateConfig, FactoriseConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
 from tclora.jobs import EvaluateJob, RankJob, StatisticsJob, TrainJob, run_job
@@ -116,8 +116,7 @@ def find_rank(
     adapters: dict[str, Artifact],
     activations: Artifact | None,
     method: str,
-    recovery: float,
-    count: int,
+    config: FactoriseConfig,
     train: TrainConfig,
     base: str,
     base_digest: str,
@@ -135,11 +134,12 @@ def find_rank(
         rows={cluster: part.path for cluster, part in rows.items()},
         target=root / name,
         train=train,
-        count=count,
+        count=config.recovery_rows,
         adapters={cluster: part.path for cluster, part in adapters.items()},
         statistics=tuple(grams),
         method=method,
-        recovery=recovery,
+        recovery=config.target_recovery or 1.0,
+        factorise=config,
         seed=seed,
     )
     logger = get_run_logger()
@@ -152,7 +152,7 @@ def find_rank(
     if not found["reached"]:
         logger.warning(
             "no CP rank reaches factorise.target_recovery %g; the largest, %d, is used",
-            recovery,
+            config.target_recovery,
             found["rank"],
         )
     curve = {f"factors/recovery_R{rank}": share for rank, share in found["curve"].items()}

@@ -1,8 +1,8 @@
 """The routed library as an MLflow pyfunc model; MLflow stores this file and runs it when it loads.
 
 Input: a column ``prompt``. Output: ``completion``, ``known`` and one weight per cluster. The
-serving environment needs tclora; the base model is found by the library's own record, or where
-$TCLORA_BASE_MODEL says.
+serving environment needs tclora; base and embedding model are found by the library's own record, or
+where $TCLORA_BASE_MODEL and $TCLORA_EMBEDDER say.
 """
 
 import os
@@ -12,6 +12,8 @@ import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+BATCH = 16  # prompts answered together
+
 
 class RoutedPyfunc(PythonModel):
     """Answers prompts by a routed library."""
@@ -20,8 +22,11 @@ class RoutedPyfunc(PythonModel):
         """Load base model, library and embedding model."""
         import tclora
 
-        base = os.environ.get("TCLORA_BASE_MODEL")
-        self._model = tclora.load(context.artifacts["library"], base)
+        self._model = tclora.load(
+            context.artifacts["library"],
+            os.environ.get("TCLORA_BASE_MODEL"),
+            embedder=os.environ.get("TCLORA_EMBEDDER"),
+        )
 
     def predict(
         self,
@@ -30,10 +35,13 @@ class RoutedPyfunc(PythonModel):
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Answer the prompts of a frame, in its order."""
-        answers = self._model.generate(
-            model_input["prompt"].tolist(),
-            max_new_tokens=int((params or {}).get("max_new_tokens", 64)),
-        )
+        prompts = model_input["prompt"].tolist()
+        limit = int((params or {}).get("max_new_tokens", 64))
+        answers = [
+            answer
+            for start in range(0, len(prompts), BATCH)
+            for answer in self._model.generate(prompts[start : start + BATCH], max_new_tokens=limit)
+        ]
         rows = [{"completion": a.text, "known": a.known} | a.weights for a in answers]
         return pd.DataFrame(rows, index=model_input.index)
 

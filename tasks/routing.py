@@ -39,7 +39,7 @@ def routed_info(config: Config, models: Models, adapters: list[str]) -> RoutedIn
     )
 
 
-@stage("tclora.route", name="route")
+@stage("tclora.route", "tclora.route.truth", name="route")
 def route(
     info: RoutedInfo,
     adapters: dict[str, Artifact],

@@ -143,8 +143,9 @@ class FactoriseConfig(_Section):
     rank: Positive = Field(16, description="CP rank R, components per module")
     target_recovery: Fraction | None = Field(
         None,
-        description="in place of rank: the smallest R at which the routed library keeps this share "
-        "of the own adapters' gain, measured on recovery_rows training rows per cluster",
+        description="in place of rank: the smallest R, from r/2 upwards and exact to r/8, at which "
+        "the routed library keeps this share of the own adapters' gain on recovery_rows training "
+        "rows per cluster",
     )
     recovery_rows: Positive = Field(16, description="rows per cluster for target_recovery")
     ranks: tuple[Positive, ...] = Field(

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
-from tclora.config import EvaluateConfig, TrainConfig
+from tclora.config import EvaluateConfig, FactoriseConfig, TrainConfig
 from tclora.errors import JobError, TcloraError
 from tclora.prompts import TokenRow, encode
 
@@ -91,6 +91,7 @@ class RankJob(_Job):
     statistics: tuple[Path, ...]
     method: str
     recovery: float
+    factorise: FactoriseConfig
     seed: int
 
 
@@ -314,7 +315,7 @@ def _find_rank(job: RankJob) -> dict[str, Any]:
     from tclora.files import write_json
     from tclora.merge import ActivationStatistics
     from tclora.prompts import batches
-    from tclora.route.search import RoutedRecovery, smallest_rank
+    from tclora.route.search import RoutedRecovery, find_rank
 
     model, tokenizer = _base(job)
     opened = [read_adapter(path, name) for name, path in job.adapters.items()]
@@ -335,6 +336,8 @@ def _find_rank(job: RankJob) -> dict[str, Any]:
         measured,
         method=job.method,
         statistics=ActivationStatistics.load(*job.statistics) if job.statistics else None,
+        n_starts=job.factorise.n_starts,
+        n_iter=job.factorise.n_iter,
         seed=job.seed,
     )
 
@@ -343,11 +346,7 @@ def _find_rank(job: RankJob) -> dict[str, Any]:
         _emit({"rank": rank, "recovery": found})
         return found
 
-    r = max(f.rank for adapter in adapters for f in adapter.modules.values())
-    found = smallest_rank(
-        measure, job.recovery, max(1, r // 2), len(adapters) * r, step=max(1, r // 8)
-    )
-    outcome = asdict(found)
+    outcome = asdict(find_rank(measure, adapters, job.recovery))
     write_json(job.target, outcome)
     return outcome
 

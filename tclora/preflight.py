@@ -77,6 +77,12 @@ def _method_problems(config: Config) -> list[str]:
             f"merge.calibration_rows must be above 0 for {', '.join(uninformed)}, which need "
             "activation statistics, got 0"
         )
+    ranked = {info.name for info in methods() if info.needs}
+    if config.factorise.target_recovery is not None and config.merge.primary not in ranked:
+        problems.append(
+            f"factorise.target_recovery needs a merge.primary whose rank is the CP rank, of "
+            f"{sorted(ranked)}, got {config.merge.primary!r}"
+        )
     return problems
 
 

@@ -48,7 +48,8 @@ def read_calibration(
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
     for source in sources:
         name, sign, path = source.partition("=")
-        rows = _by_adapter(source) if not sign else {name: _canonical(path)}
+        whole = not sign or Path(source).exists()  # a path may hold an equals sign
+        rows = _by_adapter(source) if whole else {name: _canonical(path)}
         if unknown := sorted(set(rows) - set(names)):
             raise DataError(
                 f"calibration {source!r}: adapters must be of {', '.join(names)}, got "

@@ -57,7 +57,7 @@ def merge(
     *,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     rank: int | None = None,
-    factors: LibraryFactors | None = None,
+    factors: LibraryFactors | Callable[[], LibraryFactors] | None = None,
     statistics: ActivationStatistics | None = None,
     seed: int = 0,
     force: bool = False,
@@ -78,8 +78,9 @@ def merge(
         Rank of the result, reached by the method's optimal truncation; the method's own by
         default. For methods on CP factors that are not given, also the CP rank, by default the
         largest LoRA rank.
-    factors : LibraryFactors, optional
-        Joint CP factors of the adapters, for methods that need them; computed if missing.
+    factors : LibraryFactors or callable, optional
+        Joint CP factors of the adapters, for methods that need them, or what returns them when they
+        are needed; computed if missing.
     statistics : ActivationStatistics, optional
         Activation statistics, for methods that need or can use them.
     seed : int
@@ -149,7 +150,7 @@ class _JointFactors:
     def __init__(
         self,
         adapters: Sequence[Adapter],
-        given: LibraryFactors | None,
+        given: LibraryFactors | Callable[[], LibraryFactors] | None,
         rank: int | None,
         seed: int,
     ) -> None:
@@ -162,7 +163,8 @@ class _JointFactors:
     def of(self, module: str) -> CPFactors:
         """Return the factors of one module."""
         if self.used is None:
-            self.used = self._in_order(self._given) if self._given else self._computed()
+            given = self._given() if callable(self._given) else self._given
+            self.used = self._in_order(given) if given else self._computed()
         return self.used.modules[module]
 
     def _computed(self) -> LibraryFactors:

@@ -3,6 +3,7 @@
 Symbols: n rows in a batch, T tokens, K clusters, R components of a module.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,8 @@ class Gating:
 
     Outside of a context every gate is 1: the model is the static merge that stock PEFT loads. A
     backward pass that recomputes activations (gradient checkpointing) must be inside the context
-    too.
+    too. A model has one set of gates at a time: a second thread waits until the first has left its
+    context.
 
     Parameters
     ----------
@@ -51,6 +53,9 @@ class Gating:
             )
         weight = next(iter(layers.values())).weight
         self._gated = gated
+        self._lock = threading.RLock()
+        self._prototypes: dict[str, Tensor] = {}
+        self._devices = {name: layer.weight.device for name, layer in layers.items()}
         self._names = list(layers)
         self._widths = [ranks[name] for name in self._names]
         self._stacked = torch.cat([gated.gates[name] for name in self._names], dim=1).to(
@@ -79,7 +84,10 @@ class Gating:
             gates = torch.where(known.to(gates.device)[:, None], gates, 1.0)
         parts = gates.to(self._dtype)[:, None].split(self._widths, dim=2)  # (n, 1, R) each
         with self._use(
-            {name: _by_row(part) for name, part in zip(self._names, parts, strict=True)}
+            {
+                name: _by_row(part.to(self._devices[name]))
+                for name, part in zip(self._names, parts, strict=True)
+            }
         ):
             yield
 
@@ -96,6 +104,11 @@ class Gating:
         top_k : int, optional
             Clusters mixed per token; all by default.
 
+        Raises
+        ------
+        ValueError
+            If temperature or top_k is not positive.
+
         Notes
         -----
         A cluster's prototype in a module is the first right singular vector v_k of its update
@@ -107,22 +120,27 @@ class Gating:
         Ostapenko et al. (2024), "Towards Modular LLMs by Building and Reusing a Library of LoRAs",
         arXiv 2405.11157 (Arrow).
         """
-        device = self._stacked.device
+        if not temperature > 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                f"temperature must be above 0 and top_k at least 1, got {temperature}, {top_k}"
+            )
         gates = {}
-        for name in self._names:
-            prototypes = _prototypes(self._gated, name).to(device, self._dtype)
+        for name, device in self._devices.items():
+            if name not in self._prototypes:
+                self._prototypes[name] = _prototypes(self._gated, name).to(device, self._dtype)
             own = self._gated.gates[name].to(device, self._dtype)
-            gates[name] = _by_token(prototypes, own, temperature, top_k)
+            gates[name] = _by_token(self._prototypes[name], own, temperature, top_k)
         with self._use(gates):
             yield
 
     @contextmanager
     def _use(self, gates: dict[str, Gate]) -> Iterator[None]:
-        before, self._current = self._current, gates
-        try:
-            yield
-        finally:
-            self._current = before
+        with self._lock:
+            before, self._current = self._current, gates
+            try:
+                yield
+            finally:
+                self._current = before
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def gate(_: nn.Module, __: tuple[Tensor, ...], components: Tensor) -> Tensor | None:

@@ -133,8 +133,10 @@ class RoutedModel:
         """
         if not prompts:
             raise ValueError("prompts must be at least one, got none")
+        if (copies := options.get("num_return_sequences", 1)) != 1:
+            raise ValueError(f"num_return_sequences must be 1, got {copies}; repeat the prompts")
         routing = self.route(prompts)
-        inputs = self.encode(prompts)
+        inputs = self.encode(prompts, room=max_new_tokens)
         generate: Any = self.model.generate
         with self.routed(routing):
             output = generate(
@@ -146,15 +148,18 @@ class RoutedModel:
         answers = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._completion(answer, routing, row) for row, answer in enumerate(answers)]
 
-    def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Return prompts in the library's template, padded on the left, on the model's device."""
+    def encode(self, prompts: Sequence[str], room: int = 1) -> dict[str, torch.Tensor]:
+        """Return prompts in the library's template, padded on the left, on the model's device.
+
+        Prompts that leave less than `room` tokens for an answer lose their start.
+        """
         info = self.library.info
         rows = encode(
             self.tokenizer,
             prompts,
             [""] * len(prompts),
             template=info.template,
-            max_tokens=self.max_tokens,
+            max_tokens=max(2, self.max_tokens - room + 1),
         )
         batch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id, prompts_only=True)
         device = self.model.device
@@ -169,15 +174,22 @@ class RoutedModel:
         config: Any = self.model.config
         return int(getattr(config, "max_position_embeddings", 0) or self.library.info.max_tokens)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer; several in some chat models."""
+        config: Any = self.model.generation_config
+        named = config.eos_token_id if config else None
+        several = named if isinstance(named, (list, tuple)) else [named]
+        return frozenset(t for t in (*several, self.tokenizer.eos_token_id) if t is not None)
+
     def weights_of(self, routing: Routing, row: int) -> dict[str, float]:
         """Return one prompt's routing weight of every cluster by name."""
         names = self.library.gated.names
         return dict(zip(names, routing.weights[row].tolist(), strict=True))
 
     def _completion(self, answer: list[int], routing: Routing, row: int) -> Completion:
-        eos = self.tokenizer.eos_token_id
-        if eos in answer:
-            answer = answer[: answer.index(eos) + 1]
+        ends = [place for place, token in enumerate(answer) if token in self.end_tokens]
+        answer = answer[: ends[0] + 1] if ends else answer
         text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
         known = bool(routing.known[row])
         return Completion(text, tuple(answer), self.weights_of(routing, row), known)
@@ -222,8 +234,16 @@ def load(
     device = device or default_device()
     if isinstance(base, PreTrainedModel):
         location = str(base.config.name_or_path)
-        if Path(location).is_dir():
-            _check_identity("base model", location, location, read.info.base_model)
+        if not location:
+            raise ModelError(
+                "the base model must have been loaded from a folder or hub id, so that it can be "
+                "told from others, but its config.name_or_path is empty"
+            )
+        if any(hasattr(module, "lora_A") for module in base.modules()):
+            raise ModelError(
+                "the base model must be without adapters, but has LoRA layers; load it again"
+            )
+        _check_identity("base model", location, location, read.info.base_model)
         model = base
     else:
         spec = read.info.base_model.id if base is None else str(base)
@@ -238,7 +258,10 @@ def load(
 
 
 def _check_identity(kind: str, spec: str, location: str, wanted: ModelIdentity) -> None:
-    found = model_digest(location)
+    try:
+        found = model_digest(location)
+    except OSError as error:
+        raise ModelError(f"the {kind} {spec!r} cannot be found: {error}") from error
     if found != wanted.digest:
         raise ModelError(
             f"the {kind} must be the library's own, {wanted.id!r} (digest {wanted.digest[:12]}), "

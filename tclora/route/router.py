@@ -18,7 +18,7 @@ Mode = Literal["nearest", "softmax", "membership"]
 Array = NDArray[np.float32]
 _TEMPERATURES = (1e-3, 1.0)  # bounds of the calibration
 _FOLDS = 5
-_EXEMPLARS, _NEIGHBOURS = 16, 5
+_EXEMPLARS, _NEIGHBOURS, _DENSITY_ROWS = 16, 5, 2000
 _NEAR = 1e-3  # distances below count as this one
 _ROUNDING = 1e-4  # an embedding differs by less between batches and machines
 
@@ -183,6 +183,9 @@ def fit_router(
 
 def _densest(vectors: Embeddings) -> Array:
     """Return the rows nearest to their neighbours, shape (E, D), the densest ones again if few."""
+    if len(vectors) > _DENSITY_ROWS:  # all pairs are compared
+        rows = np.random.default_rng(0).choice(len(vectors), size=_DENSITY_ROWS, replace=False)
+        vectors = vectors[rows]
     similarity = np.sort(vectors @ vectors.T, axis=1)[:, ::-1]
     core = similarity[:, min(_NEIGHBOURS, len(vectors) - 1)]  # to the k-th neighbour
     order = np.argsort(-core, kind="stable")
@@ -201,7 +204,8 @@ def _held_out_similarity(vectors: Embeddings, labels: Labels, centres: Array, se
         rest = fold != part
         fitted = centres.copy()
         present = np.unique(labels[rest])  # a cluster of one row has no other
-        fitted[present] = [_centroid(vectors[rest & (labels == k)]) for k in present]
+        for k in present:
+            fitted[k] = _centroid(vectors[rest & (labels == k)])
         similarity[~rest] = vectors[~rest] @ fitted.T
     return similarity
 

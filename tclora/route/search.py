@@ -5,16 +5,19 @@ Symbols: K clusters, R the CP rank; recovery is (base − routed) / (base − ow
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from tclora.adapter import Adapter
+from tclora.errors import LibraryError
 from tclora.loss import response_nll
 from tclora.merge import ActivationStatistics, merge
 from tclora.merge.calibrate import attached
 from tclora.prompts import Batch
 from tclora.route.gates import fit_gates
+from tclora.tensor import factorise
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,14 @@ def smallest_rank(
     return RankSearch(rank, reached, dict(sorted(curve.items())))
 
 
+def find_rank(
+    recovery: Callable[[int], float], adapters: Sequence[Adapter], target: float
+) -> RankSearch:
+    """Search from half the largest LoRA rank r to K r, exact to r / 8; see `smallest_rank`."""
+    r = max(factors.rank for adapter in adapters for factors in adapter.modules.values())
+    return smallest_rank(recovery, target, max(1, r // 2), len(adapters) * r, step=max(1, r // 8))
+
+
 class RoutedRecovery:
     """Mean recovery of a routed library on each cluster's own rows, by rank.
 
@@ -96,8 +107,10 @@ class RoutedRecovery:
         The merge whose factors are gated.
     statistics : ActivationStatistics, optional
         For methods that use them, and for the gates.
+    n_starts, n_iter : int
+        Effort of the factorisation, for methods on CP factors; see `tclora.tensor.factorise`.
     seed : int
-        Seed of the merge.
+        Seed of factorisation and merge.
     """
 
     def __init__(
@@ -108,8 +121,11 @@ class RoutedRecovery:
         *,
         method: str = "tc-lora",
         statistics: ActivationStatistics | None = None,
+        n_starts: int = 4,
+        n_iter: int = 200,
         seed: int = 0,
     ) -> None:
+        self._factorise = partial(factorise, adapters, n_starts=n_starts, n_iter=n_iter, seed=seed)
         self._model = model
         self._adapters = adapters
         self._batches = batches
@@ -125,6 +141,7 @@ class RoutedRecovery:
             self._adapters,
             self._method,
             rank=rank,
+            factors=partial(self._factorise, rank),
             statistics=self._statistics,
             seed=self._seed,
         )
@@ -136,7 +153,10 @@ class RoutedRecovery:
             if self._base[name] > self._own[name]
         ]
         if not shares:
-            raise ValueError("no adapter beats the base model on its own rows: no recovery")
+            raise LibraryError(
+                "factorise.target_recovery is not defined: no adapter beats the base model on rows "
+                "of its own cluster; train longer, or set factorise.rank"
+            )
         return sum(shares) / len(shares)
 
     @torch.inference_mode()

@@ -186,7 +186,12 @@ def read_library(path: str | Path) -> RoutedLibrary:
     adapter = Adapter(found.name, dict(found.modules), found.base_model)
     gated = GatedAdapter(adapter, load_file(folder / GATES_FILE), names)
     arrays = load_arrays(folder / ROUTER_FILE)
-    router = Router(**{name: arrays[name] for name in _ARRAYS}, **settings)
+    router = Router(
+        centroids=arrays["centroids"],
+        thresholds=arrays["thresholds"],
+        exemplars=arrays["exemplars"],
+        **settings,
+    )
     return RoutedLibrary(folder, gated, router, info)
 
 
@@ -205,7 +210,9 @@ def _read_info(folder: Path) -> RoutedInfo:
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
         raise LibraryError(f"{path} cannot be read: {error}; run the pipeline again") from error
     if info.schema_version != 1:
-        raise LibraryError(f"{path}: schema_version must be 1, got {info.schema_version}")
+        raise LibraryError(
+            f"{path}: schema_version must be 1, got {info.schema_version}; run the pipeline again"
+        )
     for name in _FILES:
         if not (folder / name).is_file():
             raise LibraryError(f"{folder / name} is missing; run the pipeline again")

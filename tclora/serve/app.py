@@ -16,6 +16,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 
 from tclora.route.model import RoutedModel
@@ -24,6 +25,8 @@ from tclora.serve.engine import Engine, Piece
 from tclora.serve.engine import Request as Generation
 
 _MAX_BODY = 1 << 20  # bytes
+_LOOK = 0.5  # how often it is looked whether a client has left (s)
+_COLDEST = 1e-3  # lower temperatures decode greedily
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "tclora"}]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest) -> JSONResponse | StreamingResponse:
+    async def chat(asked: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
         if asked.model not in {None, name}:
             raise HTTPException(404, f"model must be {name!r}, got {asked.model!r}")
         answer = Answer(name)
@@ -145,11 +148,14 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
             engine.submit(generation)
         except queue.Full:
             raise HTTPException(429, "too many requests wait; try again later") from None
+        except RuntimeError as error:
+            raise HTTPException(503, str(error)) from None
         route = _routing_body(engine.model, routing)
         if asked.stream:
             events = _stream(answer, generation, route, limits)
             return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(await _whole(answer, generation, route, limits))
+        whole = asyncio.ensure_future(_whole(answer, generation, route, limits))
+        return JSONResponse(await _unless_gone(request, whole))
 
     return app
 
@@ -181,7 +187,7 @@ def _generation(
         known=bool(routing.known[0]),
         on_piece=answer.put,
         max_tokens=min(wanted, room),
-        temperature=asked.temperature,
+        temperature=asked.temperature if asked.temperature >= _COLDEST else 0.0,
         top_p=asked.top_p,
         stop=tuple(text for text in stop if text),
     )
@@ -192,7 +198,10 @@ def _tokens(model: RoutedModel, messages: list[Message]) -> tuple[int, ...]:
     tokenizer = model.tokenizer
     if model.library.info.template == "chat":
         turns = [message.model_dump() for message in messages]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise HTTPException(400, f"messages do not fit the chat template: {error}") from error
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
     return tuple(tokenizer("".join(f"{message.content}\n" for message in messages)).input_ids)
 
@@ -203,15 +212,26 @@ def _routing_body(model: RoutedModel, routing: Routing) -> dict[str, Any]:
 
 async def _pieces(answer: Answer, generation: Generation, limits: Limits) -> AsyncIterator[Piece]:
     """Yield the pieces of an answer; if its client leaves or time runs out, cancel it."""
+    deadline = time.monotonic() + limits.timeout
     try:
-        async with asyncio.timeout(limits.timeout):
-            while True:
-                piece = await answer.pieces.get()
-                yield piece
-                if piece.finish or piece.error:
-                    return
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            piece = await asyncio.wait_for(answer.pieces.get(), left)
+            yield piece
+            if piece.finish or piece.error:
+                return
     finally:
         generation.cancelled.set()
+
+
+async def _unless_gone(request: Request, whole: "asyncio.Future[dict[str, Any]]") -> dict[str, Any]:
+    """Wait for an answer; cancel it if its client leaves."""
+    while not whole.done():
+        await asyncio.wait({whole}, timeout=_LOOK)
+        if not whole.done() and await request.is_disconnected():
+            whole.cancel()
+            raise HTTPException(499, "the client has left")
+    return whole.result()
 
 
 async def _whole(

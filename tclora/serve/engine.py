@@ -107,6 +107,7 @@ class Engine:
     def __init__(self, model: RoutedModel, max_batch: int = 16, max_waiting: int = 256) -> None:
         self.model = model
         self._max_batch = max_batch
+        self._closed = False
         self._waiting: queue.Queue[Request | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._work, name="tclora-engine", daemon=True)
         self._thread.start()
@@ -128,12 +129,18 @@ class Engine:
         ------
         queue.Full
             If too many wait already.
+        RuntimeError
+            If the engine has been closed.
         """
+        if self._closed or not self.alive:
+            raise RuntimeError("the engine is closed")
         self._waiting.put_nowait(request)
 
     def close(self) -> None:
         """Answer what waits, then end the thread."""
-        self._waiting.put(None)
+        self._closed = True
+        if self.alive:
+            self._waiting.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -154,7 +161,7 @@ class Engine:
                 return
 
     def _answer(self, batch: Sequence[Request]) -> None:
-        answers = _Answers(batch, self.model.tokenizer)
+        answers = _Answers(batch, self.model)
         try:
             self._generate(batch, answers)
         except Exception as error:  # the clients must hear of it, and the next batch be served
@@ -189,8 +196,8 @@ class Engine:
 class _Answers(BaseStreamer):
     """Takes the tokens of all rows step by step and hands their text to the requests."""
 
-    def __init__(self, batch: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._rows = [_Answer(request, tokenizer) for request in batch]
+    def __init__(self, batch: Sequence[Request], model: RoutedModel) -> None:
+        self._rows = [_Answer(request, model.tokenizer, model.end_tokens) for request in batch]
         self._prompt_seen = False
 
     @property
@@ -207,7 +214,9 @@ class _Answers(BaseStreamer):
             row.add(token)
 
     def end(self) -> None:
-        """Nothing is left to hand out: rows end by themselves."""
+        """End the rows that the model has ended in a way of its own."""
+        for row in self._rows:
+            row.end()
 
     def fail(self, error: Exception) -> None:
         """End every row that goes on with an error."""
@@ -218,9 +227,12 @@ class _Answers(BaseStreamer):
 class _Answer:
     """The text of one row, handed out as far as it is certain."""
 
-    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, request: Request, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int]
+    ) -> None:
         self._request = request
         self._tokenizer = tokenizer
+        self._ends = ends
         self._tokens: list[int] = []
         self._given = 0  # characters handed out
         self.finished = False
@@ -229,8 +241,8 @@ class _Answer:
         if self.finished:
             return
         self._tokens.append(token)
-        ended = token == self._tokenizer.eos_token_id
-        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        ended = token in self._ends
+        text = self._text()
         ends = [at for stop in self._request.stop if (at := text.find(stop)) >= 0]
         if ends:
             self._give(text[: min(ends)], "stop")
@@ -243,10 +255,25 @@ class _Answer:
         else:
             self._give(text[: self._certain(text)], None)
 
+    def end(self) -> None:
+        if not self.finished:
+            self._give(self._text(), "stop")
+
     def fail(self, error: Exception) -> None:
         if not self.finished:
+            self._hand(Piece("", len(self._tokens), error=error))
             self.finished = True
-            self._request.on_piece(Piece("", len(self._tokens), error=error))
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def _hand(self, piece: Piece) -> None:
+        """Call the request back; one that cannot be reached any more ends here."""
+        try:
+            self._request.on_piece(piece)
+        except RuntimeError as error:  # its event loop is closed
+            logger.warning("a client cannot be reached: %s", error)
+            self.finished = True
 
     def _certain(self, text: str) -> int:
         """Length of the text that no further token can change or make part of a stop string."""
@@ -261,9 +288,9 @@ class _Answer:
 
     def _give(self, text: str, finish: Finish | None) -> None:
         new, self._given = text[self._given :], max(self._given, len(text))
-        self.finished = finish is not None
         if new or finish:
-            self._request.on_piece(Piece(new, len(self._tokens), finish))
+            self._hand(Piece(new, len(self._tokens), finish))
+        self.finished = self.finished or finish is not None
 
 
 class _RowStopping(StoppingCriteria):

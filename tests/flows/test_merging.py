@@ -76,6 +76,22 @@ def test_methods_take_their_options(folders, tmp_path):
         invoke("merge", *folders, "-o", tmp_path / "no", "--option", "scale")
 
 
+def test_strange_options_are_named(folders, tmp_path):
+    with pytest.raises(AdapterError, match=r"'rank' must be one of uniform's own: none"):
+        invoke("merge", *folders, "-o", tmp_path / "no", "--method", "uniform",
+               "--option", "rank=8")  # fmt: skip
+    with pytest.raises(AdapterError, match="with a YAML value"):
+        invoke("merge", *folders, "-o", tmp_path / "no", "--option", "scale=[1")
+
+
+def test_an_output_that_is_more_than_an_adapter_is_not_replaced(folders, tmp_path):
+    with pytest.raises(AdapterError, match=f"must be a new directory .* but '{NAMES[0]}' is there"):
+        invoke("merge", *folders, "-o", tmp_path, "--method", "uniform")
+    assert all(read_adapter(folder) for folder in folders)
+    for _ in range(2):  # an adapter may be replaced
+        assert invoke("merge", *folders, "-o", tmp_path / "out", "--method", "svd").exit_code == 0
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_calibration_rows_inform_the_merge(
     folders, calibration, tmp_path, tiny_model, tokenizer, named

@@ -388,10 +388,13 @@ def test_problems_are_found_before_anything_is_done(settings, tmp_path):
         "base_model": str(tmp_path / "none"),
         "merge": {"methods": ["tc-lora", "magic"]},
         "embed": {"model": str(tmp_path / "nowhere")},
+        "factorise": {"target_recovery": 0.9},
     }
-    with pytest.raises(ConfigError, match="3 problem") as caught:
+    bad["merge"] |= {"primary": "uniform", "methods": ["uniform", "magic"]}
+    with pytest.raises(ConfigError, match="4 problem") as caught:
         pipeline(bad)
-    for wanted in ("base_model: ", "embed.model: ", "merge.methods: 'magic' must be one of"):
+    for wanted in ("base_model: ", "embed.model: ", "merge.methods: 'magic' must be one of",
+                   "target_recovery needs a merge.primary whose rank is the CP rank"):  # fmt: skip
         assert wanted in str(caught.value)
     assert not (tmp_path / "runs").exists()
 

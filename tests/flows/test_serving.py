@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tclora
 from flows.cli import app
 from tclora.adapter import read_adapter
-from tclora.errors import LibraryError
+from tclora.errors import AdapterError, LibraryError
 from tests.merge.examples import assert_same_updates
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import FAR, PROMPTS
@@ -45,6 +45,10 @@ def test_export_writes_plain_adapters(library, gated, tmp_path):
     invoke("export", library, "-o", tmp_path / "mix", "--weight", "cluster-0=0.5",
            "--weight", "cluster-2=0.5")  # fmt: skip
     assert_same_updates(read_adapter(tmp_path / "mix"), gated.mixed([0.5, 0, 0.5]))
+    with pytest.raises(AdapterError, match="must be a new directory"):
+        invoke("export", library, "-o", library, "--cluster", 0)
+    with pytest.raises(LibraryError, match="must be NAME=NUMBER, got cluster-0"):
+        invoke("export", library, "-o", tmp_path / "none", "--weight", "cluster-0")
     with pytest.raises(LibraryError, match="exactly one of cluster and weights"):
         invoke("export", library, "-o", tmp_path / "none")
     with pytest.raises(LibraryError, match="cluster must be one of cluster-0"):

@@ -63,6 +63,28 @@ def test_one_row_serves_any_batch_and_beams_repeat_theirs(gating, tiny_model):
         logits(tiny_model, IDS[:3])
 
 
+def test_a_second_thread_waits_for_the_gates(gating, tiny_model):
+    import threading
+
+    with gating.applied(torch.eye(3)[1:2]):
+        wanted = logits(tiny_model)
+    found = []
+
+    def other():
+        with gating.applied(torch.eye(3)[1:2]):
+            found.append(logits(tiny_model))
+
+    thread = threading.Thread(target=other)
+    with gating.applied(torch.eye(3)[:1]):
+        before = logits(tiny_model)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert torch.equal(logits(tiny_model), before)
+    thread.join(30)
+    assert torch.equal(found[0], wanted)
+
+
 def test_an_exception_leaves_the_static_merge(gating, tiny_model):
     before = logits(tiny_model)
     with pytest.raises(ZeroDivisionError), gating.applied(torch.eye(3)[:1]):
@@ -121,6 +143,12 @@ def test_per_token_routing_is_arrow_on_the_gated_updates(gating, gated, tiny_mod
         with gating.applied_per_token(temperature=0.5, top_k=top_k), torch.no_grad():
             found = layer(x) - layer.base_layer(x)
         assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_per_token_routing_refuses_what_means_nothing(gating):
+    for options in ({"temperature": 0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="above 0 and top_k at least 1"):
+            gating.applied_per_token(**options).__enter__()
 
 
 def test_another_adapter_is_refused(tiny_model, gated, tmp_path):

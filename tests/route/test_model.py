@@ -86,6 +86,33 @@ def test_another_base_or_embedding_model_is_refused(library, tmp_path, tokenizer
         tclora.load(library, embedder=str(other))
 
 
-def test_no_prompt_is_refused(library):
+def test_a_base_that_cannot_be_told_or_has_adapters_is_refused(library, tiny_model):
+    unnamed = LlamaForCausalLM(tiny_model.config.__class__(**tiny_model.config.to_dict()))
+    unnamed.config.name_or_path = ""
+    with pytest.raises(ModelError, match=r"config\.name_or_path is empty"):
+        tclora.load(library, unnamed)
+    tclora.load(library, tiny_model)
+    with pytest.raises(ModelError, match="has LoRA layers"):
+        tclora.load(library, tiny_model)
+
+
+def test_what_cannot_be_generated_is_refused(library):
+    routed = tclora.load(library)
     with pytest.raises(ValueError, match="at least one"):
-        tclora.load(library).generate([])
+        routed.generate([])
+    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
+        routed.generate(NEW_PROMPTS, num_return_sequences=2)
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model(library):
+    routed = tclora.load(library)
+    whole = routed.generate(NEW_PROMPTS[:1], max_new_tokens=8)[0].tokens
+    routed.model.generation_config.eos_token_id = [routed.tokenizer.eos_token_id, whole[3]]
+    ended = routed.generate(NEW_PROMPTS[:1], max_new_tokens=8)[0].tokens
+    assert ended == whole[: whole.index(whole[3]) + 1]
+
+
+def test_a_long_prompt_leaves_room_for_its_answer(library):
+    routed = tclora.load(library)
+    inputs = routed.encode(["x" * 2000], room=50)
+    assert inputs["input_ids"].shape[1] + 50 == routed.max_tokens == 512

@@ -90,3 +90,11 @@ def test_what_cannot_be_honoured_is_refused(client, change, status, message):
     response = client.post(URL, json=body() | change)
     assert response.status_code == status
     assert message in response.json()["error"]["message"]
+
+
+def test_messages_that_do_not_fit_the_template_are_refused(client, model):  # noqa: F811
+    model.library.info.__dict__["template"] = "chat"
+    model.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    response = client.post(URL, json=body())
+    assert response.status_code == 400
+    assert "no system role here" in response.json()["error"]["message"]

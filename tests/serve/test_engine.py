@@ -79,7 +79,7 @@ def test_text_comes_in_pieces(engine):
 
 def test_half_a_character_is_held_back(model, tokenizer):
     client = Client(model, ALL[0], max_tokens=99)
-    answer = _Answer(client.request, tokenizer)
+    answer = _Answer(client.request, tokenizer, model.end_tokens)
     for token in tokenizer("né €5").input_ids:  # one byte is one token
         answer.add(token)
     answer.add(tokenizer.eos_token_id)
@@ -92,6 +92,35 @@ def test_an_answer_ends_before_a_stop_string_that_comes_in_parts(engine, model):
     (client,) = asked(engine, ALL[:1], max_tokens=12, stop=(stop,))
     assert client.answer() == whole[: whole.index(stop)]
     assert client.pieces[-1].finish == "stop"
+
+
+def test_an_answer_ends_at_any_end_token_of_the_model(engine, model):
+    whole = model.generate(ALL[:1], max_new_tokens=8)[0].tokens
+    model.model.generation_config.eos_token_id = [model.tokenizer.eos_token_id, whole[3]]
+    (client,) = asked(engine, ALL[:1], max_tokens=8)
+    client.answer()
+    assert client.pieces[-1].finish == "stop"
+    assert client.pieces[-1].tokens == whole.index(whole[3]) + 1
+
+
+def test_a_client_that_cannot_be_reached_does_not_stop_the_others(engine):
+    def gone(_):
+        raise RuntimeError("Event loop is closed")
+
+    lost = Client(engine.model, ALL[0], max_tokens=3)
+    object.__setattr__(lost.request, "on_piece", gone)
+    engine.submit(lost.request)
+    (client,) = asked(engine, ALL[1:2], max_tokens=3)
+    assert client.answer() is not None
+    assert engine.alive
+
+
+def test_a_closed_engine_takes_nothing(model):
+    engine = Engine(model)
+    engine.close()
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.submit(Client(model, ALL[0]).request)
+    engine.close()
 
 
 def test_a_cancelled_request_ends_early(engine):

@@ -62,9 +62,7 @@ def gauss_newton(X: Tensor, U: Tensor, V: Tensor, budget: float) -> float:
         step = torch.linalg.solve(
             normal + damping * torch.diag(normal.diagonal().clamp_min(1e-12)), gradient
         )
-        dC, dU, dV = (
-            part.reshape(-1, R) for part in step.split([K * R, m * R, n * R])
-        )
+        dC, dU, dV = (part.reshape(-1, R) for part in step.split([K * R, m * R, n * R]))
         error = relative_error(X, U + dU, V + dV, C + dC)
         if error < best:
             C, U, V, best, damping = C + dC, U + dU, V + dV, error, damping / 3
@@ -142,13 +140,9 @@ def coupled(stacks: Sequence[Tensor], sweeps: int = 60) -> float:
         C = torch.linalg.lstsq(gram, target.T).solution.T
         for i, X in enumerate(stacks):
             weight = (V[i].T @ V[i]) * (C.T @ C)
-            U[i] = torch.linalg.lstsq(
-                weight, torch.einsum("kmn,nr,kr->rm", X, V[i], C)
-            ).solution.T
+            U[i] = torch.linalg.lstsq(weight, torch.einsum("kmn,nr,kr->rm", X, V[i], C)).solution.T
             weight = (U[i].T @ U[i]) * (C.T @ C)
-            V[i] = torch.linalg.lstsq(
-                weight, torch.einsum("kmn,mr,kr->rn", X, U[i], C)
-            ).solution.T
+            V[i] = torch.linalg.lstsq(weight, torch.einsum("kmn,mr,kr->rn", X, U[i], C)).solution.T
     lost = sum(
         float((X - torch.einsum("kr,mr,nr->kmn", C, u, v)).square().sum())
         for X, u, v in zip(stacks, U, V, strict=True)

@@ -1,8 +1,9 @@
 """A gated adapter against one plain LoRA, PEFT's mixed-adapter batch and PEFT's Arrow.
 
 SmolLM2-135M, K = 8 adapters of rank 16 on all linear layers, one batch of 32 prompts that belong to
-all clusters, one forward pass. Variants take turns, medians are compared. Also the largest
-difference between the mixed batch's logits and each row's own gated adapter run alone.
+all clusters: one forward pass of 64 tokens each, and greedy generation of 16 tokens after 8.
+Variants take turns, medians are compared. Also the largest difference between the mixed batch's
+logits and each row's own gated adapter run alone.
 Usage: ``python benchmarks/routed_speed.py [REPEATS]``.
 """
 
@@ -10,8 +11,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +29,7 @@ from tclora.models import load_base_model, locate_base_model, locate_embedder
 from tclora.route import Gating, fit_gates
 
 K, ROWS, TOKENS = 8, 32, 64
+SHORT, NEW = 8, 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -79,6 +81,23 @@ class Variants:
         return model(input_ids=ids[row : row + 1]).logits
 
 
+def in_turn(
+    work: Callable[[str], None],
+    names: list[str],
+    contexts: Mapping[str, Callable[[], AbstractContextManager[None]]],
+    repeats: int,
+) -> list[float]:
+    """Return each variant's median seconds; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats + 1):
+        for name in names:
+            with contexts.get(name, nullcontext)():
+                begin = time.perf_counter()
+                work(name)
+                seconds[name].append(time.perf_counter() - begin)
+    return [statistics.median(seconds[name][1:]) for name in names]
+
+
 @torch.inference_mode()
 def main(repeats: int) -> None:
     """Compare and report."""
@@ -88,26 +107,40 @@ def main(repeats: int) -> None:
         ids = torch.randint(100, 40_000, (ROWS, TOKENS), generator=generator).to(DEVICE)
         weights = torch.eye(K)[torch.arange(ROWS) % K]
         names = [variants.names[i % K] for i in range(ROWS)]
-        calls: dict[str, Callable[[], Tensor]] = {
-            "one plain LoRA": lambda: variants.plain(input_ids=ids).logits,
-            "gated, one gate per row": lambda: variants.routed(input_ids=ids).logits,
-            "PEFT, adapter_names per row": lambda: (
-                variants.mixed(input_ids=ids, adapter_names=names).logits
-            ),
-            "PEFT Arrow, top 3 per token": lambda: variants.arrow(input_ids=ids).logits,
-            "gated, one gate per token": lambda: variants.routed(input_ids=ids).logits,
+        models = {
+            "one plain LoRA": variants.plain,
+            "gated, one gate per row": variants.routed,
+            "PEFT, adapter_names per row": variants.mixed,
+            "PEFT Arrow, top 3 per token": variants.arrow,
+            "gated, one gate per token": variants.routed,
         }
         contexts = {
             "gated, one gate per row": lambda: variants.gating.applied(weights),
             "gated, one gate per token": lambda: variants.gating.applied_per_token(top_k=3),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats + 1):
-            for name, call in calls.items():
-                with contexts.get(name, nullcontext)():
-                    begin = time.perf_counter()
-                    call().sum().item()  # waits for the device
-                    seconds[name].append(time.perf_counter() - begin)
+        options = {"PEFT, adapter_names per row": {"adapter_names": names}}
+
+        def forward(name: str) -> None:
+            models[name](
+                input_ids=ids, logits_to_keep=1, **options.get(name, {})
+            ).logits.sum().item()
+
+        def generate(name: str) -> None:
+            models[name].generate(
+                input_ids=ids[:, :SHORT],
+                attention_mask=torch.ones_like(ids[:, :SHORT]),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+                **options.get(name, {}),
+            )
+
+        table = pd.DataFrame({"variant": list(models)})
+        for title, work in (("forward", forward), ("generate", generate)):
+            median = in_turn(work, list(models), contexts, repeats)
+            table[f"{title}, median s"] = median
+            table[f"{title}, throughput / one plain LoRA"] = [median[0] / m for m in median]
         with variants.gating.applied(weights):
             together = variants.routed(input_ids=ids).logits
         error = max(
@@ -119,24 +152,17 @@ def main(repeats: int) -> None:
     begin = time.perf_counter()
     embed_prompts(router, prompts)
     routing = (time.perf_counter() - begin) / ROWS
-    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    reference = median["one plain LoRA"]
     report(
         "routed_speed" if DEVICE == "cpu" else "routed_speed_gpu",
         "Throughput of a mixed batch, 32 prompts over 8 clusters",
-        pd.DataFrame(
-            {
-                "variant": list(median),
-                "median s": list(median.values()),
-                "throughput / one plain LoRA": [reference / value for value in median.values()],
-            }
-        ),
-        f"SmolLM2-135M, fp32 on {DEVICE}, {ROWS} prompts of {TOKENS} tokens, r = R = 16, "
-        f"{repeats} forward passes each, in turn. Largest difference of logits between the mixed "
+        table,
+        f"SmolLM2-135M, fp32 on {DEVICE}, {ROWS} prompts; forward: {TOKENS} tokens each; generate: "
+        f"{NEW} tokens after {SHORT}; r = R = 16, "
+        f"{repeats} runs each, in turn. Largest difference of logits between the mixed "
         f"batch and each cluster's own gated adapter run alone: {error:.1e}. Routing itself takes "
         f"{1000 * routing:.1f} ms per short prompt (all-MiniLM-L6-v2, batch of {ROWS}).",
     )
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

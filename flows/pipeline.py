@@ -300,8 +300,10 @@ def _mlflow_run(cfg: Config) -> Iterator[Run]:
     tags = {
         "prefect.flow_run_id": flow_run.id or "",
         "prefect.flow_run_name": flow_run.name or "",
-        "prefect.flow_run_url": flow_run.ui_url or "",
     }
+    url = flow_run.ui_url or ""
+    if url.startswith("http"):  # there is no UI to link to without a server of the user's own
+        tags["prefect.flow_run_url"] = url
     run = tracking.open_run(cfg, flow_run.name or cfg.name, tags)
     try:
         yield run

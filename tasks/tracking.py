@@ -33,6 +33,8 @@ from tclora.devices import exclusive
 
 _BATCH = 500  # metrics per call; MLflow allows 1000
 _PARAM_LENGTH = 6000
+# The UI opens an experiment of this kind at its runs, others at traces of an application.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LIBRARY = "tclora.library"  # tag: the folder a run works on
 Record = Mapping[str, float]
 
@@ -90,7 +92,11 @@ def _experiment(client: MlflowClient, config: Config) -> str:
         artifacts = None
         if tracking_uri(config.output).startswith("sqlite:"):
             artifacts = (config.output.absolute() / "mlartifacts").as_uri()
-        return str(client.create_experiment(config.name, artifact_location=artifacts))
+        return str(
+            client.create_experiment(
+                config.name, artifact_location=artifacts, tags=_EXPERIMENT_TAGS
+            )
+        )
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)

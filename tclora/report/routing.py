@@ -15,7 +15,7 @@ from tclora.report.notation import number, percent, shorten
 from tclora.report.overview import Fact
 from tclora.report.palette import LIGHT
 
-STATIC = "static merge"
+STATIC = "static"
 _SPLITS = {"test": "", "ood": " (OOD)", "composition": " (composition)"}
 _MAX_TASKS = 24
 _PROMPT_LENGTH = 90

@@ -273,6 +273,9 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
         parent.data.metrics
     )
     assert len(parent.inputs.dataset_inputs) == 2
+    kind = client.get_experiment(finished["mlflow_experiment"]).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
+    assert parent.data.tags.get("prefect.flow_run_url", "http").startswith("http")
     flow_run_id = parent.data.tags["prefect.flow_run_id"]
     with get_client(sync_client=True) as api:
         assert api.read_flow_run(flow_run_id).name == parent.data.tags["prefect.flow_run_name"]

@@ -22,7 +22,7 @@ from tclora.route import (
     write_library,
 )
 from tclora.route.storage import FOLDER
-from tclora.route.truth import router_figures, true_clusters
+from tclora.route.truth import calibration_curve, router_figures, true_clusters
 
 ROUTED = "routed"  # its name among the methods
 
@@ -84,7 +84,13 @@ def route(
         "routing.parquet",
         metrics={f"router/{name}": value for name, value in figures.items()}
         | {"router/bytes_share": share},
-        info={**figures, "mode": mode, "method": info.method, "bytes_share": share},
+        info={
+            **figures,
+            "mode": mode,
+            "method": info.method,
+            "bytes_share": share,
+            "calibration_curve": calibration_curve(routing).to_dict("records"),
+        },
     )
 
 

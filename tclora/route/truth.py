@@ -78,11 +78,23 @@ def router_figures(routing: pd.DataFrame) -> Mapping[str, float]:
         f"coverage_{split}": float(part["known"].mean())
         for split, part in routing.groupby("split", sort=True)
     }
-    judged = routing[(routing["split"] == "test") & routing["true"].notna()]
-    if len(judged):
-        correct = (judged["nearest"] == judged["true"]).to_numpy(bool)
-        curve = reliability(judged["confidence"].to_numpy(), correct)
+    curve = calibration_curve(routing)
+    if len(curve):
+        share = curve["n"] / curve["n"].sum()
         gap = (curve["confidence"] - curve["accuracy"]).abs()
-        figures["accuracy"] = float(correct.mean())
-        figures["calibration_error"] = float((gap * curve["n"]).sum() / curve["n"].sum())
+        figures["accuracy"] = float((share * curve["accuracy"]).sum())
+        figures["calibration_error"] = float((share * gap).sum())
     return figures
+
+
+def calibration_curve(routing: pd.DataFrame) -> pd.DataFrame:
+    """Return the `reliability` of in-domain prompts whose true cluster is known.
+
+    Parameters
+    ----------
+    routing : DataFrame
+        As in `router_figures`.
+    """
+    judged = routing[(routing["split"] == "test") & routing["true"].notna()]
+    correct = (judged["nearest"] == judged["true"]).to_numpy(bool)
+    return reliability(judged["confidence"].to_numpy(), correct)

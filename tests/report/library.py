@@ -224,6 +224,10 @@ def _manifest():
             "coverage_test": 0.99,
             "coverage_ood": 0.0,
             "bytes_share": 0.173,
+            "calibration_curve": [
+                {"low": 0.8, "n": 12, "confidence": 0.87, "accuracy": 0.75},
+                {"low": 0.9, "n": 60, "confidence": 0.99, "accuracy": 1.0},
+            ],
             "method": "tc-lora",
             "mode": "nearest",
         },

@@ -230,7 +230,8 @@ def test_the_routing_of_every_task_is_shown(library):
     section = page[page.index('<section id="routing">') : page.index('<section id="results">')]
     assert "98.7 %" in section  # routing accuracy
     assert "17.3 %" in section  # bytes
-    assert section.count('<tr><th scope="row">') == 9  # tasks: six in-domain, two OOD, one mixed
+    assert "80 to 90 %</th><td>12</td><td>87.0</td><td>75.0</td>" in section  # calibration
+    assert section.count('<tr><th scope="row">') == 9 + 2  # tasks, bins of the calibration
     row = re.search(r"riddles \(OOD\)</th>(.*?)</tr>", section)[1]
     assert row.endswith('--share:1.000">100</td>')  # all of it to the static merge
 

@@ -109,15 +109,19 @@ def main(library: Path, chosen: list[str], rank: int) -> None:
             if scaled:
                 best = bench.tuned_scale(info.name, asked)
                 rows.append(bench.row(info.name, asked, f"{best} (tuned)", scale=best))
-            print(rows[-1], flush=True)
+            save(bench, rows)
     if not chosen:
-        rows += bench.calibrated(rank)
+        save(bench, rows + bench.calibrated(rank))
+
+
+def save(bench: Bench, rows: list[dict[str, object]]) -> None:
+    """Report what has been measured so far."""
     config = bench.manifest["config"]
     report(
         "recovery",
         "Recovery of the demo's adapters by merge method",
         pd.DataFrame(rows).sort_values("mean", ascending=False),
-        f"{library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
+        f"{bench.library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
         f"{len(bench.rows)} held-out rows, one training seed; statistics from "
         f"{config['merge']['calibration_rows']} training rows per cluster, scales tuned on "
         f"{CALIBRATION_ROWS} of them over {SCALES}.",

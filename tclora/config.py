@@ -191,8 +191,8 @@ class RouteConfig(_Section):
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(
         0.99,
-        description="share of a cluster's prompts that count as known; prompts farther away than "
-        "those get the static merge",
+        description="at least this share of a cluster's prompts counts as known; the threshold "
+        "lies halfway to other clusters' rows, and prompts beyond it get the static merge",
     )
 
 

@@ -150,7 +150,7 @@ def fit_router(
     mode, top_k
         See `Router`.
     coverage : float
-        Share of each cluster's rows that its threshold lets through (0–1).
+        Share of each cluster's rows that its threshold lets through at least (0–1).
     seed : int
         Seed of the folds.
 
@@ -168,7 +168,7 @@ def fit_router(
     centres = centroids(vectors, labels)
     similarity = _held_out_similarity(vectors, labels, centres, seed)
     thresholds = [
-        np.quantile(similarity[labels == k, k], 1 - coverage, method="lower") - _ROUNDING
+        _threshold(similarity[labels == k, k], similarity[labels != k, k], coverage)
         for k in range(len(centres))
     ]
     return Router(
@@ -179,6 +179,19 @@ def fit_router(
         mode=mode,
         top_k=top_k,
     )
+
+
+def _threshold(own: Array, others: Array, coverage: float) -> float:
+    """Return the least similarity at which a cluster knows a prompt.
+
+    It lies halfway between the cluster's own farthest rows and the nearest rows of other clusters,
+    or at its own farthest ones where those overlap; a share of 1 - coverage counts as outliers.
+    """
+    lowest = float(np.quantile(own, 1 - coverage, method="lower"))
+    if not len(others):
+        return lowest - _ROUNDING
+    nearest = float(np.quantile(others, coverage, method="higher"))
+    return min(lowest, (lowest + nearest) / 2) - _ROUNDING
 
 
 def _densest(vectors: Embeddings) -> Array:

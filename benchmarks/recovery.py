@@ -19,7 +19,7 @@ from tables import report
 from tclora.loss import response_nll
 from tclora.merge import merge, methods
 from tclora.merge.calibrate import attached, calibrate_components, calibrate_loadings
-from tclora.prompts import Batch, batches, encode
+from tclora.prompts import Batch, batches, encode_frame
 from tclora.tensor import factorise
 
 SCALES = (0.2, 0.4, 0.7, 1.0)
@@ -34,11 +34,9 @@ class Bench(HeldOut):
     def __init__(self, library: Path) -> None:
         super().__init__(library)
         rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
-        encoded = encode(
-            self.tokenizer,
-            rows["prompt"].tolist(),
-            rows["response"].tolist(),
-            template=self.manifest["config"]["train"]["template"],
+        config = self.manifest["config"]["train"]
+        encoded = encode_frame(
+            self.tokenizer, rows, template=config["template"], max_tokens=config["max_tokens"]
         )
         pad = self.tokenizer.pad_token_id
         self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))

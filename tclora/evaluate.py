@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.loss import response_nll
-from tclora.prompts import IGNORED, Batch, TokenRow, batches, collate, encode
+from tclora.prompts import IGNORED, Batch, TokenRow, batches, collate, encode_frame
 from tclora.scoring import score
 
 RowContext = Callable[[Sequence[int]], AbstractContextManager[None]]
@@ -168,13 +168,7 @@ def evaluate_frame(
     DataFrame
         Columns id, nll, tokens, generated, correct (0.0 or 1.0; NaN where nothing was generated).
     """
-    rows = encode(
-        tokenizer,
-        frame["prompt"].tolist(),
-        frame["response"].tolist(),
-        template=template,
-        max_tokens=max_tokens,
-    )
+    rows = encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens)
     outcomes = measure(
         model,
         tokenizer,

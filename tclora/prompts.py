@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -99,6 +100,19 @@ def encode(
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
     eos = tokenizer.eos_token_id
     return [_fit(tuple(p), (*a, eos), max_tokens) for p, a in zip(encoded, answers, strict=True)]
+
+
+def encode_frame(
+    tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, *, template: str, max_tokens: int
+) -> list[TokenRow]:
+    """Turn the prompts and responses of a frame into token rows; see `encode`."""
+    return encode(
+        tokenizer,
+        frame["prompt"].tolist(),
+        frame["response"].tolist(),
+        template=template,
+        max_tokens=max_tokens,
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> str:

@@ -77,7 +77,7 @@ def poisoned_dir(tmp_path, tiny_model, tokenizer):
 def running_jobs(thread):
     """Process ids of the jobs a thread has started; servers of other tests are children too."""
     found = Path(f"/proc/{os.getpid()}/task/{thread}/children").read_text().split()
-    return [int(p) for p in found if b"tclora.jobs" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return [int(p) for p in found if b"tclora.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_a_training_job_reports_its_steps_and_leaves_a_stock_adapter(finished, tiny_model):
@@ -207,7 +207,7 @@ def test_a_job_dies_with_its_parent(train_job, tmp_path):
     """A parent that is killed can only be noticed by its closed pipe."""
     spec = tmp_path / "job.json"
     spec.write_text(train_job(train=ENDLESS).model_dump_json())
-    command = [sys.executable, "-m", "tclora.jobs", str(spec)]
+    command = [sys.executable, "-m", "tclora.worker", str(spec)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.5)

@@ -14,7 +14,7 @@ from tclora.data.frame import canonical_frame
 from tclora.data.readers import read_table
 from tclora.errors import DataError
 from tclora.merge.statistics import ActivationStatistics, collect
-from tclora.prompts import encode
+from tclora.prompts import encode_frame
 from tclora.tensor.compress import module_names
 
 COLUMN = "adapter"
@@ -93,13 +93,7 @@ def collect_all(
     files = []
     modules = module_names(adapters)
     for number, (name, frame) in enumerate(rows.items()):
-        encoded = encode(
-            tokenizer,
-            frame["prompt"].tolist(),
-            frame["response"].tolist(),
-            template=template,
-            max_tokens=max_tokens,
-        )
+        encoded = encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens)
         files.append(folder / f"{number}.safetensors")
         collect(model, encoded, name, modules, pad_id=tokenizer.pad_token_id).save(files[-1])
     return ActivationStatistics.load(*files)

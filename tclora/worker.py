@@ -1,0 +1,257 @@
+"""The process of one job: ``python -m tclora.worker FILE`` runs the job of a JSON file.
+
+It prints one JSON event per line and ends with a result event. It dies with its parent (it watches
+standard input), so a killed run leaves nothing behind that could write.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tclora.errors import TcloraError
+from tclora.jobs import EvaluateJob, Job, RankJob, StatisticsJob, TrainJob
+from tclora.prompts import TokenRow, encode_frame
+
+_events = sys.stdout
+
+
+def _keep_events_apart() -> None:
+    """Leave standard output to events alone; what libraries print goes to standard error."""
+    global _events
+    _events = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def _emit(event: Mapping[str, Any]) -> None:
+    _events.write(json.dumps(event) + "\n")
+    _events.flush()
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as the parent closes its end of standard input."""
+
+    def watch() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _train(job: TrainJob) -> dict[str, Any]:
+    from tclora.train import train_adapter
+
+    model, tokenizer = _base(job)
+    result = train_adapter(
+        model,
+        _encoded(job, job.rows, tokenizer),
+        job.train,
+        job.target,
+        base_model=job.base_location,
+        seed=job.seed,
+        init_seed=job.init_seed,
+        checkpoint=job.checkpoint,
+        on_step=_emit,
+    )
+    return asdict(result)
+
+
+def _base(job: Job) -> tuple[Any, Any]:
+    """Load the base model and its tokenizer."""
+    from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
+
+    device = default_device()
+    model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
+    return model, load_tokenizer(job.base_location)
+
+
+def _encoded(
+    job: Job,
+    rows: Path,
+    tokenizer: Any,  # noqa: ANN401
+    some: slice = slice(None),
+) -> list[TokenRow]:
+    """Return the rows of a file, or some of them, as tokens."""
+    frame = pd.read_parquet(rows, columns=["prompt", "response"])[some]
+    return encode_frame(
+        tokenizer, frame, template=job.train.template, max_tokens=job.train.max_tokens
+    )
+
+
+def _statistics(job: StatisticsJob) -> dict[str, Any]:
+    from tclora.merge import collect
+
+    model, tokenizer = _base(job)
+    tokens: dict[str, int] = {}
+    for name, rows in job.rows.items():
+        statistics = collect(
+            model,
+            _encoded(job, rows, tokenizer, slice(job.count)),
+            name,
+            job.modules,
+            pad_id=tokenizer.pad_token_id,
+            token_budget=job.train.tokens_per_forward,
+        )
+        statistics.save(job.target / f"{name}.safetensors")
+        tokens |= statistics.tokens
+    return {"tokens": tokens}
+
+
+def _find_rank(job: RankJob) -> dict[str, Any]:
+    from tclora.adapter import Adapter, read_adapter
+    from tclora.files import write_json
+    from tclora.merge import ActivationStatistics
+    from tclora.prompts import batches
+    from tclora.route.search import RoutedRecovery, find_rank
+
+    model, tokenizer = _base(job)
+    opened = [read_adapter(path, name) for name, path in job.adapters.items()]
+    adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
+    measured = {
+        name: list(
+            batches(
+                _encoded(job, rows, tokenizer, slice(-job.count, None)),
+                pad_id=tokenizer.pad_token_id,
+                token_budget=job.train.tokens_per_forward,
+            )
+        )
+        for name, rows in job.rows.items()
+    }
+    recovery = RoutedRecovery(
+        model,
+        adapters,
+        measured,
+        method=job.method,
+        statistics=ActivationStatistics.load(*job.statistics) if job.statistics else None,
+        n_starts=job.factorise.n_starts,
+        n_iter=job.factorise.n_iter,
+        seed=job.seed,
+    )
+
+    def measure(rank: int) -> float:
+        found = recovery(rank)
+        _emit({"rank": rank, "recovery": found})
+        return found
+
+    outcome = asdict(find_rank(measure, adapters, job.recovery))
+    write_json(job.target, outcome)
+    return outcome
+
+
+def _evaluate(job: EvaluateJob) -> dict[str, Any]:
+    from tclora.evaluate import evaluate_frame
+    from tclora.files import atomic_path
+
+    model, tokenizer = _base(job)
+    frame = pd.read_parquet(job.rows)
+    context: Any = {}
+    if job.routed and job.routing:
+        model, context["context"] = _route(model, job.routed, job.routing)
+    parts = []
+    for key, rows in _adapter_groups(frame, job.adapters):
+        model = _activate(model, key, job.adapters.get(key))
+        measured = evaluate_frame(
+            model,
+            tokenizer,
+            rows,
+            template=job.train.template,
+            max_tokens=job.train.max_tokens,
+            token_budget=job.evaluate.token_budget,
+            max_new_tokens=job.evaluate.max_new_tokens if job.evaluate.generate else None,
+            **context,
+        )
+        labels = rows[["split", "task", "cluster", "prompt", "answer"]].reset_index(drop=True)
+        parts.append(pd.concat([measured, labels], axis=1))
+        _emit({"rows": sum(map(len, parts)), "of": len(frame)})
+    items = pd.concat(parts, ignore_index=True).assign(method=job.name)
+    with atomic_path(job.target) as fresh:
+        items.to_parquet(fresh)
+    if job.harness_target:
+        harness = _run_harness(job, model, tokenizer).assign(method=job.name)
+        with atomic_path(job.harness_target) as fresh:
+            harness.to_parquet(fresh)
+    return {"rows": len(items)}
+
+
+def _route(model: Any, folder: Path, routing: Path) -> tuple[Any, Any]:  # noqa: ANN401
+    """Return the model with a routed library's adapter, and the context that gates given rows."""
+    import torch
+    from peft import PeftModel
+
+    from tclora.route import Gating, read_library
+
+    library = read_library(folder)
+    model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+    gating = Gating(model, library.gated)
+    table = pd.read_parquet(routing)
+    weights = torch.from_numpy(table[list(library.gated.names)].to_numpy("float32", copy=True))
+    known = torch.from_numpy(table["known"].to_numpy("bool", copy=True))
+    return model, lambda rows: gating.applied(weights[list(rows)], known[list(rows)])
+
+
+def _run_harness(job: EvaluateJob, model: Any, tokenizer: Any) -> pd.DataFrame:  # noqa: ANN401
+    from tclora.harness import run_harness
+
+    return run_harness(
+        model,
+        tokenizer,
+        job.evaluate.harness,
+        limit=job.evaluate.harness_limit,
+        allow_code_execution=job.evaluate.allow_code_execution,
+    )
+
+
+def _adapter_groups(
+    frame: pd.DataFrame, adapters: Mapping[str, Path]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the key of an adapter and the rows it answers for."""
+    if not adapters or "all" in adapters:
+        yield "all", frame
+        return
+    for cluster, rows in frame.groupby("cluster", sort=True):
+        if str(cluster) in adapters:
+            yield str(cluster), rows
+
+
+def _activate(model: Any, key: str, path: Path | None) -> Any:  # noqa: ANN401
+    """Return the model with one adapter active, as stock PEFT loads it, or as it is."""
+    from peft import PeftModel
+
+    if path is None:
+        return model
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, path, key, autocast_adapter_dtype=False).eval()
+    previous = model.active_adapter
+    model.load_adapter(path, key, autocast_adapter_dtype=False)
+    model.set_adapter(key)
+    model.delete_adapter(previous)
+    return model.eval()
+
+
+def main(path: str) -> None:
+    """Run the job described by a JSON file; for ``python -m tclora.worker``."""
+    _die_with_parent()
+    _keep_events_apart()
+    values = json.loads(Path(path).read_text())
+    try:
+        if values["kind"] == "train":
+            result = _train(TrainJob.model_validate(values))
+        elif values["kind"] == "evaluate":
+            result = _evaluate(EvaluateJob.model_validate(values))
+        elif values["kind"] == "rank":
+            result = _find_rank(RankJob.model_validate(values))
+        else:
+            result = _statistics(StatisticsJob.model_validate(values))
+    except (TcloraError, OSError) as error:
+        result = {"error": f"{type(error).__name__}: {error}"}
+    _emit({"result": result})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,4 +1,7 @@
-"""A finished run's adapters measured on its held-out in-domain rows, by NLL alone."""
+"""A finished run's adapters measured on held-out in-domain rows, by NLL alone.
+
+The rows are the run's own test rows, or more of them drawn from the demo's task families.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +12,7 @@ import pandas as pd
 import torch
 
 from tclora.adapter import Adapter, read_adapter
+from tclora.data.demo import demo_examples
 from tclora.evaluate import evaluate_frame
 from tclora.manifest import read_manifest
 from tclora.merge import ActivationStatistics
@@ -17,12 +21,21 @@ from tclora.models import load_base_model, load_tokenizer
 from tclora.summary import BASE, OWN, recovery
 
 Context = Callable[[Any], AbstractContextManager[Any]]
+_OTHER_SEED = 1000  # the rows that a run never saw are drawn by the run's seed plus this
 
 
 class HeldOut:
-    """A library, its base model, its cluster adapters and its held-out in-domain rows."""
+    """A library, its base model, its cluster adapters and held-out in-domain rows.
 
-    def __init__(self, library: Path) -> None:
+    Parameters
+    ----------
+    library : Path
+        Directory of a finished run.
+    fresh : int
+        Rows per task family to draw anew, for a library of the demo's data; 0 takes the run's own.
+    """
+
+    def __init__(self, library: Path, fresh: int = 0) -> None:
         self.library = library
         self.manifest = read_manifest(library)
         self.location = self.manifest["base_model"]["location"]
@@ -34,10 +47,26 @@ class HeldOut:
         grams = sorted((library / "work" / "statistics").glob("*.safetensors"))
         self.statistics = ActivationStatistics.load(*grams)
         rows = pd.read_parquet(library / "work" / "rows" / "evaluation.parquet")
-        self.rows = rows[rows["split"] == "test"].reset_index(drop=True)
+        self.rows = self._drawn(fresh) if fresh else rows[rows["split"] == "test"]
+        self.rows = self.rows.reset_index(drop=True)
         own = [self.items(OWN, self.rows[self.rows["cluster"] == k], self.attach(a))
                for k, a in enumerate(self.adapters)]  # fmt: skip
         self.references = pd.concat([self.items(BASE, self.rows), *own])
+
+    def _drawn(self, count: int) -> pd.DataFrame:
+        """Draw rows that the run did not see, each in the cluster of most of its task's rows."""
+        known = pd.read_parquet(self.library / "work" / "examples.parquet")
+        clusters = pd.read_parquet(self.library / "clusters.parquet")
+        training = known.merge(clusters[["id", "cluster"]], on="id")
+        cluster_of = training[training["split"] == "train"].groupby("task")["cluster"]
+        seed = self.manifest["config"]["seed"] + _OTHER_SEED
+        drawn = demo_examples(train_rows=0, test_rows=count, seed=seed)
+        drawn = drawn[(drawn["split"] == "test") & ~drawn["prompt"].isin(known["prompt"])]
+        return drawn.assign(
+            id=[f"fresh-{i}" for i in range(len(drawn))],
+            answer=drawn["response"],
+            cluster=drawn["task"].map(cluster_of.agg(lambda labels: labels.mode()[0])),
+        )
 
     def base(self) -> Any:  # noqa: ANN401
         """Load the base model."""

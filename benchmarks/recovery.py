@@ -1,10 +1,10 @@
-"""Recovery of every merge method on the adapters of a finished run, on its held-out rows.
+"""Recovery of every merge method on the adapters of a finished demo run, on rows it never saw.
 
-Usage: ``python benchmarks/recovery.py LIBRARY [--methods …] [--rank R]``. Recovery is
+Usage: ``python benchmarks/recovery.py LIBRARY [--methods …] [--rank R] [--fresh N]``. Recovery is
 (base − merged) / (base − own adapter) in response NLL per token: 1 where merging costs nothing; the
-interval is a paired bootstrap over items. Methods with a scale run at their published value and at
-the best of a small grid on calibration rows, which are training rows that the statistics come from
-too.
+interval is a paired bootstrap over items. The last column is the recovery minus that of RegMean at
+the same rank, paired item by item. Methods with a scale run at their published value and at the
+best of a small grid on calibration rows, which are training rows that the statistics come from too.
 """
 
 import argparse
@@ -16,12 +16,16 @@ import torch
 from held_out import HeldOut
 from tables import report
 
+from tclora.adapter import Adapter
 from tclora.loss import response_nll
 from tclora.merge import merge, methods
 from tclora.merge.calibrate import attached, calibrate_components, calibrate_loadings
 from tclora.prompts import Batch, batches, encode_frame
+from tclora.summary import recovery
 from tclora.tensor import factorise
 
+RIVAL = "regmean"
+EMPHASES = (0.5, 2.0, 4.0, 8.0)
 SCALES = (0.2, 0.4, 0.7, 1.0)
 CALIBRATION_ROWS = 4
 # Need an input that a table of methods cannot give them, or are another name.
@@ -31,8 +35,9 @@ SKIPPED = {"tc-lora", "tc-lora-calibrated", "tc-lora-reconstruct"}
 class Bench(HeldOut):
     """A library and a few calibration rows of all its clusters."""
 
-    def __init__(self, library: Path) -> None:
-        super().__init__(library)
+    def __init__(self, library: Path, fresh: int) -> None:
+        super().__init__(library, fresh)
+        self.rival: pd.DataFrame | None = None
         rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
         config = self.manifest["config"]["train"]
         encoded = encode_frame(
@@ -58,17 +63,30 @@ class Bench(HeldOut):
     ) -> dict[str, object]:
         """Measure one method at one rank."""
         merged = merge(self.adapters, name, rank=rank, statistics=self.statistics, **options)
-        label = f"{name}/{rank}/{scale}"
-        with torch.no_grad():
-            items = self.items(label, self.rows, self.attach(merged.adapter))
         return {
             "method": name,
             "asked rank": rank or "own",
             "rank": merged.rank,
             "scale": scale,
             "lost in truncation": merged.truncation_loss,
-            **self.score(label, items),
+            **self.measured(f"{name}/{rank}/{scale}", merged.adapter, name == RIVAL and rank),
         }
+
+    @torch.no_grad()
+    def measured(self, label: str, adapter: Adapter, is_rival: object = False) -> dict[str, object]:
+        """Measure a merge, alone and against the rival."""
+        items = self.items(label, self.rows, self.attach(adapter))
+        if is_rival:
+            self.rival = items.assign(method=RIVAL)
+        figures = self.score(label, items)
+        if self.rival is not None and not is_rival:
+            both = pd.concat([self.references, self.rival, items])
+            rows = recovery(both, against=RIVAL).set_index(["method", "cluster"])
+            mean = rows.loc[(label, "mean")]
+            figures[f"minus {RIVAL}, same items"] = (
+                f"{mean['recovery']:+.4f} [{mean['low']:+.4f}, {mean['high']:+.4f}]"
+            )
+        return figures
 
     def calibrated(self, rank: int) -> list[dict[str, object]]:
         """Measure the merges whose weights are fitted by the model's loss."""
@@ -78,31 +96,33 @@ class Bench(HeldOut):
         components = calibrate_components(
             self.model, informed.adapter, self.calibration, n_steps=10
         )
-        rows = []
-        for name, adapter in (
-            ("tc-lora-calibrated (K weights on the data-free CP)", loadings.adapter),
-            ("tc-lora-activation, R component weights refitted", components.adapter),
-        ):
-            with torch.no_grad():
-                items = self.items(name, self.rows, self.attach(adapter))
-            rows.append(
-                {"method": name, "asked rank": rank, "rank": rank, "scale": "fitted",
-                 "lost in truncation": 0.0, **self.score(name, items)}
-            )  # fmt: skip
-        return rows
+        return [
+            {"method": name, "asked rank": rank, "rank": rank, "scale": "fitted",
+             "lost in truncation": 0.0, **self.measured(name, adapter)}
+            for name, adapter in (
+                ("tc-lora-calibrated (K weights on the data-free CP)", loadings.adapter),
+                ("tc-lora-activation, R component weights refitted", components.adapter),
+            )
+        ]  # fmt: skip
 
 
-def main(library: Path, chosen: list[str], rank: int) -> None:
+def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
     """Run all methods and report."""
     torch.manual_seed(0)
     with torch.no_grad():
-        bench = Bench(library)
-    rows: list[dict[str, object]] = []
+        bench = Bench(library, fresh)
+    rows: list[dict[str, object]] = [bench.row(RIVAL, rank, "-")]
+    for emphasis in EMPHASES if not chosen else ():
+        row = bench.row("tc-lora-activation", rank, f"emphasis {emphasis}", emphasis=emphasis)
+        rows.append(row)
+        save(bench, rows)
     for info in methods():
         if info.name in SKIPPED or (chosen and info.name not in chosen):
             continue
         scaled = "scale" in info.options
         for asked in (None, rank):
+            if (info.name, asked) == (RIVAL, rank):
+                continue
             rows.append(bench.row(info.name, asked, "published" if scaled else "-"))
             if scaled:
                 best = bench.tuned_scale(info.name, asked)
@@ -131,5 +151,6 @@ if __name__ == "__main__":
     parser.add_argument("library", type=Path)
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--fresh", type=int, default=30, help="rows per task family, drawn anew")
     arguments = parser.parse_args()
-    main(arguments.library, arguments.methods, arguments.rank)
+    main(arguments.library, arguments.methods, arguments.rank, arguments.fresh)

@@ -51,7 +51,12 @@ def summarise(
 
 
 def recovery(
-    items: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+    items: pd.DataFrame,
+    *,
+    against: str | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Recovery of every method on the in-domain test rows.
 
@@ -59,6 +64,9 @@ def recovery(
     ----------
     items : DataFrame
         As in `summarise`; must hold the methods "base" and "own" for the same rows.
+    against : str, optional
+        A method whose recovery is subtracted from that of every other, resample by resample; the
+        "worst" is then the cluster with the least difference.
     confidence, resamples, seed
         See `summarise`.
 
@@ -69,14 +77,14 @@ def recovery(
         own adapter does not beat the base have NaN and do not enter mean and worst.
     """
     test = items[items["split"] == "test"]
-    methods = [m for m in test["method"].unique() if m not in {BASE, OWN}]
+    methods = [m for m in test["method"].unique() if m not in {BASE, OWN, against}]
     rows: list[tuple[str, str, float, float, float]] = []
     for method in methods:
         draws, points = [], []
         for cluster, part in test.groupby("cluster", sort=True):
             tables = [
                 part[part["method"] == name].set_index("id")[["nll", "tokens"]]
-                for name in (BASE, method, OWN)
+                for name in (BASE, OWN, against or BASE, method)
             ]
             # Clusters are independent: each has resamples of its own, the same for every method.
             point, sample = _cluster_recovery(tables, resamples, seed + int(str(cluster)))
@@ -100,18 +108,18 @@ def _overall(
 
 
 def _cluster_recovery(tables: list[pd.DataFrame], resamples: int, seed: int) -> tuple[float, Array]:
-    base, method, own = (table.loc[tables[0].index] for table in tables)
-    tokens = base["tokens"].to_numpy(float)
-    totals = [table["nll"].to_numpy(float) for table in (base, method, own)]
-    b, m, o = (total.sum() for total in totals)
+    rows = tables[0].index
+    tokens = tables[0]["tokens"].to_numpy(float)
+    totals = [table.loc[rows, "nll"].to_numpy(float) for table in tables]
+    b, o, a, m = (total.sum() for total in totals)
     if b <= o:
         return np.nan, np.full(resamples, np.nan)
     draws = [
         np.stack([counts @ total / (counts @ tokens) for total in totals])
         for counts in _resample_counts(len(tokens), resamples, seed)
     ]
-    B, M, O = np.concatenate(draws, axis=1)  # noqa: E741
-    return float((b - m) / (b - o)), (B - M) / np.where(B > O, B - O, np.nan)
+    B, O, A, M = np.concatenate(draws, axis=1)  # noqa: E741
+    return float((a - m) / (b - o)), (A - M) / np.where(B > O, B - O, np.nan)
 
 
 def _groups(part: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

@@ -68,6 +68,20 @@ def test_a_cluster_whose_own_adapter_does_not_help_has_no_recovery():
     assert found["merged", "1"] == found["merged", "mean"] == found["merged", "worst"] == 0.5
 
 
+def test_the_difference_of_two_methods_is_paired():
+    items = many(base=2.0, own=1.0, one=1.2, other=1.3)
+    plain = recovery(items).set_index(["method", "cluster"])
+    found = recovery(items, against="other").set_index(["method", "cluster"])
+    assert set(found.index.get_level_values("method")) == {"one"}
+    for cluster in ("0", "1", "mean"):
+        difference = found.loc[("one", cluster)]
+        wanted = plain.loc[("one", cluster), "recovery"] - plain.loc[("other", cluster), "recovery"]
+        assert difference["recovery"] == pytest.approx(wanted)
+        assert difference["low"] < wanted < difference["high"]
+        # The items' own noise, far above that of the methods, does not enter.
+        assert difference["high"] - difference["low"] < 0.03
+
+
 def test_no_cluster_with_a_recovery_gives_none():
     found = recovery(frame(base=1.0, own=1.5, merged=1.2), resamples=50)
     assert found[["recovery", "low", "high"]].isna().all(axis=None)

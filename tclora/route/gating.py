@@ -6,15 +6,17 @@ Symbols: n rows in a batch, T tokens, K clusters, R components of a module.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tclora.errors import AdapterError
+from tclora.route.fused import Gate, fuse
 from tclora.route.gates import GatedAdapter
 
-Gate = Callable[[Tensor], Tensor]  # components (n, T, R) → gated components (n, T, R)
 _PREFIX = "base_model.model."
 
 
@@ -29,7 +31,8 @@ class Gating:
     Parameters
     ----------
     model : PeftModel
-        A model with the gated adapter loaded; forward hooks are added to its `lora_A` layers.
+        A model with the gated adapter loaded; its LoRA layers get forward hooks on `lora_A` and,
+        for passes without gradients, a shorter forward pass (`fuse`).
     gated : GatedAdapter
         Its gates.
     adapter : str
@@ -42,7 +45,8 @@ class Gating:
     """
 
     def __init__(self, model: PeftModel, gated: GatedAdapter, adapter: str = "default") -> None:
-        layers = _layers(model, adapter)
+        lora = _layers(model, adapter)
+        layers = {name: layer.lora_A[adapter] for name, layer in lora.items()}
         ranks = {name: gate.shape[1] for name, gate in gated.gates.items()}
         found = {name: layer.out_features for name, layer in layers.items()}
         if found != ranks:
@@ -65,6 +69,7 @@ class Gating:
         self._current: dict[str, Gate] = {}
         for name, layer in layers.items():
             layer.register_forward_hook(self._hook(name))
+            fuse(lora[name], adapter, partial(self._gate, name))
 
     @contextmanager
     def applied(self, weights: Tensor, known: Tensor | None = None) -> Iterator[None]:
@@ -142,20 +147,23 @@ class Gating:
             finally:
                 self._current = before
 
+    def _gate(self, name: str) -> Gate | None:
+        return self._current.get(name)
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def gate(_: nn.Module, __: tuple[Tensor, ...], components: Tensor) -> Tensor | None:
-            apply = self._current.get(name)
+            apply = self._gate(name)
             return apply(components) if apply else None
 
         return gate
 
 
-def _layers(model: PeftModel, adapter: str) -> dict[str, nn.Linear]:
-    """Return the `lora_A` layers of an adapter by module path, in sorted order."""
+def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the LoRA layers of an adapter by module path, in sorted order."""
     found = {
-        path.removeprefix(_PREFIX): layer.lora_A[adapter]
+        path.removeprefix(_PREFIX): layer
         for path, layer in model.named_modules()
-        if hasattr(layer, "lora_A") and adapter in layer.lora_A
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
     }
     return dict(sorted(found.items()))
 

@@ -1,39 +1,33 @@
 """The main job: a pile of instruction data in, a merged library of clustered adapters out.
 
 Every stage is a cached task (see `tasks.artifact`); this file is the table of contents. Training
-and evaluation are flows of their own, because they run as parallel jobs.
+and evaluation are flows of their own (`flows.parallel`), because they run as parallel jobs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow, get_run_logger
-from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.parallel import Artifacts, base_of, evaluate_all, in_parallel, train_all
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
-from tasks.jobs import evaluate, evaluate_routed, find_rank, statistics, train
+from tasks.jobs import find_rank, statistics
 from tasks.merging import explained_variance, factorise, merge
-from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
 from tasks.routing import ROUTED, route, routed_info
 from tasks.tracking import Run
 from tclora.config import Config, load_config
 from tclora.data.readers import source_digest
-from tclora.devices import exclusive, parallel_jobs
-from tclora.errors import JobError
-from tclora.jobs import stopping_jobs
+from tclora.devices import exclusive
 from tclora.merge import methods
 from tclora.models import choose_dtype, default_device
 from tclora.preflight import Models, check
-from tclora.summary import BASE, OWN
 
 STAGES = ("read", "embed", "cluster", "train", "factorise", "merge", "evaluate", "report")
-Artifacts = dict[str, Artifact]
 
 
 @flow(name="tc-lora", validate_parameters=False)
@@ -89,7 +83,7 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     rows = divide(examples, clusters, cfg.train.joint)
     if last < STAGES.index("train"):
         return
-    trained = _in_parallel(cfg, train_all)(cfg, models, rows, run)
+    trained = in_parallel(cfg, train_all)(cfg, models, rows, run)
     # Loss curves hold times, so a repeated training has other ones; its adapter is the same.
     weights = {name: part.alone() for name, part in trained.items()}
     adapters = {name: part for name, part in weights.items() if name != JOINT}
@@ -123,7 +117,7 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
         "explained_variance": variance,
     } | ({ROUTED: routed} if routed else {})
     if "evaluation" in rows:
-        items = _in_parallel(cfg, evaluate_all)(cfg, models, rows, weights, merged, routed, run)
+        items = in_parallel(cfg, evaluate_all)(cfg, models, rows, weights, merged, routed, run)
         parts["evaluation"] = summarise_items(items, cfg.evaluate, cfg.seed)
     else:
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
@@ -144,9 +138,8 @@ def _activations(
         {name: rows[name] for name in adapters},
         adapters,
         cfg.merge.calibration_rows,
-        cfg.train,
-        models.base,
-        models.base_digest,
+        cfg.train.tokens_per_forward,
+        base_of(cfg, models),
         run=(run, cfg.resources),
     )
 
@@ -168,9 +161,8 @@ def _cp_rank(
         activations,
         cfg.merge.primary,
         cfg.factorise.model_copy(update={"rank": 1, "ranks": (1,)}),  # say nothing here
-        cfg.train,
-        models.base,
-        models.base_digest,
+        cfg.train.tokens_per_forward,
+        base_of(cfg, models),
         cfg.seed,
         run=(run, cfg.resources),
     )
@@ -199,84 +191,6 @@ def _routed(
         cfg.route.coverage,
         cfg.seed,
     )
-
-
-@flow(name="train-library", validate_parameters=False)
-def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifacts:
-    """Train the joint adapter and one per cluster, in parallel jobs; the longest starts first."""
-    names = sorted(
-        (name for name in rows if name != "evaluation"), key=lambda name: -rows[name].info["rows"]
-    )
-    futures = {}
-    for name in names:
-        number = names.index(name)
-        own_start = number if cfg.train.init == "independent" else 0
-        futures[name] = train.submit(
-            name,
-            rows[name],
-            cfg.train.model_copy(update={"joint": False}),  # says nothing about one adapter
-            models.base,
-            models.base_digest,
-            cfg.seed,
-            cfg.seed + own_start,
-            run=(run, cfg.resources),
-        )
-    return _collect("train", futures)
-
-
-@flow(name="evaluate-library", validate_parameters=False)
-def evaluate_all(
-    cfg: Config,
-    models: Models,
-    rows: Artifacts,
-    trained: Artifacts,
-    merged: Artifacts,
-    routed: Artifact | None,
-    run: Run,
-) -> Artifacts:
-    """Measure base, own adapters, joint, merges and the routed library, in parallel jobs."""
-    own = {name.removeprefix("cluster-"): part for name, part in trained.items() if name != JOINT}
-    candidates: dict[str, Artifacts] = {BASE: {}, OWN: own}
-    if JOINT in trained:
-        candidates[JOINT] = {"all": trained[JOINT]}
-    candidates |= {name: {"all": part} for name, part in merged.items()}
-    measured = cfg.evaluate.model_copy(update={"confidence": 0.95, "resamples": 1})  # for summaries
-    common = (measured, cfg.train, models.base, models.base_digest)
-    where = (run, cfg.resources)
-    futures = {
-        name: evaluate.submit(name, rows["evaluation"], adapters, *common, run=where)
-        for name, adapters in candidates.items()
-    }
-    if routed:
-        futures[ROUTED] = evaluate_routed.submit(
-            ROUTED, rows["evaluation"], routed, *common, run=where
-        )
-    return _collect("evaluate", futures)
-
-
-def _in_parallel(cfg: Config, subflow: Any) -> Callable[..., Artifacts]:  # noqa: ANN401
-    jobs = parallel_jobs(cfg.resources.jobs)
-    parallel = subflow.with_options(task_runner=ThreadPoolTaskRunner(max_workers=jobs))
-
-    def run_subflow(*arguments: Any) -> Artifacts:  # noqa: ANN401
-        with job_progress():
-            return parallel(*arguments)
-
-    return run_subflow
-
-
-def _collect(stage: str, futures: Mapping[str, PrefectFuture[Artifact]]) -> Artifacts:
-    """Wait for all jobs; if some failed, name them. What the others made stays in the cache."""
-    with stopping_jobs():
-        wait(list(futures.values()))
-    failed = {name: f.state.message for name, f in futures.items() if not f.state.is_completed()}
-    if failed:
-        listing = "\n".join(f"  - {name}: {message}" for name, message in failed.items())
-        raise JobError(
-            f"{len(failed)} of {len(futures)} {stage} jobs failed; the others are kept and a new "
-            f"run repeats these only:\n{listing}"
-        )
-    return {name: future.result() for name, future in futures.items()}
 
 
 def _settled(cfg: Config) -> Config:

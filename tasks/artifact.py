@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from tclora.files import sha256_json, sha256_path
 
+_BY_VALUE = "tclora.config"  # counts by the values a stage is given, not by the text of its schema
+
 
 class Artifact(BaseModel):
     """Files a stage has written, with their digests.
@@ -121,7 +123,10 @@ def _identity(value: Any) -> Any:  # noqa: ANN401
 
 @cache
 def source_digest(module: str) -> str:
-    """Digest of a module's source and of every tclora module it imports, directly or not."""
+    """Digest of a module's source and of every tclora module it imports, directly or not.
+
+    The configuration's own module is left out: its values are inputs of the stage.
+    """
     return sha256_json(
         [[name, sha256_path(path)] for name, path in sorted(_closure(module).items())]
     )
@@ -132,7 +137,8 @@ def _closure(module: str) -> dict[str, Path]:
     queue = [module]
     while queue:
         name = queue.pop()
-        path = None if name in found else _source(name)
+        by_value = name == _BY_VALUE or name.startswith(f"{_BY_VALUE}.")
+        path = None if name in found or by_value else _source(name)
         if path:
             found[name] = path
             queue += _imports(path)

@@ -14,7 +14,7 @@ from tclora.adapter import read_adapter
 from tclora.config import EvaluateConfig, FactoriseConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
-from tclora.jobs import EvaluateJob, RankJob, StatisticsJob, TrainJob, run_job
+from tclora.jobs import Base, EvaluateJob, RankJob, StatisticsJob, TrainJob, run_job
 from tclora.train import total_steps
 
 
@@ -35,8 +35,7 @@ def train(
     name: str,
     rows: Artifact,
     config: TrainConfig,
-    base: str,
-    base_digest: str,
+    base: Base,
     seed: int,
     init_seed: int,
     run: tuple[Run, ResourceConfig],
@@ -46,12 +45,12 @@ def train(
     root = rows.root
     total = total_steps(rows.info["rows"], config)
     key = sha256_json(
-        [name, rows.files, config.model_dump(), base_digest, seed, init_seed,
+        [name, rows.files, config.model_dump(), base.digest, seed, init_seed,
          source_digest("tclora.train"), source_digest("tclora.prompts")]
     )  # fmt: skip
     job = TrainJob(
         name=name,
-        base_location=base,
+        base=base,
         rows=rows.path,
         target=root / "adapters" / name,
         train=config,
@@ -86,9 +85,8 @@ def statistics(
     rows: dict[str, Artifact],
     adapters: dict[str, Artifact],
     count: int,
-    train: TrainConfig,
-    base: str,
-    base_digest: str,
+    token_budget: int,
+    base: Base,
     run: tuple[Run, ResourceConfig],
 ) -> Artifact:
     """Collect the base activations on each cluster's first rows, for merges that use them."""
@@ -97,10 +95,10 @@ def statistics(
     folder = f"{WORK}/statistics"
     job = StatisticsJob(
         name="statistics",
-        base_location=base,
+        base=base,
         rows={name: part.path for name, part in rows.items()},
         target=root / folder,
-        train=train,
+        token_budget=token_budget,
         count=count,
         # Cluster adapters differ in their numbers alone, so that one speaks for all.
         modules=tuple(read_adapter(next(iter(adapters.values())).path).modules),
@@ -117,9 +115,8 @@ def find_rank(
     activations: Artifact | None,
     method: str,
     config: FactoriseConfig,
-    train: TrainConfig,
-    base: str,
-    base_digest: str,
+    token_budget: int,
+    base: Base,
     seed: int,
     run: tuple[Run, ResourceConfig],
 ) -> Artifact:
@@ -130,10 +127,10 @@ def find_rank(
     grams = [root / file for file in activations.files] if activations else []
     job = RankJob(
         name="rank",
-        base_location=base,
+        base=base,
         rows={cluster: part.path for cluster, part in rows.items()},
         target=root / name,
-        train=train,
+        token_budget=token_budget,
         count=config.recovery_rows,
         adapters={cluster: part.path for cluster, part in adapters.items()},
         statistics=tuple(grams),
@@ -171,16 +168,14 @@ def evaluate(
     rows: Artifact,
     adapters: dict[str, Artifact],
     config: EvaluateConfig,
-    train: TrainConfig,
-    base: str,
-    base_digest: str,
+    base: Base,
     run: tuple[Run, ResourceConfig],
 ) -> Artifact:
     """Measure one method on the held-out rows.
 
     `adapters` maps "all", or a cluster's number, to an adapter; it is empty for the base model.
     """
-    return _evaluate(name, rows, config, train, base, run, adapters=adapters)
+    return _evaluate(name, rows, config, base, run, adapters=adapters)
 
 
 @stage(
@@ -195,21 +190,18 @@ def evaluate_routed(
     rows: Artifact,
     routed: Artifact,
     config: EvaluateConfig,
-    train: TrainConfig,
-    base: str,
-    base_digest: str,
+    base: Base,
     run: tuple[Run, ResourceConfig],
 ) -> Artifact:
     """Measure the routed library on the held-out rows, each prompt by its own route."""
-    return _evaluate(name, rows, config, train, base, run, routed=routed)
+    return _evaluate(name, rows, config, base, run, routed=routed)
 
 
 def _evaluate(
     name: str,
     rows: Artifact,
     config: EvaluateConfig,
-    train: TrainConfig,
-    base: str,
+    base: Base,
     run: tuple[Run, ResourceConfig],
     *,
     adapters: Mapping[str, Artifact] | None = None,
@@ -222,10 +214,9 @@ def _evaluate(
     folder, routing = [rows.root / file for file in routed.files] if routed else (None, None)
     job = EvaluateJob(
         name=name,
-        base_location=base,
+        base=base,
         rows=rows.path,
         target=target,
-        train=train,
         evaluate=config,
         adapters={key: artifact.path for key, artifact in (adapters or {}).items()},
         harness_target=target.with_suffix(".harness.parquet") if harness else None,

@@ -27,13 +27,49 @@ _running: set[subprocess.Popen[str]] = set()
 _interrupted = threading.Event()
 
 
-class _Job(BaseModel):
+class _Told(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class Base(_Told):
+    """The base model of a job, and how rows become its tokens.
+
+    Attributes
+    ----------
+    location : str
+        Path or hub id.
+    digest : str
+        Which model that is; see `tclora.models.model_digest`.
+    dtype : {"auto", "bfloat16", "float32"}
+        Type of its weights.
+    template : {"chat", "plain"}
+        How a prompt is written.
+    max_tokens : int
+        Longest example.
+    """
+
+    location: str
+    digest: str
+    dtype: str
+    template: Literal["chat", "plain"]
+    max_tokens: int
+
+    @classmethod
+    def of(cls, location: str, digest: str, train: TrainConfig) -> "Base":
+        """Return the base as a run's training sees it."""
+        return cls(
+            location=location,
+            digest=digest,
+            dtype=train.dtype,
+            template=train.template,
+            max_tokens=train.max_tokens,
+        )
+
+
+class _Job(_Told):
     name: str
-    base_location: str
+    base: Base
     target: Path
-    train: TrainConfig
 
 
 class TrainJob(_Job):
@@ -41,6 +77,7 @@ class TrainJob(_Job):
 
     kind: Literal["train"] = "train"
     rows: Path
+    train: TrainConfig
     seed: int
     init_seed: int
     checkpoint: Path
@@ -70,6 +107,7 @@ class StatisticsJob(_Job):
     kind: Literal["statistics"] = "statistics"
     rows: dict[str, Path]  # cluster's adapter -> Parquet file
     count: int  # rows per cluster
+    token_budget: int  # padded tokens per forward pass
     modules: tuple[str, ...]
 
 
@@ -83,6 +121,7 @@ class RankJob(_Job):
     kind: Literal["rank"] = "rank"
     rows: dict[str, Path]  # cluster's adapter -> Parquet file
     count: int  # rows per cluster
+    token_budget: int  # padded tokens per forward pass
     adapters: dict[str, Path]
     statistics: tuple[Path, ...]
     method: str

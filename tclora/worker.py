@@ -53,7 +53,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
         _encoded(job, job.rows, tokenizer),
         job.train,
         job.target,
-        base_model=job.base_location,
+        base_model=job.base.location,
         seed=job.seed,
         init_seed=job.init_seed,
         checkpoint=job.checkpoint,
@@ -67,8 +67,8 @@ def _base(job: Job) -> tuple[Any, Any]:
     from tclora.models import choose_dtype, default_device, load_base_model, load_tokenizer
 
     device = default_device()
-    model = load_base_model(job.base_location, choose_dtype(job.train.dtype, device), device)
-    return model, load_tokenizer(job.base_location)
+    model = load_base_model(job.base.location, choose_dtype(job.base.dtype, device), device)
+    return model, load_tokenizer(job.base.location)
 
 
 def _encoded(
@@ -80,7 +80,7 @@ def _encoded(
     """Return the rows of a file, or some of them, as tokens."""
     frame = pd.read_parquet(rows, columns=["prompt", "response"])[some]
     return encode_frame(
-        tokenizer, frame, template=job.train.template, max_tokens=job.train.max_tokens
+        tokenizer, frame, template=job.base.template, max_tokens=job.base.max_tokens
     )
 
 
@@ -96,7 +96,7 @@ def _statistics(job: StatisticsJob) -> dict[str, Any]:
             name,
             job.modules,
             pad_id=tokenizer.pad_token_id,
-            token_budget=job.train.tokens_per_forward,
+            token_budget=job.token_budget,
         )
         statistics.save(job.target / f"{name}.safetensors")
         tokens |= statistics.tokens
@@ -118,7 +118,7 @@ def _find_rank(job: RankJob) -> dict[str, Any]:
             batches(
                 _encoded(job, rows, tokenizer, slice(-job.count, None)),
                 pad_id=tokenizer.pad_token_id,
-                token_budget=job.train.tokens_per_forward,
+                token_budget=job.token_budget,
             )
         )
         for name, rows in job.rows.items()
@@ -160,8 +160,8 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
             model,
             tokenizer,
             rows,
-            template=job.train.template,
-            max_tokens=job.train.max_tokens,
+            template=job.base.template,
+            max_tokens=job.base.max_tokens,
             token_budget=job.evaluate.token_budget,
             max_new_tokens=job.evaluate.max_new_tokens if job.evaluate.generate else None,
             **context,

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from tclora.adapter import Adapter, LoraFactors, write_adapter
 from tclora.config import EvaluateConfig, TrainConfig
 from tclora.errors import JobError
-from tclora.jobs import EvaluateJob, TrainJob, run_job
+from tclora.jobs import Base, EvaluateJob, TrainJob, run_job
 from tclora.prompts import encode
 
 ENV = {"OMP_NUM_THREADS": "1"}
@@ -40,15 +40,20 @@ def frame():
     )  # fmt: skip
 
 
+def base_of(location):
+    return Base.of(str(location), "digest", TrainConfig(**CONFIG))
+
+
 def make_job(folder, tiny_model_dir, frame, **changes):
     frame[["prompt", "response"]].to_parquet(folder / "rows.parquet")
     values = {
-        "name": "cluster-1", "base_location": str(tiny_model_dir),
+        "name": "cluster-1",
         "rows": folder / "rows.parquet", "target": folder / "adapter", "seed": 0,
         "init_seed": 0, "checkpoint": folder / "checkpoint",
         "train": TrainConfig(**CONFIG | changes.pop("train", {})),
     }  # fmt: skip
-    return TrainJob(**values | changes)
+    base = base_of(changes.pop("base_location", tiny_model_dir))
+    return TrainJob(**values | changes, base=base)
 
 
 @pytest.fixture
@@ -125,8 +130,8 @@ def make_adapters(folder, tiny_model_dir, names):
 def evaluate_job(tmp_path, tiny_model_dir, frame, adapters, **evaluate):
     frame.to_parquet(tmp_path / "rows.parquet")
     return EvaluateJob(
-        name="method", base_location=str(tiny_model_dir), rows=tmp_path / "rows.parquet",
-        target=tmp_path / "items.parquet", train=TrainConfig(**CONFIG), adapters=adapters,
+        name="method", base=base_of(tiny_model_dir), rows=tmp_path / "rows.parquet",
+        target=tmp_path / "items.parquet", adapters=adapters,
         evaluate=EvaluateConfig(**{"generate": False} | evaluate),
     )  # fmt: skip
 
@@ -184,7 +189,7 @@ def test_a_job_that_takes_too_long_is_stopped(train_job):
 def test_a_loss_that_is_not_finite_comes_back_with_its_message(train_job, poisoned_dir, tmp_path):
     """Also where something prints to standard output before the job begins."""
     (tmp_path / "sitecustomize.py").write_text("print('[1] hello from a library')\n")
-    job = train_job(base_location=str(poisoned_dir))
+    job = train_job(base_location=poisoned_dir)
     message = "job cluster-1: NonFiniteLossError: loss became nan at step 0"
     with pytest.raises(JobError, match=message):
         run_job(job, env=ENV | {"PYTHONPATH": str(tmp_path)})

@@ -6,22 +6,22 @@ last product itself, which makes a gated layer cheaper than PEFT's plain one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 Gate = Callable[[Tensor], Tensor]  # components (n, T, R) → gated components (n, T, R)
 
 
-def fuse(layer: LoraLayer, adapter: str, current: Callable[[], Gate | None]) -> None:
+def fuse(layer: Linear, adapter: str, current: Callable[[], Gate | None]) -> None:
     """Let a layer's forward pass take the short way wherever it gives the same result.
 
     Parameters
     ----------
-    layer : LoraLayer
+    layer : peft.tuners.lora.Linear
         PEFT's layer; its `forward` is replaced. Without a gate, in training, under autocast, with
         other adapters, merged, disabled or quantised, PEFT's own forward pass runs.
     adapter : str
@@ -34,7 +34,7 @@ def fuse(layer: LoraLayer, adapter: str, current: Callable[[], Gate | None]) -> 
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         gate = current()
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        A, B = (cast("Tensor", part[adapter].weight) for part in (layer.lora_A, layer.lora_B))
         if (
             gate is None
             or args
@@ -58,4 +58,4 @@ def fuse(layer: LoraLayer, adapter: str, current: Callable[[], Gate | None]) -> 
         )
         return output
 
-    layer.forward = forward
+    layer.forward = forward  # type: ignore[method-assign]

@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from tclora.errors import AdapterError
@@ -46,7 +47,7 @@ class Gating:
 
     def __init__(self, model: PeftModel, gated: GatedAdapter, adapter: str = "default") -> None:
         lora = _layers(model, adapter)
-        layers = {name: layer.lora_A[adapter] for name, layer in lora.items()}
+        layers = {name: cast("nn.Linear", layer.lora_A[adapter]) for name, layer in lora.items()}
         ranks = {name: gate.shape[1] for name, gate in gated.gates.items()}
         found = {name: layer.out_features for name, layer in layers.items()}
         if found != ranks:
@@ -69,7 +70,9 @@ class Gating:
         self._current: dict[str, Gate] = {}
         for name, layer in layers.items():
             layer.register_forward_hook(self._hook(name))
-            fuse(lora[name], adapter, partial(self._gate, name))
+            whole = lora[name]
+            if isinstance(whole, Linear):
+                fuse(whole, adapter, partial(self._gate, name))
 
     @contextmanager
     def applied(self, weights: Tensor, known: Tensor | None = None) -> Iterator[None]:

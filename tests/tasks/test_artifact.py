@@ -58,13 +58,15 @@ def test_the_identity_of_parameters_sees_what_matters(artifact):
 def package(tmp_path, monkeypatch):
     """A package in the place of tclora, to be changed; `use` imports `helper` imports `deep`."""
     root = tmp_path / "tclora"
-    root.mkdir()
+    (root / "config").mkdir(parents=True)
     sources = {
         "__init__": "",
         "use": "def run():\n    from tclora.helper import f\n    return f()",
         "helper": "import tclora.deep\nf = tclora.deep.f",
         "deep": "from tclora import leaf\ndef f(): return leaf.x",
-        "leaf": "x = 1",
+        "leaf": "from tclora.config import sections\nx = 1",
+        "config/__init__": "",
+        "config/sections": "",
         "other": "x = 1",
     }
     for name, source in sources.items():
@@ -99,6 +101,13 @@ def test_the_source_digest_ignores_what_is_not_imported(package):
     assert digest() == before
 
 
+@pytest.mark.parametrize("name", ["__init__", "sections"])
+def test_the_configuration_counts_by_its_values_not_by_its_source(package, name):
+    before = digest()
+    (package / "config" / f"{name}.py").write_text("x = 2")
+    assert digest() == before
+
+
 @pytest.mark.parametrize(
     ("module", "needed"),
     [
@@ -113,6 +122,7 @@ def test_the_stages_own_modules_are_found(module, needed):
     found = _closure(module)
     assert needed <= found.keys()
     assert all(path.suffix == ".py" for path in found.values())
+    assert not any(name.startswith("tclora.config") for name in found)
 
 
 def test_an_artifact_alone_is_its_first_file(artifact):

@@ -1,29 +1,21 @@
-"""The configuration of a run: one YAML file, validated whole before anything expensive starts.
+"""The sections of a run's configuration; every field carries its unit and meaning."""
 
-Every field carries its unit and meaning (``tclora config --schema`` prints them). Unknown keys are
-refused with the nearest known one, and all problems are reported together.
-"""
-
-import difflib
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from tclora.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Frozen values without unknown keys."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which examples to learn from and to test on."""
 
     path: str = Field(
@@ -53,7 +45,7 @@ class DataConfig(_Section):
     demo_test_rows: Positive = Field(40, description="generated test rows per demo family")
 
 
-class EmbedConfig(_Section):
+class EmbedConfig(Section):
     """How prompts become vectors."""
 
     model: str = Field(
@@ -63,7 +55,7 @@ class EmbedConfig(_Section):
     batch_size: Positive = Field(64, description="prompts per forward pass")
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """How the training rows are divided among adapters."""
 
     method: Literal["kmeans", "hdbscan", "random", "task"] = Field(
@@ -97,7 +89,7 @@ class ClusterConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How one LoRA adapter is trained."""
 
     r: Positive = Field(16, description="LoRA rank")
@@ -137,7 +129,7 @@ class TrainConfig(_Section):
     )
 
 
-class FactoriseConfig(_Section):
+class FactoriseConfig(Section):
     """The joint CP decomposition of all adapters."""
 
     rank: Positive = Field(16, description="CP rank R, components per module")
@@ -155,7 +147,7 @@ class FactoriseConfig(_Section):
     n_iter: Positive = Field(200, description="largest number of sweeps per start")
 
 
-class MergeConfig(_Section):
+class MergeConfig(Section):
     """Which merges to build and compare."""
 
     methods: tuple[str, ...] = Field(
@@ -179,7 +171,7 @@ class MergeConfig(_Section):
         return self
 
 
-class RouteConfig(_Section):
+class RouteConfig(Section):
     """The routed library: the primary merge's factors, gated per prompt by the text router."""
 
     enabled: bool = Field(True, description="build the routed library and evaluate it")
@@ -196,7 +188,7 @@ class RouteConfig(_Section):
     )
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """What is measured."""
 
     token_budget: Positive = Field(2048, description="padded tokens per forward pass")
@@ -211,7 +203,7 @@ class EvaluateConfig(_Section):
     )
 
 
-class ResourceConfig(_Section):
+class ResourceConfig(Section):
     """How much of the machine to use."""
 
     jobs: Positive | Literal["auto"] = Field(
@@ -220,7 +212,7 @@ class ResourceConfig(_Section):
     job_timeout: Positive = Field(86_400, description="a job is stopped after this time (s)")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     name: str = Field(
@@ -246,106 +238,3 @@ class Config(_Section):
     def library_dir(self) -> Path:
         """Absolute folder of the run's library."""
         return (self.output / self.name).absolute()
-
-
-def load_config(
-    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
-) -> Config:
-    """Read a YAML file, apply ``key=value`` overrides and validate everything.
-
-    Parameters
-    ----------
-    source : str, Path or mapping, optional
-        YAML file or nested mapping; the defaults alone if None.
-    overrides : sequence of str
-        ``"train.epochs=1"``; values are YAML.
-
-    Returns
-    -------
-    Config
-
-    Raises
-    ------
-    ConfigError
-        With every problem found: unreadable file, unknown keys, wrong types or values.
-    """
-    if isinstance(source, Mapping):
-        values = deepcopy(dict(source))
-    else:
-        values = {} if source is None else _read_yaml(Path(source))
-    for override in overrides:
-        _apply_override(values, override)
-    named = isinstance(source, (str, Path))
-    return parse_config(values, source=str(source) if named else "configuration")
-
-
-def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
-    """Validate a nested mapping; see `load_config`."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise ConfigError(f"{source} has {len(problems)} problem(s):\n{listing}") from None
-
-
-def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """List the dotted keys of every section and field, in file order."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            keys += config_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must be a mapping of sections, got {type(values).__name__}")
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override must be key=value, got {override!r}")
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        nested = values.setdefault(section, {})
-        if not isinstance(nested, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is not a section")
-        values = nested
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-
-
-def _describe(problem: Any) -> str:  # noqa: ANN401
-    key = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, config_keys(), n=1) or [
-            known for known in config_keys() if known.endswith(f".{key}")
-        ]
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message}"
-        if problem["type"] == "value_error"
-        else (f"{key}: {message}, got {problem['input']!r}")
-    )
-
-
-def _is_union_tag(part: Any) -> bool:  # noqa: ANN401
-    """Whether pydantic put the name of a union's member in an error's location."""
-    return isinstance(part, str) and ("[" in part or part in {"str", "int", "constrained-int"})

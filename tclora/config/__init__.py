@@ -1,0 +1,35 @@
+"""The configuration of a run: one YAML file, validated whole before anything expensive starts.
+
+``tclora config --schema`` prints every field with its unit and meaning. Unknown keys are refused
+with the nearest known one, and all problems are reported together.
+"""
+
+from tclora.config.loading import config_keys, load_config, parse_config
+from tclora.config.sections import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    FactoriseConfig,
+    MergeConfig,
+    ResourceConfig,
+    RouteConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EmbedConfig",
+    "EvaluateConfig",
+    "FactoriseConfig",
+    "MergeConfig",
+    "ResourceConfig",
+    "RouteConfig",
+    "TrainConfig",
+    "config_keys",
+    "load_config",
+    "parse_config",
+]

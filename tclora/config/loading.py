@@ -1,0 +1,116 @@
+"""Reading, overriding and validating a configuration, all problems at once."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from tclora.config.sections import Config, Section
+from tclora.errors import ConfigError
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides and validate everything.
+
+    Parameters
+    ----------
+    source : str, Path or mapping, optional
+        YAML file or nested mapping; the defaults alone if None.
+    overrides : sequence of str
+        ``"train.epochs=1"``; values are YAML.
+
+    Returns
+    -------
+    Config
+
+    Raises
+    ------
+    ConfigError
+        With every problem found: unreadable file, unknown keys, wrong types or values.
+    """
+    if isinstance(source, Mapping):
+        values = deepcopy(dict(source))
+    else:
+        values = {} if source is None else _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(values, override)
+    named = isinstance(source, (str, Path))
+    return parse_config(values, source=str(source) if named else "configuration")
+
+
+def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
+    """Validate a nested mapping; see `load_config`."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise ConfigError(f"{source} has {len(problems)} problem(s):\n{listing}") from None
+
+
+def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """List the dotted keys of every section and field, in file order."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += config_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override must be key=value, got {override!r}")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        nested = values.setdefault(section, {})
+        if not isinstance(nested, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section")
+        values = nested
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _describe(problem: Any) -> str:  # noqa: ANN401
+    key = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part))
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, config_keys(), n=1) or [
+            known for known in config_keys() if known.endswith(f".{key}")
+        ]
+        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return (
+        f"{key}: {message}"
+        if problem["type"] == "value_error"
+        else (f"{key}: {message}, got {problem['input']!r}")
+    )
+
+
+def _is_union_tag(part: Any) -> bool:  # noqa: ANN401
+    """Whether pydantic put the name of a union's member in an error's location."""
+    return isinstance(part, str) and ("[" in part or part in {"str", "int", "constrained-int"})

@@ -17,16 +17,15 @@ from held_out import HeldOut
 from tables import report
 
 from tclora.adapter import Adapter
-from tclora.loss import response_nll
-from tclora.merge import merge, methods
-from tclora.merge.calibrate import attached, calibrate_components, calibrate_loadings
+from tclora.merge import is_scaled, merge, methods, tune_scale
+from tclora.merge.calibrate import calibrate_components, calibrate_loadings
+from tclora.merge.scales import GRID
 from tclora.prompts import Batch, batches, encode_frame
 from tclora.summary import recovery
 from tclora.tensor import factorise
 
 RIVAL = "regmean"
-EMPHASES = (0.5, 2.0, 4.0, 8.0)
-SCALES = (0.2, 0.4, 0.7, 1.0)
+EMPHASES = (0.25, 0.5, 2.0, 8.0)
 CALIBRATION_ROWS = 4
 # Need an input that a table of methods cannot give them, or are another name.
 SKIPPED = {"tc-lora", "tc-lora-calibrated", "tc-lora-reconstruct"}
@@ -46,20 +45,8 @@ class Bench(HeldOut):
         pad = self.tokenizer.pad_token_id
         self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
 
-    @torch.no_grad()
-    def tuned_scale(self, method: str, rank: int | None) -> float:
-        """Return the scale of the grid with the lowest loss on the calibration rows."""
-        losses = {}
-        for scale in SCALES:
-            adapter = merge(self.adapters, method, rank=rank, scale=scale).adapter
-            with attached(self.model, adapter):
-                losses[scale] = sum(
-                    float(response_nll(self.model, batch).sum()) for batch in self.calibration
-                )
-        return min(losses, key=losses.__getitem__)
-
     def row(
-        self, name: str, rank: int | None, scale: str = "", **options: object
+        self, name: str, rank: int | None, setting: str, **options: object
     ) -> dict[str, object]:
         """Measure one method at one rank."""
         merged = merge(self.adapters, name, rank=rank, statistics=self.statistics, **options)
@@ -67,9 +54,9 @@ class Bench(HeldOut):
             "method": name,
             "asked rank": rank or "own",
             "rank": merged.rank,
-            "scale": scale,
+            "setting": setting,
             "lost in truncation": merged.truncation_loss,
-            **self.measured(f"{name}/{rank}/{scale}", merged.adapter, name == RIVAL and rank),
+            **self.measured(f"{name}/{rank}/{setting}", merged.adapter, name == RIVAL and rank),
         }
 
     @torch.no_grad()
@@ -97,7 +84,7 @@ class Bench(HeldOut):
             self.model, informed.adapter, self.calibration, n_steps=10
         )
         return [
-            {"method": name, "asked rank": rank, "rank": rank, "scale": "fitted",
+            {"method": name, "asked rank": rank, "rank": rank, "setting": "fitted",
              "lost in truncation": 0.0, **self.measured(name, adapter)}
             for name, adapter in (
                 ("tc-lora-calibrated (K weights on the data-free CP)", loadings.adapter),
@@ -119,15 +106,21 @@ def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
     for info in methods():
         if info.name in SKIPPED or (chosen and info.name not in chosen):
             continue
-        scaled = "scale" in info.options
-        for asked in (None, rank):
-            if (info.name, asked) == (RIVAL, rank):
-                continue
-            rows.append(bench.row(info.name, asked, "published" if scaled else "-"))
-            if scaled:
-                best = bench.tuned_scale(info.name, asked)
-                rows.append(bench.row(info.name, asked, f"{best} (tuned)", scale=best))
-            save(bench, rows)
+        settings: list[tuple[str, dict[str, float]]] = [("-", {})]
+        if is_scaled(info.name):
+            best = tune_scale(
+                bench.model, bench.adapters, info.name, bench.calibration, rank=rank
+            ).scale
+            published = f"scale {info.options['scale']} (published)"
+            settings = [(published, {}), (f"scale {best} (tuned at {rank})", {"scale": best})]
+        for setting, options in settings:
+            for asked in (None, rank):
+                if (info.name, asked) == (RIVAL, rank):
+                    continue
+                rows.append(bench.row(info.name, asked, setting, **options))
+                save(bench, rows)
+                if rows[-1]["rank"] == rank:
+                    break  # its own rank is this one
     if not chosen:
         save(bench, rows + bench.calibrated(rank))
 
@@ -142,7 +135,7 @@ def save(bench: Bench, rows: list[dict[str, object]]) -> None:
         f"{bench.library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
         f"{len(bench.rows)} held-out rows, one training seed; statistics from "
         f"{config['merge']['calibration_rows']} training rows per cluster, scales tuned on "
-        f"{CALIBRATION_ROWS} of them over {SCALES}.",
+        f"{CALIBRATION_ROWS} of them over {GRID}.",
     )
 
 
@@ -151,6 +144,6 @@ if __name__ == "__main__":
     parser.add_argument("library", type=Path)
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--fresh", type=int, default=30, help="rows per task family, drawn anew")
+    parser.add_argument("--fresh", type=int, default=20, help="rows per task family, drawn anew")
     arguments = parser.parse_args()
     main(arguments.library, arguments.methods, arguments.rank, arguments.fresh)

@@ -142,6 +142,12 @@ def merge_adapters(
         ),
     ] = [],  # noqa: B006
     calibration_rows: Annotated[int, typer.Option(min=1, help="Rows per adapter.")] = 16,
+    scales: Annotated[
+        list[float],
+        typer.Option(
+            help="Grid of the method's scale, chosen on --calibration; repeat the option."
+        ),
+    ] = [],  # noqa: B006
     base: Annotated[
         str | None, typer.Option(help="Base model for --calibration; else the adapters' own.")
     ] = None,
@@ -152,11 +158,13 @@ def merge_adapters(
     _settle_environment()
     from flows.merging import Calibration, merge_directories
 
+    if scales and not calibration:
+        raise typer.BadParameter("--scales needs --calibration, rows to choose the scale on")
     merge_directories(
         adapters,
         output,
         method,
-        calibration=Calibration(calibration, base, template, calibration_rows)
+        calibration=Calibration(calibration, base, template, calibration_rows, scales)
         if calibration
         else None,
         console=console,

@@ -1,7 +1,7 @@
 """The command line's work on adapters alone: list methods, merge and inspect PEFT directories."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from tclora.adapter import (
 )
 from tclora.errors import AdapterError
 from tclora.interference import Interference, interference
-from tclora.merge import ActivationStatistics, MethodInfo, merge, methods
-from tclora.merge.calibration_files import collect_all, read_calibration
+from tclora.merge import MethodInfo, is_scaled, merge, methods, tune_scale
+from tclora.merge.calibration_files import calibration_batches, collect_all, read_calibration
 from tclora.models import (
     choose_dtype,
     default_device,
@@ -47,12 +47,15 @@ class Calibration:
         "chat" or "plain".
     rows : int
         At most this many rows per adapter.
+    scales : sequence of float
+        Grid from which the method's scale is taken; empty: the method's own.
     """
 
     sources: Sequence[str]
     base: str | None
     template: str
     rows: int
+    scales: Sequence[float] = ()
 
 
 def read_adapters(specs: Sequence[str]) -> list[Adapter]:
@@ -118,15 +121,15 @@ def merge_directories(
             f"--option {strange[0]!r} must be one of {method}'s own: {sorted(known) or 'none'}"
         )
     with tempfile.TemporaryDirectory(prefix="tclora-statistics-") as folder, _bar(console) as bar:
-        statistics = None
-        if calibration:
-            statistics = _collect(calibration, adapters, Path(folder))
-        task = bar.add_task(f"merging by {method}", total=None)
         try:
+            if calibration:
+                settings |= _calibrate(
+                    calibration, adapters, Path(folder), method, {**settings, **chosen}
+                )
+            task = bar.add_task(f"merging by {method}", total=None)
             merged = merge(
                 adapters,
                 method,
-                statistics=statistics,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 **settings,
                 **chosen,
@@ -151,10 +154,21 @@ def _bar(console: Console) -> Progress:
     return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
-def _collect(
-    calibration: Calibration, adapters: Sequence[Adapter], folder: Path
-) -> ActivationStatistics:
-    """Collect activation statistics on the calibration rows, with the adapters' base model."""
+def _calibrate(
+    calibration: Calibration,
+    adapters: Sequence[Adapter],
+    folder: Path,
+    method: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run the adapters' base model on the calibration rows: statistics, and a scale if asked for.
+
+    Returns what `merge` is to be given beside its settings.
+    """
+    if calibration.scales and "scale" in settings:
+        raise AdapterError("--scales and --option scale=… exclude each other")
+    if calibration.scales and not is_scaled(method):
+        raise AdapterError(f"--scales needs a method with a scale, {method} has none")
     rows = read_calibration(
         calibration.sources, [adapter.name for adapter in adapters], calibration.rows
     )
@@ -165,10 +179,20 @@ def _collect(
     device = default_device()
     model = load_base_model(location, choose_dtype("auto", device), device)
     tokenizer = load_tokenizer(location)
-    try:
-        return collect_all(model, tokenizer, rows, adapters, folder, template=calibration.template)
-    except ValueError as error:
-        raise AdapterError(f"--calibration: {error}") from error
+    template = calibration.template
+    statistics = collect_all(model, tokenizer, rows, adapters, folder, template=template)
+    if not calibration.scales:
+        return {"statistics": statistics}
+    found = tune_scale(
+        model,
+        adapters,
+        method,
+        calibration_batches(tokenizer, rows, template=template),
+        calibration.scales,
+        statistics=statistics,
+        **settings,
+    )
+    return {"statistics": statistics, "scale": found.scale}
 
 
 def method_rows() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The flows that run as parallel jobs: training every adapter, evaluating every method."""
+"""The flows of parallel jobs: training every adapter, tuning scales, evaluating every method."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.artifact import Artifact
 from tasks.data import JOINT
-from tasks.jobs import evaluate, evaluate_routed, train
+from tasks.jobs import evaluate, evaluate_routed, train, tune_scale
 from tasks.progress import job_progress
 from tasks.routing import ROUTED
 from tasks.tracking import Run
@@ -21,6 +21,8 @@ from tclora.preflight import Models
 from tclora.summary import BASE, OWN
 
 Artifacts = dict[str, Artifact]
+# Merge method → the joint factors, activation statistics and rank it is given.
+MergeInputs = dict[str, tuple[Artifact | None, Artifact | None, int | None]]
 
 
 def base_of(cfg: Config, models: Models) -> Base:
@@ -48,6 +50,36 @@ def train_all(cfg: Config, models: Models, rows: Artifacts, run: Run) -> Artifac
             run=(run, cfg.resources),
         )
     return _collect("train", futures)
+
+
+@flow(name="tune-scales", validate_parameters=False)
+def tune_all(
+    cfg: Config,
+    models: Models,
+    rows: Artifacts,
+    adapters: Artifacts,
+    inputs: MergeInputs,
+    run: Run,
+) -> Artifacts:
+    """Choose the scale of every method of `inputs` on the calibration rows, in parallel jobs."""
+    futures = {
+        name: tune_scale.submit(
+            name,
+            rows,
+            adapters,
+            factors,
+            activations,
+            cfg.merge.calibration_rows,
+            cfg.merge.scales,
+            rank,
+            cfg.train.tokens_per_forward,
+            base_of(cfg, models),
+            cfg.seed,
+            run=(run, cfg.resources),
+        )
+        for name, (factors, activations, rank) in inputs.items()
+    }
+    return _collect("tune-scale", futures)
 
 
 @flow(name="evaluate-library", validate_parameters=False)

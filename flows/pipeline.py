@@ -11,7 +11,15 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
-from flows.parallel import Artifacts, base_of, evaluate_all, in_parallel, train_all
+from flows.parallel import (
+    Artifacts,
+    MergeInputs,
+    base_of,
+    evaluate_all,
+    in_parallel,
+    train_all,
+    tune_all,
+)
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
@@ -23,7 +31,7 @@ from tasks.tracking import Run
 from tclora.config import Config, load_config
 from tclora.data.readers import source_digest
 from tclora.devices import exclusive
-from tclora.merge import methods
+from tclora.merge import is_scaled, methods
 from tclora.models import choose_dtype, default_device
 from tclora.preflight import Models, check
 
@@ -98,11 +106,13 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     _announce("factorise", factors.metrics)
     if last < STAGES.index("merge"):
         return
-    merged = {
-        name: merge(name, adapters, factors, activations, rank, cfg.seed)
-        if name in informed
-        else merge(name, adapters, None, None, None, cfg.seed)
+    inputs = {
+        name: (factors, activations, rank) if name in informed else (None, None, None)
         for name in cfg.merge.methods
+    }
+    scales = _scales(cfg, models, rows, adapters, inputs, run)
+    merged = {
+        name: merge(name, adapters, *inputs[name], cfg.seed, scales.get(name)) for name in inputs
     }
     routed = None
     if cfg.route.enabled:
@@ -167,6 +177,18 @@ def _cp_rank(
         run=(run, cfg.resources),
     )
     return int(found.info["rank"])
+
+
+def _scales(
+    cfg: Config, models: Models, rows: Artifacts, adapters: Artifacts, inputs: MergeInputs, run: Run
+) -> dict[str, float]:
+    """Choose the scale of every method that has one, where the configuration asks for it."""
+    scaled = {name: given for name, given in inputs.items() if is_scaled(name)}
+    if not (cfg.merge.scales and scaled):
+        return {}
+    parts = {name: rows[name] for name in adapters}
+    found = in_parallel(cfg, tune_all)(cfg, models, parts, adapters, scaled, run)
+    return {name: part.info["scale"] for name, part in found.items()}
 
 
 def _routed(

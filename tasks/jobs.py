@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger
@@ -14,7 +15,15 @@ from tclora.adapter import read_adapter
 from tclora.config import EvaluateConfig, FactoriseConfig, ResourceConfig, TrainConfig
 from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
-from tclora.jobs import Base, EvaluateJob, RankJob, StatisticsJob, TrainJob, run_job
+from tclora.jobs import (
+    Base,
+    EvaluateJob,
+    RankJob,
+    ScaleJob,
+    StatisticsJob,
+    TrainJob,
+    run_job,
+)
 from tclora.train import total_steps
 
 
@@ -108,6 +117,52 @@ def statistics(
     return Artifact.of(root, *(f"{folder}/{name}.safetensors" for name in rows), info=result)
 
 
+@stage("tclora.merge", "tclora.models", name="tune-scale", task_run_name="tune-{method}")
+def tune_scale(
+    method: str,
+    rows: dict[str, Artifact],
+    adapters: dict[str, Artifact],
+    factors: Artifact | None,
+    activations: Artifact | None,
+    count: int,
+    scales: tuple[float, ...],
+    rank: int | None,
+    token_budget: int,
+    base: Base,
+    seed: int,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Choose a method's scale on each cluster's first rows."""
+    _, resources = run
+    root = next(iter(rows.values())).root
+    name = f"{WORK}/scales/{method}.json"
+    job = ScaleJob(
+        name=f"tune-{method}",
+        base=base,
+        rows={cluster: part.path for cluster, part in rows.items()},
+        target=root / name,
+        token_budget=token_budget,
+        count=count,
+        adapters={cluster: part.path for cluster, part in adapters.items()},
+        statistics=_paths(activations),
+        factors=factors.path if factors else None,
+        method=method,
+        scales=scales,
+        rank=rank,
+        seed=seed,
+    )
+    with _environment(resources) as env:
+        found = run_job(job, env=env, timeout=resources.job_timeout)
+    get_run_logger().info(
+        "%s: scale %g of %s", method, found["scale"], ", ".join(f"{s:g}" for s in scales)
+    )
+    return Artifact.of(root, name, metrics={"merge/scale": found["scale"]}, info=found)
+
+
+def _paths(artifact: Artifact | None) -> tuple[Path, ...]:
+    return tuple(artifact.root / name for name in artifact.files) if artifact else ()
+
+
 @stage("tclora.route", "tclora.route.search", "tclora.models", name="find-rank")
 def find_rank(
     rows: dict[str, Artifact],
@@ -124,7 +179,6 @@ def find_rank(
     _, resources = run
     root = next(iter(rows.values())).root
     name = f"{WORK}/rank.json"
-    grams = [root / file for file in activations.files] if activations else []
     job = RankJob(
         name="rank",
         base=base,
@@ -133,7 +187,7 @@ def find_rank(
         token_budget=token_budget,
         count=config.recovery_rows,
         adapters={cluster: part.path for cluster, part in adapters.items()},
-        statistics=tuple(grams),
+        statistics=_paths(activations),
         method=method,
         recovery=config.target_recovery or 1.0,
         factorise=config,

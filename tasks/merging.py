@@ -74,10 +74,11 @@ def merge(
     statistics: Artifact | None,
     rank: int | None,
     seed: int,
+    scale: float | None = None,
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
-    `factors` and `statistics` are given to methods that use them.
+    `factors` and `statistics` are given to methods that use them, `scale` where it was tuned.
     """
     grams = [statistics.root / name for name in statistics.files] if statistics else []
     merged = merge_adapters(
@@ -87,14 +88,16 @@ def merge(
         statistics=ActivationStatistics.load(*grams) if grams else None,
         rank=rank,
         seed=seed,
+        **({} if scale is None else {"scale": scale}),
     )
     root = _root(adapters)
     write_adapter(merged.adapter, root / "merged" / method)
+    tuned = () if scale is None else ("scale tuned on the calibration rows",)
     info = {
         "rank": merged.rank,
         "parameters": merged.parameters,
         "truncation_loss": merged.truncation_loss,
-        "notes": "; ".join(merged.notes),
+        "notes": "; ".join(merged.notes + tuned),
     }
     metrics = {f"merge/{key}": value for key, value in info.items() if key != "notes"}
     return Artifact.of(root, f"merged/{method}", metrics=metrics, info=info)

@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tclora.config import EvaluateConfig, FactoriseConfig, TrainConfig
 from tclora.errors import JobError
@@ -98,39 +98,56 @@ class EvaluateJob(_Job):
     routing: Path | None = None  # Parquet file of its routing, one row per evaluated row
 
 
-class StatisticsJob(_Job):
+class _LibraryJob(_Job):
+    """A job on some rows of every cluster."""
+
+    rows: dict[str, Path]  # cluster's adapter -> Parquet file
+    count: int  # rows per cluster
+    token_budget: int  # padded tokens per forward pass
+
+
+class StatisticsJob(_LibraryJob):
     """Collect the clusters' activation statistics on their first rows; see `tclora.merge.collect`.
 
     `target` is a folder; it gets one file per cluster.
     """
 
     kind: Literal["statistics"] = "statistics"
-    rows: dict[str, Path]  # cluster's adapter -> Parquet file
-    count: int  # rows per cluster
-    token_budget: int  # padded tokens per forward pass
     modules: tuple[str, ...]
 
 
-class RankJob(_Job):
-    """Find the smallest CP rank with a wanted recovery; see `tclora.route.search`.
+class _MergeJob(_LibraryJob):
+    """A job that merges the clusters' adapters. `target` is a JSON file of the outcome."""
 
-    `target` is a JSON file of the outcome. Rows are the last ones of each cluster: statistics come
-    from the first.
-    """
-
-    kind: Literal["rank"] = "rank"
-    rows: dict[str, Path]  # cluster's adapter -> Parquet file
-    count: int  # rows per cluster
-    token_budget: int  # padded tokens per forward pass
     adapters: dict[str, Path]
     statistics: tuple[Path, ...]
     method: str
-    recovery: float
-    factorise: FactoriseConfig
     seed: int
 
 
-Job = TrainJob | EvaluateJob | StatisticsJob | RankJob
+class ScaleJob(_MergeJob):
+    """Choose a method's scale on the clusters' first rows; see `tclora.merge.tune_scale`."""
+
+    kind: Literal["scale"] = "scale"
+    scales: tuple[float, ...]
+    factors: Path | None
+    rank: int | None
+
+
+class RankJob(_MergeJob):
+    """Find the smallest CP rank with a wanted recovery; see `tclora.route.search`.
+
+    Rows are the last ones of each cluster: statistics come from the first.
+    """
+
+    kind: Literal["rank"] = "rank"
+    recovery: float
+    factorise: FactoriseConfig
+
+
+Job = Annotated[
+    TrainJob | EvaluateJob | StatisticsJob | ScaleJob | RankJob, Field(discriminator="kind")
+]
 
 
 def run_job(
@@ -144,7 +161,7 @@ def run_job(
 
     Parameters
     ----------
-    job : TrainJob, EvaluateJob, StatisticsJob or RankJob
+    job : TrainJob, EvaluateJob, StatisticsJob, ScaleJob or RankJob
         What to do.
     env : mapping, optional
         Environment variables on top of this process's own, such as CUDA_VISIBLE_DEVICES.

@@ -8,16 +8,18 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import TypeAdapter
 
+from tclora.adapter import Adapter, read_adapter
 from tclora.errors import TcloraError
-from tclora.jobs import EvaluateJob, Job, RankJob, StatisticsJob, TrainJob
-from tclora.prompts import TokenRow, encode_frame
+from tclora.jobs import EvaluateJob, Job, RankJob, ScaleJob, StatisticsJob, TrainJob
+from tclora.prompts import Batch, TokenRow, batches, encode_frame
 
 _events = sys.stdout
 
@@ -103,32 +105,40 @@ def _statistics(job: StatisticsJob) -> dict[str, Any]:
     return {"tokens": tokens}
 
 
-def _find_rank(job: RankJob) -> dict[str, Any]:
-    from tclora.adapter import Adapter, read_adapter
+def _tune_scale(job: ScaleJob) -> dict[str, Any]:
     from tclora.files import write_json
-    from tclora.merge import ActivationStatistics
-    from tclora.prompts import batches
+    from tclora.merge import tune_scale
+    from tclora.tensor import LibraryFactors
+
+    model, tokenizer = _base(job)
+    found = tune_scale(
+        model,
+        _adapters(job),
+        job.method,
+        [b for part in _batches(job, tokenizer, slice(job.count)).values() for b in part],
+        job.scales,
+        progress=lambda scale, loss: _emit({"scale": scale, "loss": loss}),
+        factors=LibraryFactors.load(job.factors) if job.factors else None,
+        statistics=_activations(job),
+        rank=job.rank,
+        seed=job.seed,
+    )
+    write_json(job.target, asdict(found))
+    return asdict(found)
+
+
+def _find_rank(job: RankJob) -> dict[str, Any]:
+    from tclora.files import write_json
     from tclora.route.search import RoutedRecovery, find_rank
 
     model, tokenizer = _base(job)
-    opened = [read_adapter(path, name) for name, path in job.adapters.items()]
-    adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
-    measured = {
-        name: list(
-            batches(
-                _encoded(job, rows, tokenizer, slice(-job.count, None)),
-                pad_id=tokenizer.pad_token_id,
-                token_budget=job.token_budget,
-            )
-        )
-        for name, rows in job.rows.items()
-    }
+    adapters = _adapters(job)
     recovery = RoutedRecovery(
         model,
         adapters,
-        measured,
+        _batches(job, tokenizer, slice(-job.count, None)),
         method=job.method,
-        statistics=ActivationStatistics.load(*job.statistics) if job.statistics else None,
+        statistics=_activations(job),
         n_starts=job.factorise.n_starts,
         n_iter=job.factorise.n_iter,
         seed=job.seed,
@@ -142,6 +152,32 @@ def _find_rank(job: RankJob) -> dict[str, Any]:
     outcome = asdict(find_rank(measure, adapters, job.recovery))
     write_json(job.target, outcome)
     return outcome
+
+
+def _adapters(job: ScaleJob | RankJob) -> list[Adapter]:
+    """Read the clusters' adapters into memory: they are merged more than once."""
+    opened = [read_adapter(path, name) for name, path in job.adapters.items()]
+    return [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
+
+
+def _activations(job: ScaleJob | RankJob) -> Any:  # noqa: ANN401
+    from tclora.merge import ActivationStatistics
+
+    return ActivationStatistics.load(*job.statistics) if job.statistics else None
+
+
+def _batches(job: ScaleJob | RankJob, tokenizer: Any, some: slice) -> dict[str, list[Batch]]:  # noqa: ANN401
+    """Return some rows of every cluster as batches."""
+    return {
+        name: list(
+            batches(
+                _encoded(job, rows, tokenizer, some),
+                pad_id=tokenizer.pad_token_id,
+                token_budget=job.token_budget,
+            )
+        )
+        for name, rows in job.rows.items()
+    }
 
 
 def _evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -238,16 +274,16 @@ def main(path: str) -> None:
     """Run the job described by a JSON file; for ``python -m tclora.worker``."""
     _die_with_parent()
     _keep_events_apart()
-    values = json.loads(Path(path).read_text())
+    job: Any = TypeAdapter(Job).validate_json(Path(path).read_text())
+    run: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "statistics": _statistics,
+        "scale": _tune_scale,
+        "rank": _find_rank,
+    }
     try:
-        if values["kind"] == "train":
-            result = _train(TrainJob.model_validate(values))
-        elif values["kind"] == "evaluate":
-            result = _evaluate(EvaluateJob.model_validate(values))
-        elif values["kind"] == "rank":
-            result = _find_rank(RankJob.model_validate(values))
-        else:
-            result = _statistics(StatisticsJob.model_validate(values))
+        result = run[job.kind](job)
     except (TcloraError, OSError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     _emit({"result": result})

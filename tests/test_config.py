@@ -71,6 +71,8 @@ def test_all_problems_are_reported_at_once():
         {"data": {"test_fraction": 1.2}},
         {"train": {"lr": 0}},
         {"train": {"target_modules": 3}},
+        {"merge": {"scales": [0.4, 0.0]}},
+        {"merge": {"scales": [0.4], "calibration_rows": 0}},
         {"seed": -1},
     ],
     ids=str,

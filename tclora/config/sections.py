@@ -161,13 +161,20 @@ class MergeConfig(Section):
         description="training rows per cluster whose activations inform the merges that use them; "
         "0: data-free merges only",
     )
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        description="grid from which every method with a scale takes the one of lowest loss on the "
+        "calibration rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
+    )
 
     @model_validator(mode="after")
-    def _check_primary(self) -> "MergeConfig":
+    def _check_together(self) -> "MergeConfig":
         if self.primary not in self.methods:
             raise ValueError(
                 f"primary must be one of methods {list(self.methods)}, got {self.primary!r}"
             )
+        if self.scales and not self.calibration_rows:
+            raise ValueError("scales are chosen on calibration rows, but calibration_rows is 0")
         return self
 
 

@@ -28,7 +28,7 @@ from tclora.tensor.starts import slice_svd
     weighted=True,
     truncation=truncate_in_metric,
 )
-def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 1.0) -> LoraFactors:
+def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFactors:
     """Return the joint CP model's component of the regression mean, in the metric M.
 
     The stack that is factorised holds each cluster's share Δ_k G_k M⁻¹ of the regression mean and,

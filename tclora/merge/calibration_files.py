@@ -14,7 +14,7 @@ from tclora.data.frame import canonical_frame
 from tclora.data.readers import read_table
 from tclora.errors import DataError
 from tclora.merge.statistics import ActivationStatistics, collect
-from tclora.prompts import encode_frame
+from tclora.prompts import Batch, batches, encode_frame
 from tclora.tensor.compress import module_names
 
 COLUMN = "adapter"
@@ -97,6 +97,19 @@ def collect_all(
         files.append(folder / f"{number}.safetensors")
         collect(model, encoded, name, modules, pad_id=tokenizer.pad_token_id).save(files[-1])
     return ActivationStatistics.load(*files)
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, pd.DataFrame],
+    *,
+    template: str = "chat",
+    max_tokens: int = 1024,
+) -> list[Batch]:
+    """Return the rows of all adapters as batches to measure a loss on; see `collect_all`."""
+    whole = pd.concat(rows.values())
+    encoded = encode_frame(tokenizer, whole, template=template, max_tokens=max_tokens)
+    return list(batches(encoded, pad_id=tokenizer.pad_token_id))
 
 
 def _canonical(path: str) -> pd.DataFrame:

@@ -10,9 +10,9 @@ from flows.cli import app
 from flows.merging import read_adapters
 from tclora.adapter import Adapter, LoraFactors, locate_adapter, read_adapter, write_adapter
 from tclora.errors import AdapterError, DataError
-from tclora.merge import ActivationStatistics, collect, merge, methods
+from tclora.merge import ActivationStatistics, collect, merge, methods, tune_scale
 from tclora.merge.calibration_files import read_calibration
-from tclora.prompts import encode
+from tclora.prompts import batches, encode
 
 NAMES = ("sums", "words")
 ROWS = {
@@ -123,6 +123,36 @@ def test_calibration_rows_inform_the_merge(
     blind = merge(adapters, "tc-lora", rank=2).adapter
     module = next(iter(wanted.modules))
     assert not torch.allclose(wanted.modules[module].delta(), blind.modules[module].delta())
+
+
+def test_the_scale_is_chosen_on_calibration_rows(
+    folders, calibration, tmp_path, tiny_model, tokenizer
+):
+    flags = ["--template", "plain", "--scales", 0.01, "--scales", 3]
+    result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
+                    "--calibration", calibration, *flags)  # fmt: skip
+    pairs = [pair for rows in ROWS.values() for pair in rows]
+    encoded = encode(tokenizer, *zip(*pairs, strict=True), template="plain")
+    adapters, rows = read_adapters(folders), list(batches(encoded, pad_id=0))
+    scale = tune_scale(tiny_model, adapters, "task-arithmetic", rows, (0.01, 3)).scale
+    assert f"scale {scale:g}" in result.stdout
+    wanted = merge(adapters, "task-arithmetic", scale=scale).adapter
+    assert_same(read_adapter(tmp_path / "out"), wanted)
+
+
+def test_scales_that_cannot_be_chosen_are_refused(folders, calibration, tmp_path):
+    def ask(*arguments):
+        return invoke("merge", *folders, "-o", tmp_path / "out", "--scales", 0.4, *arguments)
+
+    found = ask("--method", "ties")
+    assert found.exit_code == 2
+    assert "--scales needs --calibration" in found.output
+    rows = ("--calibration", calibration)
+    with pytest.raises(AdapterError, match="--scales needs a method with a scale, uniform has"):
+        ask("--method", "uniform", *rows)
+    with pytest.raises(AdapterError, match="exclude each other"):
+        ask("--method", "ties", "--option", "scale=1", *rows)
+    assert not (tmp_path / "out").exists()
 
 
 def test_calibration_must_serve_every_adapter_and_no_other(calibration, tmp_path):

@@ -17,8 +17,10 @@ from transformers import LlamaForCausalLM
 
 import tclora
 from flows.pipeline import pipeline
+from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
 from tclora.manifest import read_manifest, verify
+from tclora.merge import merge
 from tclora.prompts import encode
 
 pytestmark = [
@@ -366,7 +368,7 @@ def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
 
 
 def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
-    """Last of those that use the library: it leaves another rank behind."""
+    """After those that use the library: it leaves another rank behind."""
     _, outcome = written_by(library, settings, factorise={"target_recovery": 0.9})
     found = json.loads((library / "work" / "rank.json").read_text())
     assert found["reached"]
@@ -375,6 +377,20 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
     assert read_manifest(library)["factors"]["rank"] == found["rank"]
     run = MlflowClient(outcome["mlflow_uri"]).get_run(outcome["mlflow_run"])
     assert run.data.params["factorise.target_recovery"] == "0.9"
+
+
+def test_scales_are_tuned_on_the_calibration_rows(library, settings):
+    merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
+    pipeline(settings | {"merge": merging}, until="merge")
+    found = json.loads((library / "work" / "scales" / "task-arithmetic.json").read_text())
+    losses = {float(scale): loss for scale, loss in found["losses"].items()}
+    assert losses.keys() == {0.1, 0.8}
+    assert losses[found["scale"]] == min(losses.values()) < max(losses.values())
+    assert not (library / "work" / "scales" / "tc-lora.json").exists()
+    adapters = [read_adapter(library / "adapters" / name) for name in ("cluster-0", "cluster-1")]
+    wanted = merge(adapters, "task-arithmetic", scale=found["scale"]).adapter.modules
+    for name, factors in read_adapter(library / "merged" / "task-arithmetic").modules.items():
+        assert torch.allclose(factors.delta(), wanted[name].delta(), atol=1e-6)
 
 
 @pytest.mark.parametrize(("until", "file"), [("read", "examples"), ("embed", "embeddings")])

@@ -1,6 +1,7 @@
 import pytest
 
 from .examples import MODULES, NAMES, make_adapter, make_statistics
+from .small_model import make_model, make_model_adapters
 
 
 @pytest.fixture
@@ -22,3 +23,14 @@ def mixed_adapters():
 @pytest.fixture
 def statistics():
     return make_statistics()
+
+
+@pytest.fixture
+def small_model():
+    """A language model with the modules of `small_adapters`."""
+    return make_model()
+
+
+@pytest.fixture
+def small_adapters():
+    return make_model_adapters()

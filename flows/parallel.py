@@ -21,8 +21,9 @@ from tclora.preflight import Models
 from tclora.summary import BASE, OWN
 
 Artifacts = dict[str, Artifact]
-# Merge method → the joint factors, activation statistics and rank it is given.
-MergeInputs = dict[str, tuple[Artifact | None, Artifact | None, int | None]]
+# The joint factors, activation statistics and rank that a merge method is given.
+MergeInput = tuple[Artifact | None, Artifact | None, int | None]
+MergeInputs = dict[str, MergeInput]
 
 
 def base_of(cfg: Config, models: Models) -> Base:

@@ -13,6 +13,7 @@ from prefect.runtime import flow_run
 
 from flows.parallel import (
     Artifacts,
+    MergeInput,
     MergeInputs,
     base_of,
     evaluate_all,
@@ -23,8 +24,9 @@ from flows.parallel import (
 from tasks import tracking
 from tasks.artifact import Artifact
 from tasks.data import JOINT, cluster, divide, embed, read
-from tasks.jobs import find_rank, statistics
-from tasks.merging import explained_variance, factorise, merge
+from tasks.jobs import find_rank, refine, statistics
+from tasks.merging import UNREFINED, explained_variance, factorise, merge
+from tasks.progress import job_progress
 from tasks.publishing import link, log_library, publish, summarise_items
 from tasks.routing import ROUTED, route, routed_info
 from tasks.tracking import Run
@@ -112,8 +114,12 @@ def _stages(cfg: Config, models: Models, run: Run, last: int) -> None:
     }
     scales = _scales(cfg, models, rows, adapters, inputs, run)
     merged = {
-        name: merge(name, adapters, *inputs[name], cfg.seed, scales.get(name)) for name in inputs
+        name: merge(name, adapters, *inputs[name], cfg.seed, scales.get(name))
+        for name in inputs
+        if name != cfg.merge.primary
     }
+    name = cfg.merge.primary
+    merged[name] = _primary(cfg, models, rows, adapters, inputs[name], scales.get(name), run)
     routed = None
     if cfg.route.enabled:
         primary = merged[cfg.merge.primary]
@@ -189,6 +195,32 @@ def _scales(
     parts = {name: rows[name] for name in adapters}
     found = in_parallel(cfg, tune_all)(cfg, models, parts, adapters, scaled, run)
     return {name: part.info["scale"] for name, part in found.items()}
+
+
+def _primary(
+    cfg: Config,
+    models: Models,
+    rows: Artifacts,
+    adapters: Artifacts,
+    given: MergeInput,
+    scale: float | None,
+    run: Run,
+) -> Artifact:
+    """Make the primary merge; its component weights are refitted unless told otherwise."""
+    name, refined = cfg.merge.primary, cfg.merge.refine_steps and cfg.merge.calibration_rows
+    if not refined:
+        return merge(name, adapters, *given, cfg.seed, scale)
+    with job_progress():
+        return refine(
+            name,
+            merge(name, adapters, *given, cfg.seed, scale, folder=UNREFINED),
+            {cluster: rows[cluster] for cluster in adapters},
+            cfg.merge.calibration_rows,
+            cfg.merge.refine_steps,
+            cfg.train.tokens_per_forward,
+            base_of(cfg, models),
+            run=(run, cfg.resources),
+        )
 
 
 def _routed(

@@ -9,6 +9,7 @@ from prefect import get_run_logger
 
 from tasks.artifact import Artifact, source_digest, stage
 from tasks.data import WORK
+from tasks.merging import MERGED
 from tasks.progress import current
 from tasks.tracking import Run, live_run
 from tclora.adapter import read_adapter
@@ -19,6 +20,7 @@ from tclora.jobs import (
     Base,
     EvaluateJob,
     RankJob,
+    RefineJob,
     ScaleJob,
     StatisticsJob,
     TrainJob,
@@ -157,6 +159,49 @@ def tune_scale(
         "%s: scale %g of %s", method, found["scale"], ", ".join(f"{s:g}" for s in scales)
     )
     return Artifact.of(root, name, metrics={"merge/scale": found["scale"]}, info=found)
+
+
+@stage("tclora.merge", "tclora.models", name="refine", task_run_name="refine-{method}")
+def refine(
+    method: str,
+    merged: Artifact,
+    rows: dict[str, Artifact],
+    count: int,
+    steps: int,
+    token_budget: int,
+    base: Base,
+    run: tuple[Run, ResourceConfig],
+) -> Artifact:
+    """Refit the weights of a merge's components by the base model's loss on a few rows."""
+    _, resources = run
+    root = merged.root
+    name = f"{MERGED}/{method}"
+    job = RefineJob(
+        name=f"refine-{method}",
+        base=base,
+        rows={cluster: part.path for cluster, part in rows.items()},
+        target=root / name,
+        token_budget=token_budget,
+        count=count,
+        adapter=merged.path,
+        steps=steps,
+    )
+
+    def on_event(event: dict[str, float]) -> None:
+        current().update(name, int(event["step"]), steps, f"loss {event['loss']:.3f}")
+
+    with _environment(resources) as env:
+        losses = run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)["losses"]
+    get_run_logger().info(
+        "%s: loss on the calibration rows %.3f, %.3f after refitting",
+        method,
+        losses[0],
+        min(losses),
+    )
+    note = f"component weights refitted in {steps} steps on {count} rows per cluster"
+    notes = "; ".join(part for part in (merged.info["notes"], note) if part)
+    info = merged.info | {"notes": notes, "losses": losses}
+    return Artifact.of(root, name, metrics=merged.metrics, info=info)
 
 
 def _paths(artifact: Artifact | None) -> tuple[Path, ...]:

@@ -6,12 +6,16 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from tasks.artifact import Artifact, stage
+from tasks.data import WORK
 from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.files import atomic_path
 from tclora.merge import ActivationStatistics
 from tclora.merge import merge as merge_adapters
 from tclora.tensor import LibraryFactors, explained_variance_curve
 from tclora.tensor import factorise as factorise_adapters
+
+MERGED = "merged"
+UNREFINED = f"{WORK}/unrefined"
 
 
 def _read(adapters: Mapping[str, Artifact]) -> list[Adapter]:
@@ -75,6 +79,7 @@ def merge(
     rank: int | None,
     seed: int,
     scale: float | None = None,
+    folder: str = MERGED,
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
@@ -91,7 +96,7 @@ def merge(
         **({} if scale is None else {"scale": scale}),
     )
     root = _root(adapters)
-    write_adapter(merged.adapter, root / "merged" / method)
+    write_adapter(merged.adapter, root / folder / method)
     tuned = () if scale is None else ("scale tuned on the calibration rows",)
     info = {
         "rank": merged.rank,
@@ -100,4 +105,4 @@ def merge(
         "notes": "; ".join(merged.notes + tuned),
     }
     metrics = {f"merge/{key}": value for key, value in info.items() if key != "notes"}
-    return Artifact.of(root, f"merged/{method}", metrics=metrics, info=info)
+    return Artifact.of(root, f"{folder}/{method}", metrics=metrics, info=info)

@@ -134,6 +134,17 @@ class ScaleJob(_MergeJob):
     rank: int | None
 
 
+class RefineJob(_LibraryJob):
+    """Refit the component weights of a merge; see `tclora.merge.calibrate_components`.
+
+    `target` is the directory of the refitted adapter; rows are the first ones of each cluster.
+    """
+
+    kind: Literal["refine"] = "refine"
+    adapter: Path
+    steps: int
+
+
 class RankJob(_MergeJob):
     """Find the smallest CP rank with a wanted recovery; see `tclora.route.search`.
 
@@ -146,7 +157,8 @@ class RankJob(_MergeJob):
 
 
 Job = Annotated[
-    TrainJob | EvaluateJob | StatisticsJob | ScaleJob | RankJob, Field(discriminator="kind")
+    TrainJob | EvaluateJob | StatisticsJob | ScaleJob | RefineJob | RankJob,
+    Field(discriminator="kind"),
 ]
 
 
@@ -161,7 +173,7 @@ def run_job(
 
     Parameters
     ----------
-    job : TrainJob, EvaluateJob, StatisticsJob, ScaleJob or RankJob
+    job : one of `Job`
         What to do.
     env : mapping, optional
         Environment variables on top of this process's own, such as CUDA_VISIBLE_DEVICES.

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from tclora.adapter import Adapter, read_adapter
 from tclora.errors import TcloraError
-from tclora.jobs import EvaluateJob, Job, RankJob, ScaleJob, StatisticsJob, TrainJob
+from tclora.jobs import EvaluateJob, Job, RankJob, RefineJob, ScaleJob, StatisticsJob, TrainJob
 from tclora.prompts import Batch, TokenRow, batches, encode_frame
 
 _events = sys.stdout
@@ -115,7 +115,7 @@ def _tune_scale(job: ScaleJob) -> dict[str, Any]:
         model,
         _adapters(job),
         job.method,
-        [b for part in _batches(job, tokenizer, slice(job.count)).values() for b in part],
+        _together(_batches(job, tokenizer, slice(job.count))),
         job.scales,
         progress=lambda scale, loss: _emit({"scale": scale, "loss": loss}),
         factors=LibraryFactors.load(job.factors) if job.factors else None,
@@ -125,6 +125,22 @@ def _tune_scale(job: ScaleJob) -> dict[str, Any]:
     )
     write_json(job.target, asdict(found))
     return asdict(found)
+
+
+def _refine(job: RefineJob) -> dict[str, Any]:
+    from tclora.adapter import write_adapter
+    from tclora.merge import calibrate_components
+
+    model, tokenizer = _base(job)
+    found = calibrate_components(
+        model,
+        read_adapter(job.adapter),
+        _together(_batches(job, tokenizer, slice(job.count))),
+        n_steps=job.steps,
+        progress=lambda step, loss: _emit({"step": step, "loss": loss}),
+    )
+    write_adapter(found.adapter, job.target)
+    return {"losses": found.losses}
 
 
 def _find_rank(job: RankJob) -> dict[str, Any]:
@@ -166,7 +182,15 @@ def _activations(job: ScaleJob | RankJob) -> Any:  # noqa: ANN401
     return ActivationStatistics.load(*job.statistics) if job.statistics else None
 
 
-def _batches(job: ScaleJob | RankJob, tokenizer: Any, some: slice) -> dict[str, list[Batch]]:  # noqa: ANN401
+def _together(batches_of: Mapping[str, list[Batch]]) -> list[Batch]:
+    return [batch for part in batches_of.values() for batch in part]
+
+
+def _batches(
+    job: ScaleJob | RefineJob | RankJob,
+    tokenizer: Any,  # noqa: ANN401
+    some: slice,
+) -> dict[str, list[Batch]]:
     """Return some rows of every cluster as batches."""
     return {
         name: list(
@@ -280,6 +304,7 @@ def main(path: str) -> None:
         "evaluate": _evaluate,
         "statistics": _statistics,
         "scale": _tune_scale,
+        "refine": _refine,
         "rank": _find_rank,
     }
     try:

@@ -167,6 +167,13 @@ class MergeConfig(Section):
         "calibration rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
     )
 
+    refine_steps: int = Field(
+        10,
+        ge=0,
+        description="steps in which the weights of the primary merge's components are refitted by "
+        "the base model's loss on the calibration rows, its factors kept; 0: none",
+    )
+
     @model_validator(mode="after")
     def _check_together(self) -> "MergeConfig":
         if self.primary not in self.methods:

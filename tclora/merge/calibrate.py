@@ -18,6 +18,8 @@ from tclora.loss import response_nll
 from tclora.prompts import Batch
 from tclora.tensor.library import LibraryFactors
 
+Progress = Callable[[int, float], None]
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -45,6 +47,7 @@ def calibrate_components(
     *,
     n_steps: int = 20,
     learning_rate: float = 0.05,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Fit one factor per component of a merged adapter, starting from 1.
 
@@ -60,6 +63,8 @@ def calibrate_components(
         Steps of Adam, each over all batches.
     learning_rate : float
         Step size of Adam.
+    progress : callable, optional
+        Called with (step, mean response NLL before it).
 
     Returns
     -------
@@ -70,7 +75,14 @@ def calibrate_components(
         for module, factors in adapter.modules.items()
     }
     best, losses = _fit(
-        model, adapter, batches, list(gates.values()), lambda: gates, n_steps, learning_rate
+        model,
+        adapter,
+        batches,
+        list(gates.values()),
+        lambda: gates,
+        n_steps,
+        learning_rate,
+        progress,
     )
     fitted = dict(zip(gates, best, strict=True))
     modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
@@ -125,6 +137,7 @@ def _fit(
     gates: Callable[[], Mapping[str, Tensor]],
     n_steps: int,
     learning_rate: float,
+    progress: Progress | None = None,
 ) -> tuple[list[Tensor], tuple[float, ...]]:
     """Minimise the loss over the parameters; return the best ones seen and all losses."""
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -135,7 +148,7 @@ def _fit(
     _require_grad(frozen, False)
     _require_grad(parameters, True)
     try:
-        for _ in range(n_steps + 1):
+        for step in range(n_steps + 1):
             optimiser.zero_grad()
             loss = 0.0
             for batch in batches:
@@ -146,6 +159,8 @@ def _fit(
             if not losses or loss < min(losses):
                 best = [p.detach().clone() for p in parameters]
             losses.append(loss)
+            if progress:
+                progress(step, loss)
             optimiser.step()
     finally:
         _require_grad(frozen, True)

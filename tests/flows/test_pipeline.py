@@ -73,7 +73,7 @@ def settings(tmp_path_factory, tiny_model_dir):
         },
         "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
         "evaluate": {"max_new_tokens": 4, "resamples": 100},
-        "merge": {"methods": ["tc-lora", "uniform"]},
+        "merge": {"methods": ["tc-lora", "uniform"], "refine_steps": 2},
         "resources": {"jobs": 2},
     }  # fmt: skip
 
@@ -262,6 +262,21 @@ def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
     for name, factors in merged.items():
         mean = sum(part[name].delta() for part in parts) / 2
         assert torch.allclose(factors.delta(), mean, atol=1e-5)
+
+
+def test_the_primary_merge_has_its_component_weights_refitted(library):
+    before = read_adapter(library / "work" / "unrefined" / "tc-lora").modules
+    after = read_adapter(library / "merged" / "tc-lora").modules
+    changed = 0
+    for name, (B, A) in after.items():
+        assert torch.equal(A, before[name].A)
+        scaled = (B * before[name].B).sum(0) / before[name].B.square().sum(0)
+        assert torch.allclose(B, before[name].B * scaled, atol=1e-6)  # a factor per component
+        changed += int(not torch.allclose(scaled, torch.ones(1)))
+    assert changed > 0
+    notes = read_manifest(library)["merges"]["tc-lora"]["notes"]
+    assert "component weights refitted in 2 steps on 8 rows per cluster" in notes
+    assert not (library / "work" / "unrefined" / "uniform").exists()
 
 
 def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):

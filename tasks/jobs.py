@@ -188,7 +188,7 @@ def refine(
     )
 
     def on_event(event: dict[str, float]) -> None:
-        current().update(name, int(event["step"]), steps, f"loss {event['loss']:.3f}")
+        current().update(method, int(event["step"]), steps, f"loss {event['loss']:.3f}")
 
     with _environment(resources) as env:
         losses = run_job(job, env=env, timeout=resources.job_timeout, on_event=on_event)["losses"]

@@ -15,8 +15,8 @@ from tables import report
 from tensorly.decomposition import parafac
 from torch import Tensor
 
+from tclora.adapter.union import module_factors
 from tclora.tensor import Core, compress, cp_als
-from tclora.tensor.compress import module_factors
 
 K, RANK, D = 6, 16, 576
 SWEEPS, STARTS = 200, 10

@@ -17,8 +17,8 @@ import torch
 from libraries import draw_library
 from tables import report
 
+from tclora.adapter.union import module_factors
 from tclora.tensor import compress, cp_als
-from tclora.tensor.compress import module_factors
 from tclora.tensor.starts import slices
 
 K, RANK, D, R, SWEEPS = 10, 16, 4096, 16, 20

@@ -20,9 +20,9 @@ from tables import report
 from torch import Tensor
 
 from tclora.adapter import Adapter, read_adapter
-from tclora.manifest import read_manifest
+from tclora.adapter.union import module_factors
+from tclora.library.manifest import read_manifest
 from tclora.tensor import Core, compress, core_consistency, cp_als
-from tclora.tensor.compress import module_factors
 from tclora.tensor.starts import slices
 
 R = 16

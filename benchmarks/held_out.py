@@ -11,14 +11,14 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter, read_adapter
 from tclora.data.demo import demo_examples
-from tclora.evaluate import evaluate_frame
-from tclora.manifest import read_manifest
-from tclora.merge import ActivationStatistics
-from tclora.merge.calibrate import attached
-from tclora.models import load_base_model, load_tokenizer
-from tclora.summary import BASE, OWN, recovery
+from tclora.evaluate.measure import evaluate_frame
+from tclora.evaluate.recovery import BASE, OWN, recovery
+from tclora.library.manifest import read_manifest
+from tclora.model.attach import attached
+from tclora.model.locate import load_base_model, load_tokenizer
 
 Context = Callable[[Any], AbstractContextManager[Any]]
 _OTHER_SEED = 1000  # the rows that a run never saw are drawn by the run's seed plus this

@@ -17,12 +17,12 @@ from held_out import HeldOut
 from tables import report
 
 from tclora.adapter import Adapter
-from tclora.merge import is_scaled, merge, methods, tune_scale
-from tclora.merge.calibrate import calibrate_components, calibrate_loadings
-from tclora.merge.scales import GRID
-from tclora.prompts import Batch, batches, encode_frame
-from tclora.summary import recovery
+from tclora.evaluate.recovery import recovery
+from tclora.merge import merge, methods
+from tclora.model.tokens import Batch, batches, encode_frame
 from tclora.tensor import factorise
+from tclora.tune.components import calibrate_components, calibrate_loadings
+from tclora.tune.scale import GRID, is_scaled, tune_scale
 
 RIVAL = "regmean"
 EMPHASES = (0.25, 0.5, 2.0, 8.0)

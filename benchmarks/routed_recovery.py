@@ -22,13 +22,13 @@ from safetensors.numpy import load_file
 from tables import report
 
 from tclora.adapter import Adapter, write_adapter
-from tclora.embed import embed_prompts, load_embedder
-from tclora.loss import response_nll
+from tclora.cluster.embed import embed_prompts, load_embedder
+from tclora.evaluate.recovery import OWN
 from tclora.merge import merge
-from tclora.models import locate_embedder
-from tclora.prompts import batches, encode_frame
+from tclora.model.locate import locate_embedder
+from tclora.model.loss import response_nll
+from tclora.model.tokens import batches, encode_frame
 from tclora.route import GatedAdapter, Gating, Router, fit_gates, fit_router
-from tclora.summary import OWN
 from tclora.tensor import factorise
 
 RANKS = (4, 8, 12, 16, 24, 32, 64, 96)

@@ -23,9 +23,9 @@ from tables import report
 from torch import Tensor
 
 from tclora.adapter import Adapter, LoraFactors, write_adapter
-from tclora.embed import embed_prompts, load_embedder
+from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.merge import merge
-from tclora.models import load_base_model, locate_base_model, locate_embedder
+from tclora.model.locate import load_base_model, locate_base_model, locate_embedder
 from tclora.route import Gating, fit_gates
 
 K, ROWS, TOKENS = 8, 32, 64

@@ -14,11 +14,11 @@ from tasks.progress import job_progress
 from tasks.routing import ROUTED
 from tasks.tracking import Run
 from tclora.config import Config
-from tclora.devices import parallel_jobs
 from tclora.errors import JobError
-from tclora.jobs import Base, stopping_jobs
+from tclora.evaluate.recovery import BASE, OWN
+from tclora.jobs.devices import parallel_jobs
+from tclora.jobs.run import Base, stopping_jobs
 from tclora.preflight import Models
-from tclora.summary import BASE, OWN
 
 Artifacts = dict[str, Artifact]
 # The joint factors, activation statistics and rank that a merge method is given.

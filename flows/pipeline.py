@@ -32,10 +32,11 @@ from tasks.routing import ROUTED, route, routed_info
 from tasks.tracking import Run
 from tclora.config import Config, load_config
 from tclora.data.readers import source_digest
-from tclora.devices import exclusive
-from tclora.merge import is_scaled, methods
-from tclora.models import choose_dtype, default_device
+from tclora.jobs.devices import exclusive
+from tclora.merge import methods
+from tclora.model.locate import choose_dtype, default_device
 from tclora.preflight import Models, check
+from tclora.tune.scale import is_scaled
 
 STAGES = ("read", "embed", "cluster", "train", "factorise", "merge", "evaluate", "report")
 

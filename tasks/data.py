@@ -8,12 +8,12 @@ from prefect import get_run_logger
 from safetensors.numpy import load_file, save_file
 
 from tasks.artifact import Artifact, stage
-from tclora.cluster import NOISE, agreement, assign, assign_held_out, cluster_rows, map_2d
+from tclora.cluster.embed import embed_texts
+from tclora.cluster.rows import NOISE, agreement, assign, assign_held_out, cluster_rows, map_2d
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.data.examples import profile, read_examples
-from tclora.embed import embed_texts
 from tclora.files import atomic_path
-from tclora.models import cache_dir, default_device, load_tokenizer
+from tclora.model.locate import cache_dir, default_device, load_tokenizer
 
 JOINT = "joint"
 WORK = "work"  # intermediate files, below the library directory
@@ -40,7 +40,7 @@ def read(
     )
 
 
-@stage("tclora.embed", name="embed")
+@stage("tclora.cluster.embed", name="embed")
 def embed(examples: Artifact, config: EmbedConfig, location: str, digest: str) -> Artifact:
     """Embed the prompts of all rows."""
     frame = pd.read_parquet(examples.path, columns=["prompt"])

@@ -14,9 +14,9 @@ from tasks.progress import current
 from tasks.tracking import Run, live_run
 from tclora.adapter import read_adapter
 from tclora.config import EvaluateConfig, FactoriseConfig, ResourceConfig, TrainConfig
-from tclora.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
 from tclora.files import sha256_json, write_json
-from tclora.jobs import (
+from tclora.jobs.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
+from tclora.jobs.run import (
     Base,
     EvaluateJob,
     RankJob,
@@ -40,7 +40,11 @@ def _environment(resources: ResourceConfig) -> Iterator[dict[str, str]]:
 
 
 @stage(
-    "tclora.train", "tclora.prompts", "tclora.models", name="train", task_run_name="train-{name}"
+    "tclora.train",
+    "tclora.model.tokens",
+    "tclora.model.locate",
+    name="train",
+    task_run_name="train-{name}",
 )
 def train(
     name: str,
@@ -57,7 +61,7 @@ def train(
     total = total_steps(rows.info["rows"], config)
     key = sha256_json(
         [name, rows.files, config.model_dump(), base.digest, seed, init_seed,
-         source_digest("tclora.train"), source_digest("tclora.prompts")]
+         source_digest("tclora.train"), source_digest("tclora.model.tokens")]
     )  # fmt: skip
     job = TrainJob(
         name=name,
@@ -91,7 +95,7 @@ def train(
     )
 
 
-@stage("tclora.merge.statistics", "tclora.models", name="statistics")
+@stage("tclora.activations.collect", "tclora.model.locate", name="statistics")
 def statistics(
     rows: dict[str, Artifact],
     adapters: dict[str, Artifact],
@@ -119,7 +123,7 @@ def statistics(
     return Artifact.of(root, *(f"{folder}/{name}.safetensors" for name in rows), info=result)
 
 
-@stage("tclora.merge", "tclora.models", name="tune-scale", task_run_name="tune-{method}")
+@stage("tclora.merge", "tclora.model.locate", name="tune-scale", task_run_name="tune-{method}")
 def tune_scale(
     method: str,
     rows: dict[str, Artifact],
@@ -161,7 +165,7 @@ def tune_scale(
     return Artifact.of(root, name, metrics={"merge/scale": found["scale"]}, info=found)
 
 
-@stage("tclora.merge", "tclora.models", name="refine", task_run_name="refine-{method}")
+@stage("tclora.merge", "tclora.model.locate", name="refine", task_run_name="refine-{method}")
 def refine(
     method: str,
     merged: Artifact,
@@ -208,7 +212,7 @@ def _paths(artifact: Artifact | None) -> tuple[Path, ...]:
     return tuple(artifact.root / name for name in artifact.files) if artifact else ()
 
 
-@stage("tclora.route", "tclora.route.search", "tclora.models", name="find-rank")
+@stage("tclora.route", "tclora.tune.rank", "tclora.model.locate", name="find-rank")
 def find_rank(
     rows: dict[str, Artifact],
     adapters: dict[str, Artifact],
@@ -257,8 +261,8 @@ def find_rank(
 
 @stage(
     "tclora.evaluate",
-    "tclora.harness",
-    "tclora.models",
+    "tclora.evaluate.lm_eval",
+    "tclora.model.locate",
     name="evaluate",
     task_run_name="evaluate-{name}",
 )
@@ -280,7 +284,7 @@ def evaluate(
 @stage(
     "tclora.evaluate",
     "tclora.route",
-    "tclora.models",
+    "tclora.model.locate",
     name="evaluate-routed",
     task_run_name="evaluate-{name}",
 )

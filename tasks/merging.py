@@ -7,9 +7,9 @@ from prefect import get_run_logger
 
 from tasks.artifact import Artifact, stage
 from tasks.data import WORK
+from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.files import atomic_path
-from tclora.merge import ActivationStatistics
 from tclora.merge import merge as merge_adapters
 from tclora.tensor import LibraryFactors, explained_variance_curve
 from tclora.tensor import factorise as factorise_adapters

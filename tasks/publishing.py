@@ -16,17 +16,17 @@ from tasks.routed_model import log_routed
 from tasks.routing import ROUTED
 from tasks.tracking import Run
 from tclora.config import Config, EvaluateConfig
+from tclora.evaluate.recovery import recovery, summarise
 from tclora.files import atomic_path
-from tclora.manifest import prune, size, write_manifest
+from tclora.library.manifest import prune, size, write_manifest
 from tclora.preflight import Models
 from tclora.report import figures, write_report
 from tclora.route.storage import FOLDER
-from tclora.summary import recovery, summarise
 
 _FOLDERS = ("adapters", "training", "merged", "evaluation")
 
 
-@stage("tclora.summary", name="summarise")
+@stage("tclora.evaluate.recovery", name="summarise")
 def summarise_items(items: dict[str, Artifact], config: EvaluateConfig, seed: int) -> Artifact:
     """Collect the measured items of all methods; summaries and recovery with intervals."""
     root = next(iter(items.values())).root

@@ -6,12 +6,12 @@ from prefect import get_run_logger
 from safetensors.numpy import load_file
 
 from tasks.artifact import Artifact, stage
+from tclora.activations import ActivationStatistics
 from tclora.adapter import read_adapter
+from tclora.cluster.embed import Embeddings
 from tclora.config import Config
-from tclora.embed import Embeddings
 from tclora.files import atomic_path
-from tclora.manifest import size
-from tclora.merge import ActivationStatistics
+from tclora.library.manifest import size
 from tclora.preflight import Models
 from tclora.route import (
     ModelIdentity,
@@ -21,8 +21,8 @@ from tclora.route import (
     fit_router,
     write_library,
 )
+from tclora.route.quality import calibration_curve, router_figures, true_clusters
 from tclora.route.storage import FOLDER
-from tclora.route.truth import calibration_curve, router_figures, true_clusters
 
 ROUTED = "routed"  # its name among the methods
 
@@ -39,7 +39,7 @@ def routed_info(config: Config, models: Models, adapters: list[str]) -> RoutedIn
     )
 
 
-@stage("tclora.route", "tclora.route.truth", name="route")
+@stage("tclora.route", "tclora.route.quality", name="route")
 def route(
     info: RoutedInfo,
     adapters: dict[str, Artifact],

@@ -29,7 +29,7 @@ from prefect import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
 from tclora.config import Config
-from tclora.devices import exclusive
+from tclora.jobs.devices import exclusive
 
 _BATCH = 500  # metrics per call; MLflow allows 1000
 _PARAM_LENGTH = 6000

@@ -9,15 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tclora.config import Config
 from tclora.errors import ConfigError, ModelError
-from tclora.harness import executes_code
+from tclora.evaluate.lm_eval import executes_code
 from tclora.merge import methods
-from tclora.models import (
-    load_tokenizer,
-    locate_base_model,
-    locate_embedder,
-    model_digest,
-)
-from tclora.prompts import encode
+from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
+from tclora.model.tokens import encode
 from tclora.train import attach_lora
 
 
@@ -30,7 +25,7 @@ class Models:
     base, embedder : str
         Path or hub id to load from.
     base_digest, embedder_digest : str
-        Their identities; see `tclora.models.model_digest`.
+        Their identities; see `tclora.model.locate.model_digest`.
     """
 
     base: str

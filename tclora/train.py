@@ -25,8 +25,8 @@ from tclora.adapter import Adapter, LoraFactors, write_adapter
 from tclora.config import TrainConfig
 from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import atomic_path
-from tclora.loss import response_nll
-from tclora.prompts import TokenRow, batches
+from tclora.model.loss import response_nll
+from tclora.model.tokens import TokenRow, batches
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flows.cli import app
 from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
+from tclora_cli.main import app
 from tests.route.conftest import *  # noqa: F403
 
 README = Path(__file__).parents[1] / "README.md"

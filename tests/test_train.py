@@ -10,8 +10,8 @@ from tclora.adapter import read_adapter
 from tclora.config import TrainConfig
 from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
-from tclora.loss import response_nll
-from tclora.prompts import batches, encode
+from tclora.model.loss import response_nll
+from tclora.model.tokens import batches, encode
 from tclora.train import attach_lora, linear_layer_names, total_steps, train_adapter
 
 FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6, "template": "plain"}

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from tclora.errors import DataError
-from tclora.scoring import check_scorer, default_scorer
+from tclora.evaluate.scoring import check_scorer, default_scorer
 
 SPLITS = ("train", "test", "ood", "composition")
 OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")

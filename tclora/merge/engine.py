@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tclora.activations.collect import ActivationStatistics
+from tclora.activations.metric import InputMetrics
 from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.errors import AdapterError
-from tclora.merge.grams import InputMetrics
 from tclora.merge.registry import Method, check_options, get
 from tclora.merge.stack import ModuleStack
-from tclora.merge.statistics import ActivationStatistics
-from tclora.tensor.compress import module_factors, module_names
-from tclora.tensor.factorise import check_adapters, factorise
+from tclora.tensor.factorise import factorise
 from tclora.tensor.library import CPFactors, LibraryFactors
 
 Progress = Callable[[int, int], None]

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tclora.activations.metric import InputMetric
 from tclora.adapter import LoraFactors
-from tclora.merge.grams import InputMetric
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.library import CPFactors
 

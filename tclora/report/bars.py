@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from tclora.library.contents import Contents
 from tclora.report.canvas import DASHED, bar_chart, name_bars
-from tclora.report.contents import Contents
 from tclora.report.methods import JOINT, Estimate, label, merges, recoveries
 from tclora.report.notation import number, percent, size
 from tclora.report.palette import LIGHT, cluster_colour

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from tclora.report.contents import Contents
+from tclora.library.contents import Contents
 from tclora.report.notation import number, shorten
 from tclora.report.overview import Fact
 

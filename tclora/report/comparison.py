@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from tclora.report.contents import Contents
+from tclora.library.contents import Contents
 from tclora.report.methods import label, merges, references
 from tclora.report.notation import MISSING, interval, number, percent
 

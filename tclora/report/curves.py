@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from tclora.library.contents import Contents
 from tclora.report.canvas import DASHED, half_page
-from tclora.report.contents import Contents
 from tclora.report.methods import JOINT
 from tclora.report.notation import number, percent
 from tclora.report.palette import LIGHT, cluster_colour

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from tclora.library.contents import Contents
 from tclora.report.comparison import SPLITS
-from tclora.report.contents import Contents
 from tclora.report.methods import label, merges, references
 from tclora.report.notation import is_missing, shorten
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from tclora.library.contents import Contents, read_contents
 from tclora.report.bars import cluster_sizes, recovery, storage
 from tclora.report.canvas import STYLE
-from tclora.report.contents import Contents, read_contents
 from tclora.report.curves import explained_variance, loss_curves
 from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map

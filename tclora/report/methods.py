@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tclora.report.contents import Contents
+from tclora.library.contents import Contents
 
 BASE, OWN, JOINT = "base", "own", "joint"
 REFERENCES = (BASE, OWN, JOINT)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tclora.report.contents import Contents
+from tclora.library.contents import Contents
 from tclora.report.methods import BASE, OWN, Estimate, merges, overall_nll, recoveries
 from tclora.report.notation import interval, number, percent, size
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tclora.files import write_text
+from tclora.library.contents import Contents, read_contents
 from tclora.report import notation
 from tclora.report.clusters import (
     cluster_ids,
@@ -21,7 +22,6 @@ from tclora.report.clusters import (
     tasks_by_cluster,
 )
 from tclora.report.comparison import compare_recovery, compare_splits
-from tclora.report.contents import Contents, read_contents
 from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
 from tclora.report.methods import merges, recoveries

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from tclora.library.contents import Contents
 from tclora.report.canvas import plain
-from tclora.report.contents import Contents
 from tclora.report.notation import number, percent, shorten
 from tclora.report.overview import Fact
 from tclora.report.palette import LIGHT

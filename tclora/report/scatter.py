@@ -5,8 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tclora.library.contents import Contents
 from tclora.report.canvas import half_page, plain
-from tclora.report.contents import Contents
 from tclora.report.palette import LIGHT, cluster_colour
 
 MAP_POINTS = 2400  # more would only cover each other, and swell the file

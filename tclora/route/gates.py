@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tclora.activations.collect import ActivationStatistics
+from tclora.activations.metric import InputMetrics
 from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.errors import AdapterError
-from tclora.merge.grams import InputMetrics
-from tclora.merge.statistics import ActivationStatistics
-from tclora.tensor.compress import module_factors, module_names
-from tclora.tensor.factorise import check_adapters
 
 # Directions of the normal equations below this share of the largest carry no information.
 _TOLERANCE = 1e-7

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tclora.embed import embed_prompts, load_embedder
+from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
-from tclora.models import (
+from tclora.model.locate import (
     choose_dtype,
     default_device,
     load_base_model,
@@ -21,7 +21,7 @@ from tclora.models import (
     locate_embedder,
     model_digest,
 )
-from tclora.prompts import collate, encode
+from tclora.model.tokens import collate, encode
 from tclora.route.gating import Gating
 from tclora.route.router import Routing
 from tclora.route.storage import ModelIdentity, RoutedLibrary, read_library

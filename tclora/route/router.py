@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-from tclora.cluster import NOISE, Labels, assign, centroids
-from tclora.embed import Embeddings
+from tclora.cluster.embed import Embeddings
+from tclora.cluster.rows import NOISE, Labels, assign, centroids
 
 Mode = Literal["nearest", "softmax", "membership"]
 Array = NDArray[np.float32]

@@ -40,7 +40,7 @@ class ModelIdentity(BaseModel):
     id : str
         As configured: a built-in name, a folder or a hub id.
     digest : str
-        Of its files, or of hub id and commit; see `tclora.models.model_digest`.
+        Of its files, or of hub id and commit; see `tclora.model.locate.model_digest`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -57,7 +57,7 @@ class RoutedInfo(BaseModel):
     base_model, embedding_model : ModelIdentity
         The models the library belongs to.
     template : str
-        Prompt template; see `tclora.prompts.encode`.
+        Prompt template; see `tclora.model.tokens.encode`.
     max_tokens : int
         Longest example in training (tokens).
     method : str

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tclora.prompts import TokenRow, collate
+from tclora.model.tokens import TokenRow, collate
 from tclora.route.model import RoutedModel
 
 logger = logging.getLogger(__name__)

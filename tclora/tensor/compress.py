@@ -19,9 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tclora.adapter import Adapter, LoraFactors
-from tclora.errors import AdapterError
-
 
 @dataclass(frozen=True)
 class Core:
@@ -94,40 +91,3 @@ def _pad(columns: Tensor, ranks: Sequence[int]) -> Tensor:
     for target, block in zip(padded, columns.split(list(ranks), dim=1), strict=True):
         target[:, : block.shape[1]] = block
     return padded
-
-
-def module_names(adapters: Sequence[Adapter]) -> list[str]:
-    """Return every module that at least one adapter updates, sorted."""
-    return sorted({module for adapter in adapters for module in adapter.modules})
-
-
-def module_factors(adapters: Sequence[Adapter], module: str) -> list[LoraFactors]:
-    """Read one module's factors from each adapter; a missing module is an update of rank zero.
-
-    Parameters
-    ----------
-    adapters : sequence of K Adapter
-        At least one must update the module.
-    module : str
-        Module path.
-
-    Returns
-    -------
-    list of K LoraFactors
-
-    Raises
-    ------
-    AdapterError
-        If the adapters disagree on the module's shape.
-    """
-    found = [adapter.modules.get(module) for adapter in adapters]
-    shapes = {f.shape: a.name for f, a in zip(found, adapters, strict=True) if f is not None}
-    if len(shapes) > 1:
-        (one, first), (other, second), *_ = shapes.items()
-        raise AdapterError(
-            f"{module} must have one shape in all adapters, got {one} in {first!r} and {other} in "
-            f"{second!r}; merge only adapters of one base model"
-        )
-    example = next(f for f in found if f is not None)
-    nothing = LoraFactors(example.B[:, :0], example.A[:0])
-    return [nothing if f is None else f for f in found]

@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 
 from tclora.adapter import Adapter
-from tclora.errors import AdapterError
+from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.tensor.als import CPSolution
-from tclora.tensor.compress import Core, compress, module_factors, module_names
+from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
 
@@ -176,19 +176,6 @@ def smallest_ranks(curve: pd.DataFrame, explained_variance: float) -> dict[str, 
             f"which {missing[0]} does not reach at {curve['rank'].max()}; measure larger ranks"
         )
     return {str(module): int(rank) for module, rank in ranks.items()}
-
-
-def check_adapters(adapters: Sequence[Adapter]) -> None:
-    """Refuse an empty list of adapters, adapters without modules, and repeated names."""
-    names = [adapter.name for adapter in adapters]
-    if not names:
-        raise AdapterError("adapters must be at least one, got none")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise AdapterError(
-            f"adapter names must differ, got {', '.join(repeated)} twice; name them on reading"
-        )
-    if not any(adapter.modules for adapter in adapters):
-        raise AdapterError(f"adapters must update at least one module, got none in {names}")
 
 
 def _rank_of_each(names: Sequence[str], rank: int | Mapping[str, int]) -> dict[str, int]:

@@ -6,24 +6,7 @@ Symbols: M modules, K adapters, m × n the core, r the LoRA rank, R the CP rank.
 import torch
 from torch import Tensor
 
-
-def slice_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD of each product B A through its rank-r bottleneck.
-
-    Parameters
-    ----------
-    B : Tensor, shape (..., m, r)
-    A : Tensor, shape (..., r, n)
-
-    Returns
-    -------
-    U, S, V : Tensor
-        Shapes (..., m, q), (..., q), (..., n, q) with q = min(m, r, n).
-    """
-    left, lower = torch.linalg.qr(B)
-    right, upper = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(lower @ upper.mT, full_matrices=False)
-    return left @ U, S, right @ Vh.mT
+from tclora.tensor.lowrank import slice_svd
 
 
 def slice_components(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 
 from tclora.data.demo import FAMILIES, demo_examples
 from tclora.errors import DataError
-from tclora.scoring import score
+from tclora.evaluate.scoring import score
 
 DIGEST = (
     "import hashlib; from tclora.data.demo import demo_examples; "

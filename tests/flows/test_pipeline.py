@@ -12,16 +12,16 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from peft import PeftModel
-from reference import row_nll
 from transformers import LlamaForCausalLM
 
 import tclora
 from flows.pipeline import pipeline
 from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
-from tclora.manifest import read_manifest, verify
+from tclora.library.manifest import read_manifest, verify
 from tclora.merge import merge
-from tclora.prompts import encode
+from tclora.model.tokens import encode
+from tests.reference import row_nll
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_server", "environment"),

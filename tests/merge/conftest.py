@@ -1,7 +1,7 @@
 import pytest
 
-from .examples import MODULES, NAMES, make_adapter, make_statistics
-from .small_model import make_model, make_model_adapters
+from tests.merge.examples import MODULES, NAMES, make_adapter, make_statistics
+from tests.tune.small_model import make_model, make_model_adapters
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 import torch
 
+from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter, LoraFactors
-from tclora.merge import ActivationStatistics
 
 D_OUT, D_IN = 20, 16
 MODULES = {"layers.0.q": (D_OUT, D_IN), "layers.0.up": (30, D_IN), "layers.1.q": (D_OUT, D_IN)}

@@ -4,10 +4,9 @@ import torch
 from tclora.adapter import Adapter, LoraFactors
 from tclora.errors import AdapterError
 from tclora.merge import MethodInfo, merge, methods, register
-from tclora.merge.elementwise import disjoint_mean, drop_and_rescale, magnitude_cutoff
+from tclora.merge.methods.elementwise import disjoint_mean, drop_and_rescale, magnitude_cutoff
 from tclora.tensor import factorise
-
-from .examples import assert_same_updates, make_adapter
+from tests.merge.examples import assert_same_updates, make_adapter
 
 
 def test_methods_are_described():

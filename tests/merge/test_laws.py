@@ -8,8 +8,7 @@ import torch
 
 from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
 from tclora.merge import merge, methods
-
-from .examples import NAMES, assert_same_updates, deltas, make_adapter, make_statistics
+from tests.merge.examples import NAMES, assert_same_updates, deltas, make_adapter, make_statistics
 
 METHODS = [info.name for info in methods()]
 NEEDED = {

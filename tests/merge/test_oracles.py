@@ -7,8 +7,7 @@ from torch.linalg import svd
 from tclora.adapter import Adapter, LoraFactors
 from tclora.merge import merge
 from tclora.merge.truncate import leading_svd
-
-from .examples import D_IN, MODULES, NAMES, make_adapter
+from tests.merge.examples import D_IN, MODULES, NAMES, make_adapter
 
 MODULE = "layers.0.q"
 

@@ -3,8 +3,7 @@ import shutil
 import pytest
 
 from tclora.report import write_report
-
-from .library import build_library
+from tests.report.library import build_library
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from tclora.errors import LibraryError
 from tclora.report import figures
 from tclora.report.palette import DARK, LIGHT, css_variables
 from tclora.report.svg import inline_svg
-
-from .library import build_library
+from tests.report.library import build_library
 
 NAMES = [
     "cluster_map",

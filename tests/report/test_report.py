@@ -6,12 +6,11 @@ import pandas as pd
 import pytest
 
 from tclora.errors import LibraryError
+from tclora.library.contents import read_contents
 from tclora.report import write_report
-from tclora.report.contents import read_contents
 from tclora.report.examples import MAX_TASKS
 from tclora.report.render import render
-
-from .library import SCRIPT, build_library, edit_manifest
+from tests.report.library import SCRIPT, build_library, edit_manifest
 
 MAX_BYTES = 3_000_000
 N_FIGURES = 7

@@ -4,7 +4,7 @@ import torch
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.merge import merge
-from tclora.models import BUILTIN_EMBEDDER, locate_embedder, model_digest
+from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder, model_digest
 from tclora.route import (
     ModelIdentity,
     RoutedInfo,
@@ -56,14 +56,14 @@ def gated(adapters):
 
 @pytest.fixture(scope="session")
 def embedder():
-    from tclora.embed import load_embedder
+    from tclora.cluster.embed import load_embedder
 
     return load_embedder(locate_embedder(BUILTIN_EMBEDDER))
 
 
 @pytest.fixture
 def router(embedder):
-    from tclora.embed import embed_prompts
+    from tclora.cluster.embed import embed_prompts
 
     vectors = embed_prompts(embedder, [p for prompts in PROMPTS.values() for p in prompts])
     labels = np.repeat(np.arange(3), 3)

@@ -5,8 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tclora.route import Gating
-
-from .test_gating import IDS, loaded, logits
+from tests.route.test_gating import IDS, loaded, logits
 
 MIXED = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0.2, 0.5, 0.3], [0, 1, 0]])
 

@@ -6,8 +6,7 @@ from tclora.adapter import Adapter, LoraFactors, write_adapter
 from tclora.errors import AdapterError
 from tclora.merge import merge
 from tclora.route import Gating, fit_gates
-
-from .conftest import draw_adapters
+from tests.route.conftest import draw_adapters
 
 IDS = torch.arange(40).reshape(4, 10) % 50 + 4
 

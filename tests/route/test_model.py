@@ -8,9 +8,8 @@ from transformers import LlamaForCausalLM
 
 import tclora
 from tclora.errors import ModelError
-from tclora.prompts import encode
-
-from .conftest import CLUSTERS, FAR, PROMPTS
+from tclora.model.tokens import encode
+from tests.route.conftest import CLUSTERS, FAR, PROMPTS
 
 NEW_PROMPTS = [*(prompts[1] for prompts in PROMPTS.values()), FAR]
 

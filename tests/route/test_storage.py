@@ -8,8 +8,7 @@ from tclora.adapter import read_adapter
 from tclora.errors import LibraryError
 from tclora.route import read_library
 from tests.merge.examples import assert_same_updates
-
-from .conftest import CLUSTERS
+from tests.route.conftest import CLUSTERS
 
 
 def test_what_is_written_comes_back(library, gated, router):

@@ -6,8 +6,7 @@ from fastapi.testclient import TestClient
 
 from tclora.serve import Engine, Limits, create_app
 from tests.route.conftest import *  # noqa: F403
-
-from .test_engine import ALL, library, model  # noqa: F401
+from tests.serve.test_engine import ALL, library, model  # noqa: F401
 
 URL = "/v1/chat/completions"
 

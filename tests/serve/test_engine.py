@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tclora
-from tclora.prompts import encode
+from tclora.model.tokens import encode
 from tclora.serve.engine import Engine, Request, _Answer, _RowSampling
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import FAR, PROMPTS

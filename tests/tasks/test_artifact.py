@@ -111,11 +111,17 @@ def test_the_configuration_counts_by_its_values_not_by_its_source(package, name)
 @pytest.mark.parametrize(
     ("module", "needed"),
     [
-        ("tclora.train", {"tclora.loss", "tclora.prompts", "tclora.adapter", "tclora.files"}),
-        ("tclora.evaluate", {"tclora.loss", "tclora.prompts", "tclora.scoring"}),
+        (
+            "tclora.train",
+            {"tclora.model.loss", "tclora.model.tokens", "tclora.adapter", "tclora.files"},
+        ),
+        (
+            "tclora.evaluate",
+            {"tclora.model.loss", "tclora.model.tokens", "tclora.evaluate.scoring"},
+        ),
         ("tclora.data.examples", {"tclora.data.demo", "tclora.data.frame", "tclora.data.readers"}),
         ("tclora.tensor", {"tclora.tensor.cp", "tclora.tensor.als", "tclora.tensor.compress"}),
-        ("tclora.merge", {"tclora.merge.cp", "tclora.merge.registry", "tclora.adapter"}),
+        ("tclora.merge", {"tclora.merge.methods.cp", "tclora.merge.registry", "tclora.adapter"}),
     ],
 )
 def test_the_stages_own_modules_are_found(module, needed):

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter.union import module_factors, module_names
 from tclora.errors import AdapterError
 from tclora.tensor import compress
-from tclora.tensor.compress import module_factors, module_names
 
 
 def factors(ranks, d_out=12, d_in=9, seed=0):

@@ -1,0 +1,1 @@
+"""Prompts to vectors, and training rows to clusters."""

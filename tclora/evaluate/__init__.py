@@ -1,0 +1,1 @@
+"""Measuring a model on examples, and what a merge keeps of what the adapters gained."""

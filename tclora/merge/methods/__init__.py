@@ -1,0 +1,13 @@
+"""The merge methods, one decorated function each; importing this package registers them."""
+
+from tclora.merge.methods import (
+    activation,
+    cp,
+    dense,
+    leastsquares,
+    linear,
+    spectral,
+    subspace,
+)
+
+__all__ = ["activation", "cp", "dense", "leastsquares", "linear", "spectral", "subspace"]

@@ -1,0 +1,89 @@
+"""Merges of singular vectors: TSV-M, ISO-C and ISO-CTS, on the span of the updates.
+
+The published forms work on full-rank matrices. On low-rank updates they would average over
+null-space singular vectors, which rounding chooses; here every step is restricted to the span,
+whose dimension is at most Σ r_k, and equals the published result where the updates fill the space.
+
+Symbols: K adapters, d_out × d_in a module, m × n the core that holds all updates.
+"""
+
+import torch
+from torch import Tensor
+
+from tclora.adapter import LoraFactors
+from tclora.merge.methods.elementwise import check_fraction
+from tclora.merge.methods.spans import nearest_orthonormal, reduced_core, significant
+from tclora.merge.registry import register
+from tclora.merge.stack import ModuleStack
+from tclora.tensor.lowrank import slice_svd
+
+_ISO = "Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959"
+
+
+@register(
+    "tsv-m",
+    summary="singular vectors of all updates made orthonormal together (all r_k components each)",
+    paper="Gargiulo et al. 2025, Task Singular Vectors, arXiv 2412.00081",
+)
+def tsv_m(stack: ModuleStack, *, components: int | None = None, scale: float = 1.0) -> LoraFactors:
+    """Return λ Ũ diag(S) Ṽᵀ, with Ũ, Ṽ the polar factors of all left and right singular vectors.
+
+    `components` limits the singular vectors taken from each update.
+    """
+    core = stack.core
+    U, S, V = slice_svd(core.B, core.A)
+    kept = significant(S[:, :components].flatten())
+    left = nearest_orthonormal(_side_by_side(U[..., :components])[:, kept])
+    right = nearest_orthonormal(_side_by_side(V[..., :components])[:, kept])
+    values = scale * S[:, :components].flatten()[kept]
+    return LoraFactors((core.left @ left) * values, (core.right @ right).mT)
+
+
+def _side_by_side(blocks: Tensor) -> Tensor:
+    """Lay blocks (K, d, q) side by side: (d, K q)."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+@register(
+    "iso-c",
+    summary="sum of the updates with all its singular values (on the span) set to their mean",
+    paper=_ISO,
+)
+def iso_c(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
+    """Return λ s̄ U Vᵀ for the SVD U S Vᵀ of Σ_k Δ_k."""
+    U, S, V = slice_svd(*stack.concatenated(stack.weights.new_ones(len(stack.factors))))
+    kept = significant(S)
+    mean = S[kept].mean() if kept.any() else S.new_zeros(())
+    return LoraFactors(scale * mean * U[:, kept], V[:, kept].mT)
+
+
+@register(
+    "iso-cts",
+    summary="ISO-C with the weakest common directions replaced by each adapter's own",
+    paper=_ISO,
+)
+def iso_cts(stack: ModuleStack, *, common_fraction: float = 0.8, scale: float = 1.0) -> LoraFactors:
+    """Return λ s̄ Ũ Ṽᵀ over the leading common directions and each update's own remainder."""
+    check_fraction("common_fraction", common_fraction)
+    reduced = reduced_core(stack)
+    common, own = _split(min(reduced.cores.shape[1:]), len(reduced.cores), common_fraction)
+    U, S, Vh = torch.linalg.svd(reduced.cores.sum(0), full_matrices=False)
+    common = min(common, int(significant(S).sum()))
+    shared = U[:, :common]
+    rest = reduced.cores - shared @ (shared.mT @ reduced.cores)
+    own_U, own_S, own_Vh = torch.linalg.svd(rest, full_matrices=False)
+    values = torch.cat([own_S[:, :own].flatten(), S[:common]])
+    kept = significant(values)
+    left = torch.cat([_side_by_side(own_U[..., :own]), shared], dim=1)[:, kept]
+    right = torch.cat([_side_by_side(own_Vh.mT[..., :own]), Vh[:common].mT], dim=1)[:, kept]
+    mean = values[kept].mean() if kept.any() else values.new_zeros(())
+    return LoraFactors(
+        scale * mean * (reduced.left @ nearest_orthonormal(left)),
+        (reduced.right @ nearest_orthonormal(right)).mT,
+    )
+
+
+def _split(total: int, K: int, common_fraction: float) -> tuple[int, int]:
+    """Divide `total` directions into common ones and equally many for each of K adapters."""
+    own = round((total - int(total * common_fraction)) / K)
+    return total - own * K, own

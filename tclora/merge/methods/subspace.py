@@ -1,0 +1,109 @@
+"""Sparse merges in a shared basis: KnOTS and Core Space, exact in factor space.
+
+Both express all updates in bases they share, run an elementwise merge on the coordinates, and leave
+the bases again. Signs of the basis vectors do not matter to these steps; how each update was split
+into B and A does not either.
+
+Symbols: K adapters, d_out × d_in a module, m × n the core that holds all updates.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tclora.adapter import LoraFactors
+from tclora.merge.methods.elementwise import (
+    check_fraction,
+    disjoint_mean,
+    drop_and_rescale,
+    keep_largest,
+    magnitude_cutoff,
+)
+from tclora.merge.methods.spans import reduced_core, significant
+from tclora.merge.registry import register
+from tclora.merge.stack import ModuleStack
+from tclora.tensor.compress import orthonormal_basis
+
+# Elements of a block of coordinates worked on at once: what fits a processor's cache.
+_BLOCK_ELEMENTS = 1 << 19
+_KNOTS = "Stoica et al. 2025, Model Merging with SVD to Tie the KnOTS, arXiv 2410.19735"
+
+
+@register(
+    "knots-ties",
+    summary="TIES on the right factors of a joint SVD (per module, unweighted)",
+    paper=_KNOTS,
+)
+def knots_ties(stack: ModuleStack, *, density: float = 1.0, scale: float = 1.0) -> LoraFactors:
+    """Return λ U · disjoint mean of S V_kᵀ, with [Δ_1 … Δ_K] = U S [V_1ᵀ … V_Kᵀ]."""
+    check_fraction("density", density)
+    U, rows = _joint_left_basis(stack)
+    blocks = partial(_blocks, rows, stack.As)
+    cutoffs = torch.zeros(len(rows))
+    if density < 1:
+        cutoffs = torch.tensor(
+            [
+                magnitude_cutoff(partial(_blocks, rows[k : k + 1], stack.As[k : k + 1]), density)
+                for k in range(len(rows))
+            ]
+        )
+    merged = [disjoint_mean(keep_largest(block, cutoffs)) for block in blocks()]
+    return LoraFactors(U, scale * torch.cat(merged, dim=1))
+
+
+@register(
+    "knots-dare",
+    summary="DARE, then the disjoint mean, on the right factors of a joint SVD (per module)",
+    paper=_KNOTS,
+)
+def knots_dare(stack: ModuleStack, *, density: float = 0.9, scale: float = 1.0) -> LoraFactors:
+    """Return λ U · disjoint mean of randomly thinned S V_kᵀ."""
+    check_fraction("density", density)
+    U, rows = _joint_left_basis(stack)
+    generator = stack.generator()
+    merged = [
+        disjoint_mean(drop_and_rescale(block, density, generator))
+        for block in _blocks(rows, stack.As)
+    ]
+    return LoraFactors(U, scale * torch.cat(merged, dim=1))
+
+
+def _joint_left_basis(stack: ModuleStack) -> tuple[Tensor, list[Tensor]]:
+    """Return U (d_out, q) of the SVD of [Δ_1 … Δ_K], and Uᵀ B_k (q, r_k) for every adapter."""
+    left, coordinates = orthonormal_basis(torch.cat(stack.Bs, dim=1))
+    lowers = [torch.linalg.qr(A.mT).R.mT for A in stack.As]  # A_k = lower_k · orthonormal rows
+    U, S, _ = torch.linalg.svd(coordinates @ torch.block_diag(*lowers), full_matrices=False)
+    basis = left @ U[:, significant(S)]
+    return basis, [basis.mT @ B for B in stack.Bs]
+
+
+def _blocks(rows: Sequence[Tensor], As: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield S V_kᵀ = Uᵀ Δ_k of all adapters in column blocks, shape (K, q, columns)."""
+    columns = max(1, _BLOCK_ELEMENTS // (len(rows) * max(1, rows[0].shape[0])))
+    for start in range(0, As[0].shape[1], columns):
+        yield torch.stack(
+            [row @ A[:, start : start + columns] for row, A in zip(rows, As, strict=True)]
+        )
+
+
+@register(
+    "core-space",
+    summary="TIES on the cores in the joint singular bases of all balanced factors (per module)",
+    paper="Panariello et al. 2025, Low-Rank Model Merging in Core Space, arXiv 2509.17786",
+)
+def core_space(stack: ModuleStack, *, density: float = 0.2, scale: float = 1.0) -> LoraFactors:
+    """Return λ Q_B · disjoint mean of Q_Bᵀ Δ_k Q_A · Q_Aᵀ."""
+    check_fraction("density", density)
+    reduced = reduced_core(stack)
+    merged = scale * disjoint_mean(_trim(reduced.cores, density))
+    return LoraFactors(reduced.left @ merged, reduced.right.mT)
+
+
+def _trim(blocks: Tensor, density: float) -> Tensor:
+    """Keep the `density` largest elements of each adapter's block (K, m, n)."""
+    if density == 1:
+        return blocks
+    cutoffs = [magnitude_cutoff(partial(list, [block]), density) for block in blocks]
+    return keep_largest(blocks, torch.tensor(cutoffs))

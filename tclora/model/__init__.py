@@ -1,0 +1,1 @@
+"""The base model: where it is, its tokens, its loss, adapters attached to it."""

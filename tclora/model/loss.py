@@ -1,0 +1,37 @@
+"""Response log-likelihoods of a causal LM, with logits only where a response token is predicted."""
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tclora.model.tokens import IGNORED, Batch
+
+
+def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
+    """Negative log-likelihood of the response tokens.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A causal LM whose forward accepts ``logits_to_keep``.
+    batch : Batch
+        Left-padded rows (T columns) with labels for the last S columns.
+
+    Returns
+    -------
+    Tensor
+        (rows, S) float32, nats; 0 where no response token stands.
+    """
+    device = model.device
+    labels = batch.labels.to(device)
+    logits = model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        position_ids=batch.position_ids.to(device),
+        logits_to_keep=labels.shape[1],
+        use_cache=False,
+    ).logits  # (rows, S, vocabulary)
+    return torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )

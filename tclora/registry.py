@@ -1,0 +1,100 @@
+"""Registries of named variants: merge methods, routers, clusterers, training engines.
+
+A variant registers itself when its module is imported. Modules of other packages are imported by
+`load_plugins`, so that a variant from outside is picked up wherever ours are.
+"""
+
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from tclora.errors import ConfigError
+
+ENTRY_POINTS = "tclora.plugins"  # group of entry points that name modules
+VARIABLE = "TCLORA_PLUGINS"  # environment variable: names of modules, comma-separated
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """Variants of one kind by name, in alphabetical order.
+
+    Parameters
+    ----------
+    kind : str
+        What the variants are, for messages, such as "merge method".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that enters a variant under a name.
+
+        Raises
+        ------
+        ValueError
+            If the name is taken.
+        """
+        if name in self._entries:
+            raise ValueError(f"{self.kind} name must be new, got {name!r}, which is taken already")
+
+        def enter(entry: T) -> T:
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def __getitem__(self, name: str) -> T:
+        """Return a variant.
+
+        Raises
+        ------
+        ValueError
+            If there is none of this name; the message names the closest ones.
+        """
+        if name not in self._entries:
+            raise ValueError(
+                f"{self.kind} must be a registered name, got {name!r}; {self.hint(name)}"
+            )
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def hint(self, name: str) -> str:
+        """Say which names are close to a wrong one, or all names."""
+        close = difflib.get_close_matches(name, list(self), n=2)
+        return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(self)}"
+
+
+def load_plugins() -> None:
+    """Import the modules that register variants of other packages.
+
+    They are named by entry points of the group ``tclora.plugins`` and by ``$TCLORA_PLUGINS``.
+
+    Raises
+    ------
+    ConfigError
+        If one cannot be imported.
+    """
+    named = [point.value for point in entry_points(group=ENTRY_POINTS)]
+    named += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for name in named:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"plugin {name!r} (entry points {ENTRY_POINTS}, ${VARIABLE}) cannot be imported: "
+                f"{error}; install it or take it out"
+            ) from error

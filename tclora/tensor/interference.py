@@ -1,0 +1,133 @@
+"""How much adapters get in each other's way, measured on their factors.
+
+Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, G (K, m, n) the updates in shared
+bases.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tclora.adapter import Adapter
+from tclora.adapter.union import check_adapters, module_factors, module_names
+from tclora.tensor.compress import Core, compress
+from tclora.tensor.lowrank import slice_svd
+
+# Singular values below this share of the adapter's largest carry no direction.
+_TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Pairwise measures, each a symmetric K × K frame labelled by adapter names.
+
+    Attributes
+    ----------
+    cosine : DataFrame
+        Cosine of the whole updates, −1 to 1.
+    input_overlap, output_overlap : DataFrame
+        Overlap of the directions read and written, 0 (orthogonal) to 1 (the same), weighted by how
+        much each direction is used.
+    sign_conflict : DataFrame
+        Share of the interaction that is destructive, 0 to 1: along the directions both updates
+        share, how much of Σ |projection| has the opposite sign.
+    modules : DataFrame
+        One row per module and pair: module, first, second and the four measures.
+    """
+
+    cosine: pd.DataFrame
+    input_overlap: pd.DataFrame
+    output_overlap: pd.DataFrame
+    sign_conflict: pd.DataFrame
+    modules: pd.DataFrame
+
+
+_MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
+
+
+def interference(
+    adapters: Sequence[Adapter], progress: Callable[[int, int], None] | None = None
+) -> Interference:
+    """Measure interference between every two adapters.
+
+    Parameters
+    ----------
+    adapters : sequence of K Adapter
+        With distinct names; a module that an adapter lacks counts as zero.
+    progress : callable, optional
+        Called with (modules done, modules in all).
+
+    Returns
+    -------
+    Interference
+        Over all modules, weighted by the product of the two updates' norms.
+
+    Notes
+    -----
+    With the SVD Δ_k = U_k S_k V_kᵀ, the input overlap of i and j is
+    ‖S_i^½ V_iᵀ V_j S_j^½‖² / (‖S_i‖ ‖S_j‖), the mean squared cosine of their directions weighted by
+    singular values (spectra of equal shape and equal directions give 1). The sign conflict sums the
+    terms (S_i)_a (U_iᵀ U_j)_ab (S_j)_b (V_iᵀ V_j)_ab of ⟨Δ_i, Δ_j⟩: the share of their absolute
+    values that is negative. None of it depends on how an update was split into B and A.
+    """
+    check_adapters(adapters)
+    names = [adapter.name for adapter in adapters]
+    paths = module_names(adapters)
+    rows = []
+    for done, module in enumerate(paths, start=1):
+        factors = module_factors(adapters, module)
+        measured, weight = _measure(compress([f.B for f in factors], [f.A for f in factors]))
+        rows.append((module, measured, weight))
+        if progress:
+            progress(done, len(paths))
+    total = sum((weight for _, _, weight in rows), torch.zeros(len(names), len(names)).double())
+    frames = {}
+    for measure in _MEASURES:
+        summed = sum((m[measure] * w for _, m, w in rows), torch.zeros_like(total))
+        mean = torch.where(total > 0, summed / torch.where(total > 0, total, 1), 0.0)
+        frames[measure] = pd.DataFrame(mean.numpy(), index=names, columns=names)
+    return Interference(**frames, modules=_pairs(names, rows))
+
+
+def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the K × K measures of one module and the weight ‖Δ_i‖ ‖Δ_j‖ of each pair."""
+    U, S, V = slice_svd(core.B, core.A)  # (K, m, q), (K, q), (K, n, q)
+    S = torch.where(_TOLERANCE * S[:, :1] < S, S, 0.0)
+    outputs = torch.einsum("ima,jmb->ijab", U, U)
+    inputs = torch.einsum("ina,jnb->ijab", V, V)
+    strength = torch.einsum("ia,jb->ijab", S, S)
+    terms = strength * outputs * inputs
+    norms = S.norm(dim=1)
+    weight = norms[:, None] * norms
+    safe = torch.where(weight > 0, weight, 1)
+    size = terms.abs().sum((2, 3))
+    conflict = -terms.clamp_max(0).sum((2, 3)) / torch.where(size > 0, size, 1)
+    return {
+        "cosine": terms.sum((2, 3)) / safe,
+        "input_overlap": (strength * inputs.square()).sum((2, 3)) / safe,
+        "output_overlap": (strength * outputs.square()).sum((2, 3)) / safe,
+        "sign_conflict": conflict,
+    }, weight
+
+
+def _pairs(
+    names: Sequence[str], rows: Sequence[tuple[str, dict[str, Tensor], Tensor]]
+) -> pd.DataFrame:
+    """List every module and pair once."""
+    first, second = np.triu_indices(len(names), k=1)
+    frames = [
+        pd.DataFrame(
+            {
+                "module": module,
+                "first": [names[i] for i in first.tolist()],
+                "second": [names[j] for j in second.tolist()],
+                **{m: measured[m][first, second].numpy() for m in _MEASURES},
+            }
+        )
+        for module, measured, _ in rows
+    ]
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,176 @@
+"""Weights of components or clusters fitted by the base model's own loss on a few examples.
+
+Base model, U and V stay frozen; what is fitted are R numbers per module, or K numbers in all.
+
+Symbols: K adapters, R the CP rank, d_out × d_in a module.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.model.attach import attached
+from tclora.model.loss import response_nll
+from tclora.model.tokens import Batch
+from tclora.tensor.library import LibraryFactors
+
+Progress = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome of a fit.
+
+    Attributes
+    ----------
+    adapter : Adapter
+        The merge with the weights of the best step.
+    loadings : Mapping[str, float]
+        Fitted weight of every cluster; empty where components were fitted.
+    losses : tuple of float
+        Mean response NLL in nats per token before each step.
+    """
+
+    adapter: Adapter
+    loadings: Mapping[str, float]
+    losses: tuple[float, ...]
+
+
+def calibrate_components(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    *,
+    n_steps: int = 20,
+    learning_rate: float = 0.05,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit one factor per component of a merged adapter, starting from 1.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model in evaluation mode, without adapters.
+    adapter : Adapter
+        Any merge; column ρ of each B is scaled by the fitted factor.
+    batches : sequence of Batch
+        Calibration rows of all clusters, in equal shares.
+    n_steps : int
+        Steps of Adam, each over all batches.
+    learning_rate : float
+        Step size of Adam.
+    progress : callable, optional
+        Called with (step, mean response NLL before it).
+
+    Returns
+    -------
+    Calibration
+    """
+    gates = {
+        module: torch.ones(factors.rank, device=model.device)
+        for module, factors in adapter.modules.items()
+    }
+    best, losses = _fit(
+        model,
+        adapter,
+        batches,
+        list(gates.values()),
+        lambda: gates,
+        n_steps,
+        learning_rate,
+        progress,
+    )
+    fitted = dict(zip(gates, best, strict=True))
+    modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
+    return Calibration(replace(adapter, modules=modules), {}, losses)
+
+
+def calibrate_loadings(
+    model: PreTrainedModel,
+    factors: LibraryFactors,
+    batches: Sequence[Batch],
+    *,
+    n_steps: int = 20,
+    learning_rate: float = 0.05,
+) -> Calibration:
+    """Fit one weight λ_k per cluster in U diag(Σ_k λ_k C[k]) Vᵀ, starting from 1 / K.
+
+    Parameters
+    ----------
+    model, batches, n_steps, learning_rate
+        As in `calibrate_components`.
+    factors : LibraryFactors
+        Joint factors of the clusters.
+
+    Returns
+    -------
+    Calibration
+        Its loadings are what the method ``tc-lora-calibrated`` takes.
+    """
+    K = len(factors.names)
+    shared = factors.adapter({m: torch.ones(cp.rank) for m, cp in factors.modules.items()})
+    C = {m: cp.C.to(model.device, torch.float32) for m, cp in factors.modules.items()}
+    weights = torch.full((K,), 1 / K, device=model.device)
+    (best,), losses = _fit(
+        model,
+        shared,
+        batches,
+        [weights],
+        lambda: {m: weights @ loading for m, loading in C.items()},
+        n_steps,
+        learning_rate,
+    )
+    merged = factors.adapter({m: best @ loading for m, loading in C.items()})
+    loadings = dict(zip(factors.names, best.tolist(), strict=True))
+    return Calibration(merged, loadings, losses)
+
+
+def _fit(
+    model: PreTrainedModel,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    parameters: Sequence[Tensor],
+    gates: Callable[[], Mapping[str, Tensor]],
+    n_steps: int,
+    learning_rate: float,
+    progress: Progress | None = None,
+) -> tuple[list[Tensor], tuple[float, ...]]:
+    """Minimise the loss over the parameters; return the best ones seen and all losses."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    tokens = sum(batch.supervised for batch in batches)
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    best: list[Tensor] = []
+    losses: list[float] = []
+    _require_grad(frozen, False)
+    _require_grad(parameters, True)
+    try:
+        for step in range(n_steps + 1):
+            optimiser.zero_grad()
+            loss = 0.0
+            for batch in batches:
+                with attached(model, adapter, gates()):
+                    part = response_nll(model, batch).sum() / tokens
+                part.backward()
+                loss += float(part.detach())
+            if not losses or loss < min(losses):
+                best = [p.detach().clone() for p in parameters]
+            losses.append(loss)
+            if progress:
+                progress(step, loss)
+            optimiser.step()
+    finally:
+        _require_grad(frozen, True)
+    return best, tuple(losses)
+
+
+def _require_grad(tensors: Sequence[Tensor], needed: bool) -> None:
+    for tensor in tensors:
+        tensor.requires_grad_(needed)
+
+
+def _scaled(factors: LoraFactors, gate: Tensor) -> LoraFactors:
+    return LoraFactors(factors.B * gate.to(factors.B), factors.A)

@@ -1,0 +1,97 @@
+"""The scale λ of a merge chosen by the base model's loss on calibration rows.
+
+Methods that add updates up (task arithmetic, TIES, TSV-M and others) depend on λ more than on
+anything else, so that they can be compared at a scale chosen in the same way for all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tclora.adapter import Adapter
+from tclora.merge.engine import merge
+from tclora.merge.registry import get
+from tclora.model.attach import attached
+from tclora.model.loss import response_nll
+from tclora.model.tokens import Batch
+
+GRID = (0.2, 0.4, 0.7, 1.0)
+
+
+@dataclass(frozen=True)
+class ScaleSearch:
+    """The outcome of a search.
+
+    Attributes
+    ----------
+    scale : float
+        The scale with the lowest loss.
+    losses : Mapping[float, float]
+        Scale → mean response NLL (nats per token) on the calibration rows.
+    """
+
+    scale: float
+    losses: Mapping[float, float]
+
+
+def is_scaled(method: str) -> bool:
+    """Whether a method has a scale."""
+    return "scale" in get(method).info.options
+
+
+@torch.no_grad()
+def tune_scale(
+    model: PreTrainedModel,
+    adapters: Sequence[Adapter],
+    method: str,
+    batches: Sequence[Batch],
+    scales: Sequence[float] = GRID,
+    *,
+    progress: Callable[[float, float], None] | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> ScaleSearch:
+    """Choose the scale of a merge from a grid.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model in evaluation mode, without adapters.
+    adapters : sequence of K Adapter
+        What is merged.
+    method : str
+        A method with a scale.
+    batches : sequence of Batch
+        Calibration rows of all clusters, in equal shares.
+    scales : sequence of float
+        The grid.
+    progress : callable, optional
+        Called with (scale, loss) after each.
+    **settings
+        Further arguments of `merge`, such as rank.
+
+    Returns
+    -------
+    ScaleSearch
+
+    Raises
+    ------
+    ValueError
+        If the method has no scale, or the grid is empty or not positive.
+    """
+    if not is_scaled(method):
+        raise ValueError(f"method must have a scale to tune, {method} has none")
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales must be positive and at least one, got {list(scales)}")
+    tokens = sum(batch.supervised for batch in batches)
+    losses: dict[float, float] = {}
+    for scale in scales:
+        merged = merge(adapters, method, **settings, scale=scale).adapter
+        with attached(model, merged):
+            total = sum(float(response_nll(model, batch).sum()) for batch in batches)
+        losses[scale] = total / tokens
+        if progress:
+            progress(scale, losses[scale])
+    return ScaleSearch(min(losses, key=losses.__getitem__), losses)

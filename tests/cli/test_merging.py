@@ -1,0 +1,216 @@
+"""The command line on adapters alone: merge, methods, inspect."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tclora.activations import ActivationStatistics, collect
+from tclora.adapter import Adapter, LoraFactors, locate_adapter, read_adapter, write_adapter
+from tclora.errors import AdapterError, DataError
+from tclora.merge import merge, methods
+from tclora.model.tokens import batches, encode
+from tclora.tune.rows import read_calibration
+from tclora.tune.scale import tune_scale
+from tclora_cli.main import app
+from tclora_cli.merging import read_adapters
+
+NAMES = ("sums", "words")
+ROWS = {
+    "sums": [("What is 1 + 2?", "3"), ("What is 4 + 4?", "8")],
+    "words": [("Reverse apple.", "elppa"), ("Reverse stone.", "enots")],
+}
+
+
+@pytest.fixture
+def folders(tmp_path, tiny_model_dir):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.down_proj": (32, 48)}
+    for name in NAMES:
+        modules = {
+            module: LoraFactors(
+                torch.randn(out, 2, generator=generator), torch.randn(2, into, generator=generator)
+            )
+            for module, (out, into) in shapes.items()
+        }
+        write_adapter(Adapter(name, modules, str(tiny_model_dir)), tmp_path / name)
+    return [str(tmp_path / name) for name in NAMES]
+
+
+@pytest.fixture
+def calibration(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [
+        json.dumps({"adapter": name, "prompt": prompt, "response": response}) + "\n"
+        for name, rows in ROWS.items()
+        for prompt, response in rows
+    ]
+    file.write_text("".join(lines))
+    return file
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def assert_same(one, other):
+    for module, factors in one.modules.items():
+        wanted = other.modules[module].delta()
+        assert torch.allclose(factors.delta(), wanted.to(factors.B), atol=1e-4)
+
+
+def test_merging_by_the_command_line_is_merging_by_the_library(folders, tmp_path):
+    result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "uniform",
+                    "--weights", 3, "--weights", 1)  # fmt: skip
+    assert result.exit_code == 0
+    assert "merged adapter" in result.stdout
+    wanted = merge(read_adapters(folders), "uniform", weights=[3, 1]).adapter
+    assert_same(read_adapter(tmp_path / "out"), wanted)
+
+
+def test_methods_take_their_options(folders, tmp_path):
+    invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
+           "--option", "scale=0.7")  # fmt: skip
+    wanted = merge(read_adapters(folders), "task-arithmetic", scale=0.7).adapter
+    assert_same(read_adapter(tmp_path / "out"), wanted)
+    with pytest.raises(AdapterError, match="options must be key=value, got scale"):
+        invoke("merge", *folders, "-o", tmp_path / "no", "--option", "scale")
+
+
+def test_strange_options_are_named(folders, tmp_path):
+    with pytest.raises(AdapterError, match=r"'rank' must be one of uniform's own: none"):
+        invoke("merge", *folders, "-o", tmp_path / "no", "--method", "uniform",
+               "--option", "rank=8")  # fmt: skip
+    with pytest.raises(AdapterError, match="with a YAML value"):
+        invoke("merge", *folders, "-o", tmp_path / "no", "--option", "scale=[1")
+
+
+def test_an_output_that_is_more_than_an_adapter_is_not_replaced(folders, tmp_path):
+    with pytest.raises(AdapterError, match=f"must be a new directory .* but '{NAMES[0]}' is there"):
+        invoke("merge", *folders, "-o", tmp_path, "--method", "uniform")
+    assert all(read_adapter(folder) for folder in folders)
+    for _ in range(2):  # an adapter may be replaced
+        assert invoke("merge", *folders, "-o", tmp_path / "out", "--method", "svd").exit_code == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_calibration_rows_inform_the_merge(
+    folders, calibration, tmp_path, tiny_model, tokenizer, named
+):
+    """The same statistics collected by hand give the same merge; both forms of files do."""
+    sources = [str(calibration)]
+    if named:
+        sources = []
+        for name, rows in ROWS.items():
+            file = tmp_path / f"{name}.jsonl"
+            pairs = [{"prompt": p, "response": r} for p, r in rows]
+            file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+            sources.append(f"{name}={file}")
+    flags = [part for source in sources for part in ("--calibration", source)]
+    result = invoke("merge", *folders, "-o", tmp_path / "out", "--rank", 2,
+                    "--template", "plain", *flags)  # fmt: skip
+    assert result.exit_code == 0
+    adapters = read_adapters(folders)
+    files = []
+    for name, rows in ROWS.items():
+        prompts, responses = zip(*rows, strict=True)
+        encoded = encode(tokenizer, prompts, responses, template="plain")
+        files.append(tmp_path / f"{name}.safetensors")
+        modules = list(adapters[0].modules)
+        collect(tiny_model, encoded, name, modules, pad_id=0).save(files[-1])
+    statistics = ActivationStatistics.load(*files)
+    wanted = merge(adapters, "tc-lora", rank=2, statistics=statistics).adapter
+    assert_same(read_adapter(tmp_path / "out"), wanted)
+    blind = merge(adapters, "tc-lora", rank=2).adapter
+    module = next(iter(wanted.modules))
+    assert not torch.allclose(wanted.modules[module].delta(), blind.modules[module].delta())
+
+
+def test_the_scale_is_chosen_on_calibration_rows(
+    folders, calibration, tmp_path, tiny_model, tokenizer
+):
+    flags = ["--template", "plain", "--scales", 0.01, "--scales", 3]
+    result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
+                    "--calibration", calibration, *flags)  # fmt: skip
+    pairs = [pair for rows in ROWS.values() for pair in rows]
+    encoded = encode(tokenizer, *zip(*pairs, strict=True), template="plain")
+    adapters, rows = read_adapters(folders), list(batches(encoded, pad_id=0))
+    scale = tune_scale(tiny_model, adapters, "task-arithmetic", rows, (0.01, 3)).scale
+    assert f"scale {scale:g}" in result.stdout
+    wanted = merge(adapters, "task-arithmetic", scale=scale).adapter
+    assert_same(read_adapter(tmp_path / "out"), wanted)
+
+
+def test_scales_that_cannot_be_chosen_are_refused(folders, calibration, tmp_path):
+    def ask(*arguments):
+        return invoke("merge", *folders, "-o", tmp_path / "out", "--scales", 0.4, *arguments)
+
+    found = ask("--method", "ties")
+    assert found.exit_code == 2
+    assert "--scales needs --calibration" in found.output
+    rows = ("--calibration", calibration)
+    with pytest.raises(AdapterError, match="--scales needs a method with a scale, uniform has"):
+        ask("--method", "uniform", *rows)
+    with pytest.raises(AdapterError, match="exclude each other"):
+        ask("--method", "ties", "--option", "scale=1", *rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_must_serve_every_adapter_and_no_other(calibration, tmp_path):
+    assert set(read_calibration([str(calibration)], NAMES)) == set(NAMES)
+    with pytest.raises(DataError, match=r"adapters must be of sums, got words"):
+        read_calibration([str(calibration)], ["sums"])
+    with pytest.raises(DataError, match="has none for prose"):
+        read_calibration([str(calibration)], [*NAMES, "prose"])
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(DataError, match="must have a column 'adapter'"):
+        read_calibration([str(plain)], NAMES)
+    plain.write_text('{"prompt": "a", "response": "b", "adapter": null}\n')
+    with pytest.raises(DataError, match="row 1: 'adapter' must name an adapter"):
+        read_calibration([str(plain)], NAMES)
+
+
+def test_methods_are_listed_for_people_and_programs():
+    listed = json.loads(invoke("methods", "--json").stdout)
+    assert [row["name"] for row in listed] == [info.name for info in methods()]
+    assert {"name", "summary", "paper", "exact", "needs", "options"} <= set(listed[0])
+
+
+def test_inspect_measures_and_draws(folders, tmp_path):
+    result = invoke("inspect", *folders, "--picture", tmp_path / "p.png")
+    assert result.exit_code == 0
+    assert "sign conflict" in result.stdout
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_folders_of_one_name_are_told_apart(folders, tmp_path):
+    other = tmp_path / "run2" / "sums"
+    write_adapter(read_adapter(folders[0]), other)
+    assert [a.name for a in read_adapters([folders[0], str(other)])] == [
+        f"{tmp_path.name}-sums", "run2-sums",
+    ]  # fmt: skip
+
+
+def test_an_id_that_cannot_be_reached_is_named(tmp_path):
+    with pytest.raises(AdapterError, match="'someone/nothing' must be a directory or a Hugging"):
+        locate_adapter("someone/nothing")
+    with pytest.raises(AdapterError, match="must be a PEFT LoRA directory"):
+        read_adapters([str(tmp_path / "nowhere")])
+
+
+def test_an_adapter_of_the_hub_is_read_from_the_cache(folders, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return folders[0]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (adapter,) = read_adapters(["someone/sums"])
+    assert adapter.name == "sums"
+    assert_same(adapter, read_adapter(folders[0]))
+    assert asked == [("someone/sums", ["adapter_config.json", "adapter_model.safetensors"])]

@@ -1,0 +1,95 @@
+"""The command line on a routed library: generate, export, serve."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from typer.testing import CliRunner
+
+import tclora
+from tclora.adapter import read_adapter
+from tclora.errors import AdapterError, LibraryError
+from tclora_cli.main import app
+from tests.merge.examples import assert_same_updates
+from tests.route.conftest import *  # noqa: F403
+from tests.route.conftest import FAR, PROMPTS
+
+PROMPT = PROMPTS["cluster-1"][1]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_generate_shows_answers_and_routes(library):
+    wanted = tclora.load(library).generate([PROMPT, FAR], max_new_tokens=5)
+    result = invoke("generate", library, PROMPT, FAR, "--max-new-tokens", 5, "--json")
+    rows = json.loads(result.stdout)
+    assert [row["text"] for row in rows] == [answer.text for answer in wanted]
+    assert [row["known"] for row in rows] == [True, False]
+    assert rows[0]["weights"]["cluster-1"] == 1.0
+    shown = invoke("generate", library, PROMPT, FAR, "--max-new-tokens", 5).stdout
+    assert "cluster-1 100%" in shown
+    assert "static" in shown
+    with pytest.raises(LibraryError, match="prompts must not be empty, but number 2 is"):
+        invoke("generate", library, PROMPT, " ")
+
+
+def test_export_writes_plain_adapters(library, gated, tmp_path):
+    invoke("export", library, "-o", tmp_path / "one", "--cluster", "cluster-2")
+    assert_same_updates(read_adapter(tmp_path / "one"), gated.cluster(2))
+    invoke("export", library, "-o", tmp_path / "mix", "--weight", "cluster-0=0.5",
+           "--weight", "cluster-2=0.5")  # fmt: skip
+    assert_same_updates(read_adapter(tmp_path / "mix"), gated.mixed([0.5, 0, 0.5]))
+    with pytest.raises(AdapterError, match="must be a new directory"):
+        invoke("export", library, "-o", library, "--cluster", 0)
+    with pytest.raises(LibraryError, match="must be NAME=NUMBER, got cluster-0"):
+        invoke("export", library, "-o", tmp_path / "none", "--weight", "cluster-0")
+    with pytest.raises(LibraryError, match="exactly one of cluster and weights"):
+        invoke("export", library, "-o", tmp_path / "none")
+    with pytest.raises(LibraryError, match="cluster must be one of cluster-0"):
+        invoke("export", library, "-o", tmp_path / "none", "--cluster", "cooking")
+
+
+@pytest.mark.slow
+def test_serve_answers_on_loopback(library):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "from tclora_cli.main import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(library), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(server, f"{url}/health")
+        body = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 5}
+        request = urllib.request.Request(  # noqa: S310
+            f"{url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
+            found = json.load(response)
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stdout.close()
+    wanted = tclora.load(library).generate([PROMPT], max_new_tokens=5)[0]
+    assert found["choices"][0]["message"]["content"] == wanted.text
+    assert found["model"] == "library"
+
+
+def _wait(server, url):
+    for _ in range(120):
+        assert server.poll() is None, server.stdout.read()
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
+                assert json.load(response)["status"] == "ok"
+                return
+        except OSError:
+            time.sleep(0.5)
+    pytest.fail("the server did not start")

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from tclora.cluster.embed import embed_texts
+from tclora.errors import ModelError
+from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder
+
+TEXTS = ["Add 3 and 4.", "What colour is the sky?", "Add 3 and 5.", "a" * 300, "", "Add 3 and 4."]
+
+
+@pytest.fixture(scope="module")
+def location():
+    return locate_embedder(BUILTIN_EMBEDDER)
+
+
+@pytest.fixture(scope="module")
+def vectors(location):
+    return embed_texts(TEXTS, location)
+
+
+def test_rows_are_unit_vectors_in_the_order_of_the_texts(vectors, location):
+    assert vectors.shape == (6, 384)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    model = SentenceTransformer(location, device="cpu")
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        (wanted,) = model.encode([text], normalize_embeddings=True, show_progress_bar=False)
+        np.testing.assert_allclose(vector, wanted, atol=1e-5)
+
+
+def test_equal_texts_have_equal_vectors_and_similar_ones_similar(vectors):
+    np.testing.assert_array_equal(vectors[0], vectors[5])
+    assert vectors[0] @ vectors[2] > vectors[0] @ vectors[1] + 0.3
+
+
+def test_the_batch_size_does_not_matter(vectors, location):
+    np.testing.assert_allclose(embed_texts(TEXTS, location, batch_size=1), vectors, atol=1e-5)
+
+
+def test_results_are_read_from_the_cache(location, tmp_path, vectors):
+    first = embed_texts(TEXTS, location, cache=tmp_path, model_digest="m")
+    np.testing.assert_array_equal(first, vectors)
+    (file,) = tmp_path.iterdir()
+    # Marked, so that a hit can be told from a computation.
+    save_file({"embeddings": -load_file(file)["embeddings"]}, file)
+    again = embed_texts(TEXTS[::-1], location, cache=tmp_path, model_digest="m")
+    np.testing.assert_array_equal(again, -first[::-1])
+    other = embed_texts(TEXTS, location, cache=tmp_path, model_digest="another model")
+    np.testing.assert_array_equal(other, first)
+    fewer = embed_texts(TEXTS[:2], location, cache=tmp_path, model_digest="m")
+    np.testing.assert_allclose(fewer, first[:2], atol=1e-5)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_model_that_is_not_there_is_a_model_error(tmp_path):
+    with pytest.raises(ModelError, match=r"embed.model .* cannot be loaded"):
+        embed_texts(["a"], str(tmp_path / "none"))
+
+
+def test_vectors_that_are_not_finite_are_refused(location, tmp_path):
+    model = SentenceTransformer(location, device="cpu")
+    model[0].auto_model.embeddings.word_embeddings.weight.data[:] = float("nan")
+    model.save(str(tmp_path / "broken"))
+    with pytest.raises(ModelError, match="gave vectors that are not finite"):
+        embed_texts(["a"], str(tmp_path / "broken"))

@@ -1,0 +1,120 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tclora.jobs.devices import exclusive, job_environment, lease_gpu, parallel_jobs, visible_gpus
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tclora.jobs.devices import exclusive, lease_gpu
+path = Path(sys.argv[1])
+with exclusive(path) if sys.argv[2] == "lock" else lease_gpu(["0"], path):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(request, tmp_path):
+    """Another process that holds the lock, or the only GPU, until it is killed."""
+    path = tmp_path / "held"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), request.param], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().strip() == "held"
+    yield path, process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def kill_soon(process):
+    timer = threading.Timer(0.5, os.kill, (process.pid, signal.SIGKILL))
+    timer.start()
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("holder", ["lock"], indirect=True)
+def test_a_lock_excludes_another_process_until_it_is_killed(holder):
+    path, process = holder
+    started = kill_soon(process)
+    with exclusive(path) as waited:
+        assert time.monotonic() - started > 0.4
+        assert waited > 0.4
+    with exclusive(path) as waited:  # free now
+        assert waited < 0.4
+
+
+@pytest.mark.parametrize("holder", ["gpu"], indirect=True)
+def test_a_killed_holder_gives_its_gpu_back(holder):
+    folder, process = holder
+    with lease_gpu(["0", "1"], folder) as gpu:
+        assert gpu == "1"
+    started = kill_soon(process)
+    with lease_gpu(["0"], folder) as gpu:
+        assert gpu == "0"
+        assert time.monotonic() - started > 0.4
+
+
+def test_leases_are_of_different_gpus_and_return(tmp_path):
+    gpus = ["0", "1", "GPU-abc"]
+    with (
+        lease_gpu(gpus, tmp_path) as a,
+        lease_gpu(gpus, tmp_path) as b,
+        lease_gpu(gpus, tmp_path) as c,
+    ):
+        assert {a, b, c} == set(gpus)
+    with lease_gpu(gpus, tmp_path) as again:
+        assert again == "0"
+
+
+def test_more_threads_than_gpus_take_turns(tmp_path):
+    holding, most, seen = set(), [], []
+
+    def work():
+        with lease_gpu(["0", "1"], tmp_path) as gpu:
+            assert gpu not in holding
+            holding.add(gpu)
+            most.append(len(holding))
+            time.sleep(0.05)
+            holding.remove(gpu)
+            seen.append(gpu)
+
+    threads = [threading.Thread(target=work) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 5
+    assert max(most) == 2
+
+
+def test_a_machine_without_gpu_leases_none(tmp_path):
+    with lease_gpu([], tmp_path / "none") as gpu:
+        assert gpu is None
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("", []), ("-1", []), ("2", ["2"]), ("0, GPU-ab", ["0", "GPU-ab"])]
+)
+def test_visible_gpus_follow_the_environment(monkeypatch, value, wanted):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert visible_gpus() == wanted
+
+
+def test_parallel_jobs(monkeypatch):
+    assert parallel_jobs(3) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert parallel_jobs("auto") == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert parallel_jobs("auto") == 8
+    assert job_environment(8)["OMP_NUM_THREADS"] == "8"
+    assert job_environment(100)["OMP_NUM_THREADS"] == "1"

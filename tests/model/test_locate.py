@@ -1,0 +1,128 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from tclora.config import parse_config
+from tclora.errors import ConfigError, ModelError
+from tclora.model.locate import (
+    BUILTIN_BASE,
+    BUILTIN_EMBEDDER,
+    cache_dir,
+    choose_dtype,
+    load_base_model,
+    load_tokenizer,
+    locate_base_model,
+    locate_embedder,
+    model_digest,
+)
+from tclora.preflight import check
+
+
+@pytest.fixture
+def folder(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def test_a_local_folder_is_used_as_it_is(folder):
+    assert locate_base_model(str(folder)) == str(folder)
+    model = load_base_model(str(folder), torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+
+
+@pytest.mark.parametrize("locate", [locate_base_model, locate_embedder])
+def test_unknown_models_say_what_could_be_meant(locate, tmp_path):
+    with pytest.raises(
+        ModelError, match=r"'nobody/nothing' must be .* \(built in\), a local folder"
+    ):
+        locate("nobody/nothing")
+    with pytest.raises(ModelError, match=r"must hold a config\.json"):
+        locate(str(tmp_path))
+
+
+def test_weights_that_cannot_be_read_are_a_model_error(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"base_model .* cannot be loaded"):
+        load_base_model(str(folder), torch.float32)
+
+
+def test_the_digest_sees_configuration_names_and_sizes(folder):
+    before = model_digest(str(folder))
+    assert model_digest(str(shutil.copytree(folder, folder.parent / "copy"))) == before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    changed = model_digest(str(folder))
+    assert changed != before
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert model_digest(str(folder)) not in {before, changed}
+
+
+def test_a_missing_padding_token_becomes_the_end_token(folder):
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    values.pop("pad_token")
+    file.write_text(json.dumps(values))
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_choose_dtype():
+    assert choose_dtype("float32") == torch.float32
+    assert choose_dtype("bfloat16", "cuda") == torch.bfloat16
+    assert choose_dtype("auto") in {torch.float32, torch.bfloat16}
+
+
+def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("TCLORA_CACHE", str(tmp_path / "here"))
+    assert cache_dir() == tmp_path / "here"
+    monkeypatch.delenv("TCLORA_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "tclora"
+
+
+def test_the_packaged_embedder_is_found():
+    assert load_tokenizer(locate_embedder(BUILTIN_EMBEDDER))
+
+
+@pytest.mark.slow
+def test_the_packaged_base_model_is_converted_once():
+    location = locate_base_model(BUILTIN_BASE)
+    assert locate_base_model(BUILTIN_BASE) == location
+    tokenizer, model = load_tokenizer(location), load_base_model(location, torch.float32)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        best = model(ids).logits[0, -1].argmax()
+    assert tokenizer.decode(best).strip() == "Paris"
+
+
+def configuration(tiny_model_dir, **sections):
+    values = {"base_model": str(tiny_model_dir), "train": {"template": "plain"}}
+    return parse_config(values | sections)
+
+
+def test_a_fitting_configuration_passes(tiny_model_dir):
+    models = check(configuration(tiny_model_dir))
+    assert models.base == str(tiny_model_dir)
+    assert models.base_digest == model_digest(models.base)
+    assert models.embedder_digest == model_digest(locate_embedder(BUILTIN_EMBEDDER))
+
+
+def test_preflight_reports_every_problem(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    config = configuration(
+        folder,
+        train={"target_modules": "query", "template": "chat"},
+        merge={"methods": ["tc-lora", "magic", "more magic"]},
+        embed={"model": str(tmp_path / "none")},
+        evaluate={"harness": ["humaneval"]},
+    )
+    with pytest.raises(ConfigError, match="cannot start, 6 problem") as caught:
+        check(config)
+    for wanted in (
+        "merge.methods: 'magic' must be one of", "'more magic'", "train.target_modules 'query'",
+        "train.template must be 'plain'", "embed.model: ", "humaneval run code",
+    ):  # fmt: skip
+        assert wanted in str(caught.value)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.tensor.interference import interference
+
+
+def adapter(name, factors, module="q"):
+    return Adapter(name, {module: LoraFactors(*factors)})
+
+
+def draw(rank=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(9, rank, generator=generator, dtype=torch.float64),
+        torch.randn(rank, 7, generator=generator, dtype=torch.float64),
+    )
+
+
+def test_an_adapter_agrees_with_itself_and_fights_its_negative():
+    B, A = draw()
+    found = interference([adapter("a", (B, A)), adapter("b", (3 * B, A)), adapter("c", (-B, A))])
+    assert found.cosine.loc["a", "b"] == pytest.approx(1)
+    assert found.input_overlap.loc["a", "b"] == pytest.approx(1)
+    assert found.sign_conflict.loc["a", "b"] == pytest.approx(0, abs=1e-10)
+    assert found.cosine.loc["a", "c"] == pytest.approx(-1)
+    assert found.output_overlap.loc["a", "c"] == pytest.approx(1)
+    assert found.sign_conflict.loc["a", "c"] == pytest.approx(1)
+
+
+def test_cosine_is_the_dense_one():
+    one, two = draw(2), draw(3, seed=1)
+    X, Y = one[0] @ one[1], two[0] @ two[1]
+    found = interference([adapter("a", one), adapter("b", two)])
+    expected = float((X * Y).sum() / (X.norm() * Y.norm()))
+    assert found.cosine.loc["a", "b"] == pytest.approx(expected)
+    assert 0 <= found.sign_conflict.loc["a", "b"] <= 1
+
+
+def test_updates_of_different_inputs_do_not_meet():
+    B, _ = draw()
+    left, right = torch.eye(7).double()[:2], torch.eye(7).double()[2:4]
+    found = interference([adapter("a", (B, left)), adapter("b", (B, right))])
+    assert found.input_overlap.loc["a", "b"] == pytest.approx(0, abs=1e-12)
+    assert found.output_overlap.loc["a", "b"] == pytest.approx(1)
+    assert found.sign_conflict.loc["a", "b"] == 0
+
+
+def test_splitting_an_update_differently_changes_nothing():
+    one, two = draw(2), draw(3, seed=1)
+    M = torch.tensor([[2.0, 1.0], [0.5, -3.0]], dtype=torch.float64)
+    mixed = (one[0] @ M, torch.linalg.solve(M, one[1]))
+    first = interference([adapter("a", one), adapter("b", two)])
+    second = interference([adapter("a", mixed), adapter("b", two)])
+    for name in ("cosine", "input_overlap", "output_overlap", "sign_conflict"):
+        assert getattr(first, name).to_numpy() == pytest.approx(getattr(second, name).to_numpy())
+
+
+def test_modules_are_listed_per_pair_and_weighted_by_norm():
+    one, two = draw(2), draw(2, seed=1)
+    a = Adapter("a", {"q": LoraFactors(*one), "v": LoraFactors(0 * one[0], one[1])})
+    b = Adapter("b", {"q": LoraFactors(*one), "v": LoraFactors(*two)})
+    c = adapter("c", two)
+    found = interference([a, b, c])
+    assert len(found.modules) == 6
+    assert set(found.modules["module"]) == {"q", "v"}
+    assert found.cosine.loc["a", "b"] == pytest.approx(1)
+    assert not found.modules.isna().any().any()

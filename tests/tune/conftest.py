@@ -1,0 +1,3 @@
+"""The fixtures of the merge tests serve here too."""
+
+from tests.merge.conftest import *  # noqa: F403

@@ -2,7 +2,7 @@ import pytest
 
 from tclora.model.tokens import batches, encode
 from tclora.tune.rank import RoutedRecovery, smallest_rank
-from tests.route.conftest import PROMPTS, adapters, embedder_dir
+from tests.route.conftest import PROMPTS
 
 
 @pytest.mark.parametrize("needed", [1, 3, 8, 13, 40])

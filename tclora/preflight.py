@@ -13,7 +13,7 @@ from tclora.evaluate.lm_eval import executes_code
 from tclora.merge import methods
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
-from tclora.train import attach_lora
+from tclora.train.lora import attach_lora
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,38 @@ with the nearest known one, and all problems are reported together.
 
 from tclora.config.loading import config_keys, load_config, parse_config
 from tclora.config.sections import (
+    AdapterConfig,
     ClusterConfig,
     Config,
     DataConfig,
     EmbedConfig,
     EvaluateConfig,
     FactoriseConfig,
+    HarnessConfig,
+    IntervalConfig,
+    MeasureConfig,
     MergeConfig,
     ResourceConfig,
     RouteConfig,
+    SolverConfig,
     TrainConfig,
 )
 
 __all__ = [
+    "AdapterConfig",
     "ClusterConfig",
     "Config",
     "DataConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FactoriseConfig",
+    "HarnessConfig",
+    "IntervalConfig",
+    "MeasureConfig",
     "MergeConfig",
     "ResourceConfig",
     "RouteConfig",
+    "SolverConfig",
     "TrainConfig",
     "config_keys",
     "load_config",

@@ -1,18 +1,23 @@
 """The sections of a run's configuration; every field carries its unit and meaning."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
     """Frozen values without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def only(self, part: type[S]) -> S:
+        """Return the values of one of the sections this one is made of."""
+        return part(**{name: getattr(self, name) for name in part.model_fields})
 
 
 class DataConfig(Section):
@@ -89,8 +94,8 @@ class ClusterConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """How one LoRA adapter is trained."""
+class AdapterConfig(Section):
+    """What determines one LoRA adapter beside its rows, its seeds and its base model."""
 
     r: Positive = Field(16, description="LoRA rank")
     alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / r")
@@ -111,6 +116,13 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
+    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+
+
+class TrainConfig(AdapterConfig):
+    """How the adapters are trained."""
+
     max_tokens: Positive = Field(1024, description="longest example; more is cut and reported")
     template: Literal["chat", "plain"] = Field(
         "chat", description="the tokenizer's chat template, or prompt, newline, response"
@@ -118,8 +130,6 @@ class TrainConfig(Section):
     init: Literal["shared", "independent"] = Field(
         "shared", description="start every adapter from the same A_0, or from its own"
     )
-    freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
-    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="type of weights in training and evaluation; auto: bf16 where fast"
     )
@@ -127,9 +137,19 @@ class TrainConfig(Section):
     joint: bool = Field(
         True, description="also train one LoRA on all rows, the monolithic baseline"
     )
+    engine: str = Field(
+        "separate", description="how several adapters are trained; a registered engine"
+    )
 
 
-class FactoriseConfig(Section):
+class SolverConfig(Section):
+    """How hard the CP solver tries."""
+
+    n_starts: Positive = Field(4, description="starts per module; the best fit is kept")
+    n_iter: Positive = Field(200, description="largest number of sweeps per start")
+
+
+class FactoriseConfig(SolverConfig):
     """The joint CP decomposition of all adapters."""
 
     rank: Positive = Field(16, description="CP rank R, components per module")
@@ -143,8 +163,6 @@ class FactoriseConfig(Section):
     ranks: tuple[Positive, ...] = Field(
         (1, 2, 4, 8, 16, 32, 64), description="ranks of the explained-variance curve"
     )
-    n_starts: Positive = Field(4, description="starts per module; the best fit is kept")
-    n_iter: Positive = Field(200, description="largest number of sweeps per start")
 
 
 class MergeConfig(Section):
@@ -202,19 +220,33 @@ class RouteConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
-    """What is measured."""
+class MeasureConfig(Section):
+    """What is measured on every held-out row."""
 
     token_budget: Positive = Field(2048, description="padded tokens per forward pass")
     generate: bool = Field(True, description="also score generated answers (exact match)")
     max_new_tokens: Positive = Field(24, description="longest generated answer (tokens)")
+
+
+class IntervalConfig(Section):
+    """How intervals are computed."""
+
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the bootstrap intervals")
     resamples: Positive = Field(2000, description="bootstrap resamples")
+
+
+class HarnessConfig(Section):
+    """Which standard benchmarks of lm-eval are run."""
+
     harness: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
     harness_limit: Positive | None = Field(None, description="items per lm-eval task")
     allow_code_execution: bool = Field(
         False, description="run model-written code of lm-eval tasks such as humaneval"
     )
+
+
+class EvaluateConfig(MeasureConfig, IntervalConfig, HarnessConfig):
+    """What is measured, and how it is summarised."""
 
 
 class ResourceConfig(Section):

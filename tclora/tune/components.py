@@ -7,14 +7,18 @@ Symbols: K adapters, R the CP rank, d_out × d_in a module.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
+from tclora.jobs.call import EventCallback
 from tclora.model.attach import attached
+from tclora.model.base import Base
 from tclora.model.loss import response_nll
+from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 from tclora.tensor.library import LibraryFactors
 
@@ -174,3 +178,49 @@ def _require_grad(tensors: Sequence[Tensor], needed: bool) -> None:
 
 def _scaled(factors: LoraFactors, gate: Tensor) -> LoraFactors:
     return LoraFactors(factors.B * gate.to(factors.B), factors.A)
+
+
+def refit_components(
+    *,
+    name: str,
+    base: Base,
+    sample: Sample,
+    adapter: Path,
+    n_steps: int,
+    target: Path,
+    on_event: EventCallback = lambda _: None,
+) -> list[float]:
+    """Fit the component weights of a merge on rows of every cluster; the job of a run.
+
+    Parameters
+    ----------
+    name : str
+        The merge method, for messages.
+    base : Base
+        The base model.
+    sample : Sample
+        The rows.
+    adapter : Path
+        PEFT directory of the merge.
+    n_steps : int
+        Steps of Adam.
+    target : Path
+        PEFT directory of the result.
+    on_event : callable
+        Called with ``step`` and ``loss`` before each step.
+
+    Returns
+    -------
+    list of float
+        Mean response NLL (nats per token) before each step.
+    """
+    loaded = base.load()
+    found = calibrate_components(
+        loaded.model,
+        read_adapter(adapter),
+        sample.together(loaded),
+        n_steps=n_steps,
+        progress=lambda step, loss: on_event({"step": step, "loss": loss}),
+    )
+    write_adapter(found.adapter, target)
+    return list(found.losses)

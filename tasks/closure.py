@@ -97,16 +97,15 @@ def closure(
 
 
 def symbols_of(value: object) -> Iterator[Symbol]:
-    """Yield the definitions behind a function, a class, a partial, a dataclass that holds some."""
+    """Yield the definitions behind a function, a class, a partial or an object with its fields."""
     if isinstance(value, partial):
         yield from symbols_of(value.func)
     elif isinstance(value, (FunctionType, type)):
         yield Symbol(value.__module__, value.__qualname__.partition(".")[0])
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from symbols_of(getattr(value, field.name))
-    elif callable(value):
+    elif type(value).__module__ != "builtins":
         yield from symbols_of(type(value))
+        for field in fields(value) if is_dataclass(value) else ():
+            yield from symbols_of(getattr(value, field.name))
 
 
 class _Search:

@@ -19,6 +19,7 @@ from tclora.config.sections import (
     MergeConfig,
     ResourceConfig,
     RouteConfig,
+    RouterConfig,
     SolverConfig,
     TrainConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "MergeConfig",
     "ResourceConfig",
     "RouteConfig",
+    "RouterConfig",
     "SolverConfig",
     "TrainConfig",
     "config_keys",

@@ -203,10 +203,9 @@ class MergeConfig(Section):
         return self
 
 
-class RouteConfig(Section):
-    """The routed library: the primary merge's factors, gated per prompt by the text router."""
+class RouterConfig(Section):
+    """How prompts are routed."""
 
-    enabled: bool = Field(True, description="build the routed library and evaluate it")
     mode: Literal["nearest", "softmax", "membership"] = Field(
         "nearest",
         description="the nearest cluster alone; a softmax over similarities to all centroids at a "
@@ -218,6 +217,12 @@ class RouteConfig(Section):
         description="at least this share of a cluster's prompts counts as known; the threshold "
         "lies halfway to other clusters' rows, and prompts beyond it get the static merge",
     )
+
+
+class RouteConfig(RouterConfig):
+    """The routed library: the primary merge's factors, gated per prompt by the text router."""
+
+    enabled: bool = Field(True, description="build the routed library and evaluate it")
 
 
 class MeasureConfig(Section):

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import tclora
-from flows.pipeline import pipeline
+from flows.pipeline import pipeline, step_named
 from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
 from tclora.library.manifest import read_manifest, verify
@@ -81,13 +81,14 @@ def settings(tmp_path_factory, tiny_model_dir):
 @pytest.fixture(scope="module")
 def failed(settings, environment, prefect_server):
     """A first run in which one training job cannot write its adapter; then the cause is gone."""
-    library = Path(settings["output"]) / "mine"
-    obstacle = library / "adapters" / "cluster-1"
+    staging = Path(settings["output"]) / ".mine.staging"
+    obstacle = staging / "adapters" / "cluster-1"
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("a file where the adapter's folder should be")
     with pytest.raises(JobError) as caught:
         pipeline(settings)
-    stamps = stamps_of(library)
+    assert not (staging.parent / "mine").exists()
+    stamps = stamps_of(staging)
     obstacle.unlink()
     return str(caught.value), stamps
 
@@ -396,7 +397,10 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
 
 def test_scales_are_tuned_on_the_calibration_rows(library, settings):
     merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
-    pipeline(settings | {"merge": merging}, until="merge")
+    before = stamps_of(library)
+    staging = Path(pipeline(settings | {"merge": merging}, until="merge")["library"])
+    assert stamps_of(library) == before
+    library = staging
     found = json.loads((library / "work" / "scales" / "task-arithmetic.json").read_text())
     losses = {float(scale): loss for scale, loss in found["losses"].items()}
     assert losses.keys() == {0.1, 0.8}
@@ -408,12 +412,15 @@ def test_scales_are_tuned_on_the_calibration_rows(library, settings):
         assert torch.allclose(factors.delta(), wanted[name].delta(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("until", "file"), [("read", "examples"), ("embed", "embeddings")])
-def test_a_run_can_stop_early(settings, tmp_path, until, file):
-    pipeline(settings | {"output": str(tmp_path)}, until=until)
-    names = {path.stem for path in (tmp_path / "mine" / "work").rglob("*") if path.is_file()}
-    assert file in names
-    assert names <= {"examples", "embeddings"}
+def test_a_run_can_stop_early(settings, tmp_path):
+    outcome = pipeline(settings | {"output": str(tmp_path)}, until="prepare")
+    assert outcome["until"] == "prepare"
+    assert not (tmp_path / "mine").exists()
+    names = {path.stem for path in Path(outcome["library"]).rglob("*") if path.is_file()}
+    assert names == {
+        "examples", "embeddings", "clusters", "centroids", "cluster-0", "cluster-1", "joint",
+        "evaluation",
+    }  # fmt: skip
 
 
 def test_problems_are_found_before_anything_is_done(settings, tmp_path):
@@ -433,6 +440,11 @@ def test_problems_are_found_before_anything_is_done(settings, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_stage_is_refused(settings):
-    with pytest.raises(ValueError, match=r"until must be one of read, embed, .*, got 'tea'"):
+def test_an_unknown_step_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"until must be one of prepare, train, .*, got 'tea'"):
         pipeline(settings, until="tea")
+
+
+@pytest.mark.parametrize(("former", "step"), [("cluster", "prepare"), ("report", "publish")])
+def test_stages_of_the_previous_version_name_their_step(former, step):
+    assert step_named(former) == step

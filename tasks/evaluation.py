@@ -1,0 +1,93 @@
+"""Stages that measure: one method at a time, in jobs of their own, and the summary of all."""
+
+import pandas as pd
+
+from tasks.artifact import Artifact, Artifacts, paths_of
+from tasks.keys import stage
+from tasks.where import Where
+from tclora.config import HarnessConfig, IntervalConfig, MeasureConfig
+from tclora.evaluate.method import ALL, evaluate_adapters, evaluate_routed
+from tclora.evaluate.recovery import recovery, summarise
+from tclora.files import atomic_path
+from tclora.jobs.call import Event, EventCallback
+from tclora.model.base import Base
+
+
+@stage("evaluate", "evaluate-{method}")
+def evaluate(
+    method: str,
+    rows: Artifact,
+    adapters: Artifacts,
+    config: MeasureConfig,
+    harness: HarnessConfig,
+    base: Base,
+    where: Where,
+) -> Artifact:
+    """Measure one method on the held-out rows.
+
+    `adapters` maps `ALL`, or a cluster's number, to an adapter; it is empty for the base model.
+    """
+    layout = where.layout
+    # A method that is a different adapter per row is no model lm-eval could be given.
+    asked = bool(harness.harness) and set(adapters) <= {ALL}
+    where.executor.run_isolated(
+        evaluate_adapters,
+        name=method,
+        base=base,
+        rows=rows.path,
+        adapters=paths_of(adapters),
+        config=config,
+        target=layout.items(method),
+        harness=harness if asked else None,
+        harness_target=layout.harness(method) if asked else None,
+        on_event=_shown(method, where),
+    )
+    files = [layout.items(method), *([layout.harness(method)] if asked else [])]
+    return Artifact.of(layout.root, *files)
+
+
+@stage("evaluate-routed", "evaluate-{method}")
+def measure_routed(
+    method: str, rows: Artifact, routed: Artifact, config: MeasureConfig, base: Base, where: Where
+) -> Artifact:
+    """Measure the routed library on the held-out rows, each prompt by its own route."""
+    library, routing = routed.paths
+    where.executor.run_isolated(
+        evaluate_routed,
+        name=method,
+        base=base,
+        rows=rows.path,
+        library=library,
+        routing=routing,
+        config=config,
+        target=where.layout.items(method),
+        on_event=_shown(method, where),
+    )
+    return Artifact.of(where.layout.root, where.layout.items(method))
+
+
+@stage("summarise")
+def summarise_items(items: Artifacts, config: IntervalConfig, seed: int, where: Where) -> Artifact:
+    """Collect the measured items of all methods; summaries and recovery with intervals."""
+    layout = where.layout
+    table = pd.concat([pd.read_parquet(item.path) for item in items.values()], ignore_index=True)
+    options = {**dict(config), "seed": seed}
+    tables = {
+        "items": table,
+        "summary": summarise(table, **options),
+        "recovery": recovery(table, **options),
+    }
+    harness = [path for item in items.values() for path in item.paths[1:]]
+    if harness:
+        tables["harness"] = pd.concat(map(pd.read_parquet, harness), ignore_index=True)
+    for name, frame in tables.items():
+        with atomic_path(layout.evaluation.table(name)) as fresh:
+            frame.to_parquet(fresh)
+    return Artifact.of(layout.root, *(layout.evaluation.table(name) for name in tables))
+
+
+def _shown(method: str, where: Where) -> EventCallback:
+    def on_event(event: Event) -> None:
+        where.progress.update(method, event["rows"], event["of"], "rows")
+
+    return on_event

@@ -241,7 +241,7 @@ def _routed(
         activations,
         embeddings,
         clusters,
-        cfg.route.mode,
+        cfg.route.router,
         cfg.route.top_k,
         cfg.route.coverage,
         cfg.seed,

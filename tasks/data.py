@@ -8,8 +8,10 @@ from prefect import get_run_logger
 from safetensors.numpy import load_file, save_file
 
 from tasks.artifact import Artifact, stage
+from tclora.cluster.centroids import NOISE
 from tclora.cluster.embed import embed_texts
-from tclora.cluster.rows import NOISE, agreement, assign, assign_held_out, cluster_rows, map_2d
+from tclora.cluster.quality import agreement, map_2d
+from tclora.cluster.rows import cluster_rows
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.data.examples import profile, read_examples
 from tclora.files import atomic_path
@@ -60,21 +62,17 @@ def embed(examples: Artifact, config: EmbedConfig, location: str, digest: str) -
 
 @stage("tclora.cluster", name="cluster")
 def cluster(examples: Artifact, embeddings: Artifact, config: ClusterConfig, seed: int) -> Artifact:
-    """Cluster the training rows and assign every other row to its nearest centroid."""
+    """Cluster the training rows and assign every other row by the clusterer's own rule."""
     frame = pd.read_parquet(examples.path)
     vectors = load_file(embeddings.path)["embeddings"]
     training = (frame["split"] == "train").to_numpy()
     tasks = frame["task"].tolist()
     known = [task for task, row in zip(tasks, training, strict=True) if row]
     result = cluster_rows(vectors[training], config, tasks=known, seed=seed)
-    nearest, _ = assign(vectors, result.centroids)
-    labels = nearest.copy()
+    labels = np.empty(len(frame), dtype=np.int64)
     labels[training] = result.labels
-    held_out = ~training
-    labels[held_out] = assign_held_out(
-        nearest[held_out], [task for task, row in zip(tasks, training, strict=True) if not row],
-        result.labels, known, config.method, seed,
-    )  # fmt: skip
+    unseen = [task for task, row in zip(tasks, training, strict=True) if not row]
+    labels[~training] = result.assign(vectors[~training], unseen)
     points = map_2d(vectors, seed)
     table = frame[["id", "prompt", "task", "split"]].assign(
         cluster=labels,

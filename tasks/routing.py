@@ -1,6 +1,5 @@
 """The task that makes the routed library: gates, router, and where held-out prompts go."""
 
-import numpy as np
 import pandas as pd
 from prefect import get_run_logger
 from safetensors.numpy import load_file
@@ -47,7 +46,7 @@ def route(
     statistics: Artifact | None,
     embeddings: Artifact,
     clusters: Artifact,
-    mode: str,
+    router_name: str,
     top_k: int | None,
     coverage: float,
     seed: int,
@@ -65,7 +64,7 @@ def route(
     training = (rows["split"] == "train").to_numpy()
     labels = rows.loc[training, "cluster"].to_numpy()
     router = fit_router(
-        vectors[training], labels, mode=mode, top_k=top_k, coverage=coverage, seed=seed
+        vectors[training], labels, router=router_name, top_k=top_k, coverage=coverage, seed=seed
     )
     write_library(root / FOLDER, gated, router, info)
     rows["true"] = true_clusters(rows)
@@ -76,7 +75,9 @@ def route(
     for name, value in figures.items():
         get_run_logger().info("router: %s %.3f", name, value)
     separate = sum(size(part.path) for part in adapters.values())
-    figures["temperature"] = router.temperature
+    figures |= {
+        name: value for name, value in router.save().settings.items() if isinstance(value, float)
+    }
     share = size(root / FOLDER) / separate
     return Artifact.of(
         root,
@@ -86,7 +87,8 @@ def route(
         | {"router/bytes_share": share},
         info={
             **figures,
-            "mode": mode,
+            "router": router_name,
+            "by_token": "token_temperature" in routing,
             "method": info.method,
             "bytes_share": share,
             "calibration_curve": calibration_curve(routing).to_dict("records"),
@@ -98,13 +100,5 @@ def _route_rows(
     rows: pd.DataFrame, vectors: Embeddings, router: Router, names: tuple[str, ...]
 ) -> pd.DataFrame:
     """Return one row per held-out prompt: its routing, its weights in columns of their own."""
-    routing = router.route(vectors)
-    probabilities = router.probabilities(vectors)
-    weights = pd.DataFrame(routing.weights, columns=list(names), index=rows.index)
-    table = rows.assign(
-        nearest=probabilities.argmax(axis=1),
-        known=routing.known,
-        similarity=routing.similarity,
-        confidence=np.max(probabilities, axis=1, initial=0.0),
-    )
-    return pd.concat([table, weights], axis=1).reset_index(drop=True)
+    table = router.route(vectors).table(names)
+    return pd.concat([rows.reset_index(drop=True), table], axis=1)

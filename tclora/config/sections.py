@@ -58,8 +58,10 @@ class EmbedConfig(Section):
 class ClusterConfig(Section):
     """How the training rows are divided among adapters."""
 
-    method: Literal["kmeans", "hdbscan", "random", "task"] = Field(
-        "kmeans", description="random and task (by label) are controls"
+    method: str = Field(
+        "kmeans",
+        description="registered name: kmeans, hdbscan, the controls random and task (by label), "
+        "or a plugin's",
     )
     k: Positive | Literal["auto"] = Field(
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"
@@ -80,8 +82,6 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _check_k(self) -> "ClusterConfig":
         if self.k == "auto":
-            if self.method == "random":
-                raise ValueError("k must be a number with method: random, got 'auto'")
             if self.k_range[0] > self.k_range[1]:
                 raise ValueError(f"k_range must be (low, high), got {list(self.k_range)}")
         elif self.fit_rows < self.k:
@@ -189,10 +189,11 @@ class RouteConfig(Section):
     """The routed library: the primary merge's factors, gated per prompt by the text router."""
 
     enabled: bool = Field(True, description="build the routed library and evaluate it")
-    mode: Literal["nearest", "softmax", "membership"] = Field(
+    router: str = Field(
         "nearest",
-        description="the nearest cluster alone; a softmax over similarities to all centroids at a "
-        "calibrated temperature; or HDBSCAN's soft membership by distance to exemplars",
+        description="registered name: nearest, the nearest cluster alone; softmax, over "
+        "similarities to all centroids at a calibrated temperature; membership, HDBSCAN's soft one "
+        "by distance to exemplars; per-token, every token by itself as Arrow; or a plugin's",
     )
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(

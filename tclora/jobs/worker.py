@@ -20,6 +20,7 @@ from tclora.adapter import Adapter, read_adapter
 from tclora.errors import TcloraError
 from tclora.jobs.run import EvaluateJob, Job, RankJob, RefineJob, ScaleJob, StatisticsJob, TrainJob
 from tclora.model.tokens import Batch, TokenRow, batches, encode_frame
+from tclora.registry import load_plugins
 
 _events = sys.stdout
 
@@ -241,18 +242,15 @@ def _evaluate(job: EvaluateJob) -> dict[str, Any]:
 
 def _route(model: Any, folder: Path, routing: Path) -> tuple[Any, Any]:  # noqa: ANN401
     """Return the model with a routed library's adapter, and the context that gates given rows."""
-    import torch
     from peft import PeftModel
 
-    from tclora.route import Gating, read_library
+    from tclora.route import Gating, read_library, routing_from_table
 
     library = read_library(folder)
     model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
     gating = Gating(model, library.gated)
-    table = pd.read_parquet(routing)
-    weights = torch.from_numpy(table[list(library.gated.names)].to_numpy("float32", copy=True))
-    known = torch.from_numpy(table["known"].to_numpy("bool", copy=True))
-    return model, lambda rows: gating.applied(weights[list(rows)], known[list(rows)])
+    routed = routing_from_table(pd.read_parquet(routing), library.gated.names)
+    return model, lambda rows: routed.take(rows).context(gating)
 
 
 def _run_harness(job: EvaluateJob, model: Any, tokenizer: Any) -> pd.DataFrame:  # noqa: ANN401
@@ -298,6 +296,7 @@ def main(path: str) -> None:
     """Run the job described by a JSON file; for ``python -m tclora.jobs.worker``."""
     _die_with_parent()
     _keep_events_apart()
+    load_plugins()
     job: Any = TypeAdapter(Job).validate_json(Path(path).read_text())
     run: dict[str, Callable[[Any], dict[str, Any]]] = {
         "train": _train,

@@ -2,15 +2,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from tclora.cluster.rows import (
-    NOISE,
-    agreement,
-    assign,
-    centroids,
-    cluster_rows,
-    map_2d,
-    silhouette,
-)
+from tclora.cluster.centroids import NOISE, assign, centroids
+from tclora.cluster.quality import agreement, map_2d, silhouette
+from tclora.cluster.registry import clusterers
+from tclora.cluster.rows import cluster_rows
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
 
@@ -132,8 +127,9 @@ def test_no_candidate_for_k_is_an_error():
 
 
 def test_auto_is_for_kmeans_alone():
-    with pytest.raises(ValueError, match="k must be a number with method: random"):
-        config("random", k="auto")
+    (problem,) = clusterers["random"].check(config("random", k="auto"))
+    assert "cluster.k must be a number with cluster.method: random" in problem
+    assert [clusterers[name].check(config(name)) for name in clusterers] == [[]] * len(clusterers)
 
 
 def test_one_cluster_is_allowed():

@@ -8,12 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
 
 from tclora.cluster.centroids import NOISE, Labels
 from tclora.cluster.embed import Embeddings
@@ -23,6 +17,8 @@ _SILHOUETTE_ROWS = 5_000
 
 def silhouette(vectors: Embeddings, labels: Labels, seed: int = 0) -> float | None:
     """Mean silhouette by cosine distance over a sample; None where it is not defined."""
+    from sklearn.metrics import silhouette_score
+
     kept = labels != NOISE
     distinct = len(np.unique(labels[kept]))
     if not 1 < distinct < kept.sum():
@@ -42,6 +38,8 @@ def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float
     tuple of float or None
         (ARI, NMI) over the labelled rows that are in a cluster; None if no row is labelled.
     """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     known = np.array([task is not None and not pd.isna(task) for task in tasks])
     kept = known & (labels != NOISE)
     if not kept.any():
@@ -55,6 +53,8 @@ def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float
 
 def map_2d(vectors: Embeddings, seed: int = 0) -> NDArray[np.float32]:
     """Project embeddings on their first two principal components, shape (N, 2)."""
+    from sklearn.decomposition import PCA
+
     if len(vectors) < 3:
         return np.zeros((len(vectors), 2), dtype=np.float32)
     return np.asarray(PCA(2, random_state=seed).fit_transform(vectors), dtype=np.float32)

@@ -59,9 +59,7 @@ class ClusterConfig(Section):
     """How the training rows are divided among adapters."""
 
     method: str = Field(
-        "kmeans",
-        description="registered name: kmeans, hdbscan, the controls random and task (by label), "
-        "or a plugin's",
+        "kmeans", description="registered name of a clusterer; `tclora methods` lists them"
     )
     k: Positive | Literal["auto"] = Field(
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"
@@ -190,10 +188,7 @@ class RouteConfig(Section):
 
     enabled: bool = Field(True, description="build the routed library and evaluate it")
     router: str = Field(
-        "nearest",
-        description="registered name: nearest, the nearest cluster alone; softmax, over "
-        "similarities to all centroids at a calibrated temperature; membership, HDBSCAN's soft one "
-        "by distance to exemplars; per-token, every token by itself as Arrow; or a plugin's",
+        "nearest", description="registered name of a router; `tclora methods` lists them"
     )
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(

@@ -296,7 +296,6 @@ def main(path: str) -> None:
     """Run the job described by a JSON file; for ``python -m tclora.jobs.worker``."""
     _die_with_parent()
     _keep_events_apart()
-    load_plugins()
     job: Any = TypeAdapter(Job).validate_json(Path(path).read_text())
     run: dict[str, Callable[[Any], dict[str, Any]]] = {
         "train": _train,
@@ -307,6 +306,7 @@ def main(path: str) -> None:
         "rank": _find_rank,
     }
     try:
+        load_plugins()
         result = run[job.kind](job)
     except (TcloraError, OSError) as error:
         result = {"error": f"{type(error).__name__}: {error}"}

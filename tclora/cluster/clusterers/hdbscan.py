@@ -1,7 +1,6 @@
 """HDBSCAN on reduced dimensions: densities mean little in hundreds."""
 
 import numpy as np
-from sklearn.decomposition import PCA
 
 from tclora.cluster.centroids import NOISE, Labels, assign, centroids
 from tclora.cluster.clusterers.sample import sample
@@ -38,6 +37,7 @@ def hdbscan(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
 def _fit(vectors: Embeddings, config: ClusterConfig, seed: int) -> Labels:
     """Return the labels of two clusters at least, and noise."""
     from hdbscan import HDBSCAN
+    from sklearn.decomposition import PCA
 
     size = config.hdbscan_min_cluster_size
     if len(vectors) < size:

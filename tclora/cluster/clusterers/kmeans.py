@@ -1,6 +1,6 @@
 """k-means on unit vectors: Euclidean, hence cosine."""
 
-from sklearn.cluster import KMeans
+from typing import TYPE_CHECKING
 
 from tclora.cluster.clusterers.sample import check_k, sample
 from tclora.cluster.embed import Embeddings
@@ -8,6 +8,9 @@ from tclora.cluster.quality import silhouette
 from tclora.cluster.registry import Groups, Rows, register
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 
 @register("kmeans")
@@ -36,5 +39,7 @@ def kmeans(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
     return Groups(fits[best].predict(rows.vectors), (notice,))
 
 
-def _fit(vectors: Embeddings, k: int, seed: int) -> KMeans:
+def _fit(vectors: Embeddings, k: int, seed: int) -> "KMeans":
+    from sklearn.cluster import KMeans  # costs as much as all the rest of a short command
+
     return KMeans(k, n_init=10, random_state=seed).fit(vectors)

@@ -91,6 +91,11 @@ class Registry(Mapping[str, T]):
         """Return one line on a variant."""
         return self._describe(self[name])
 
+    def module(self, name: str) -> str:
+        """Return the module that defines a variant, whose source its results depend on."""
+        entry = self[name]
+        return str(getattr(entry, "function", entry).__module__)
+
     def unknown(self, name: str) -> str:
         """Say that a name is not registered, and which are close to it."""
         return f"{self.kind} must be a registered name, got {name!r}; {self.hint(name)}"

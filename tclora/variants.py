@@ -15,11 +15,14 @@ class Variant:
         What configurations call it.
     summary : str
         One line.
+    module : str
+        The module that defines it, ours or a plugin's.
     """
 
     kind: str
     name: str
     summary: str
+    module: str
 
 
 def variants() -> list[Variant]:
@@ -29,7 +32,7 @@ def variants() -> list[Variant]:
     from tclora.route.router import routers
 
     return [
-        Variant(registry.kind, name, registry.summary(name))
+        Variant(registry.kind, name, registry.summary(name), registry.module(name))
         for registry in (merge_methods, routers, clusterers)
         for name in registry
     ]

@@ -91,7 +91,7 @@ def test_a_renamed_key_keeps_working_with_a_notice(tmp_path, caplog):
     assert "run.yaml: route.mode is now route.router" in caplog.text
     caplog.clear()
     assert load_config(None, ["route.mode=membership"]).route.router == "membership"
-    assert "--set route.mode: is now route.router" in caplog.text
+    assert "--set: route.mode is now route.router" in caplog.text
     assert load_config(path, ["route.router=nearest"]).route.router == "nearest"
     assert load_config(path, ["route.mode=nearest"]).route.router == "nearest"
     values = {"route": {"mode": "softmax"}}

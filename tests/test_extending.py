@@ -59,8 +59,10 @@ def test_the_guide_adds_one_of_each(plugins):
     before = set(variants())
     load_plugins()
     load_plugins()
-    added = {(v.kind, v.name): v.summary for v in set(variants()) - before}
-    assert added == ADDED
+    added = set(variants()) - before
+    assert {(v.kind, v.name): v.summary for v in added} == ADDED
+    assert {v.module for v in added} == set(EXAMPLES)
+    assert all(v.module.startswith("tclora.") for v in before)
 
 
 def test_every_registered_variant_has_a_summary():

@@ -89,10 +89,15 @@ def _renamed(values: dict[str, Any], source: str) -> dict[str, Any]:
         target = _section(values, after, create=True)
         if fresh in target:
             raise ConfigError(f"{source} must have {new} alone, got {old} too, its former name")
-        logger.warning("%s: %s is now %s; the former name goes with the next version",
-                       source, old, new)  # fmt: skip
+        _notify(source, old)
         target[fresh] = section.pop(last)
     return values
+
+
+def _notify(source: str, old: str) -> None:
+    logger.warning(
+        "%s: %s is now %s; the former name goes with the next version", source, old, RENAMED[old]
+    )
 
 
 def _section(values: dict[str, Any], path: Sequence[str], create: bool = False) -> dict[str, Any]:
@@ -127,8 +132,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override must be key=value, got {override!r}")
     key = key.strip()
     if key in RENAMED:
-        logger.warning("--set %s: is now %s; the former name goes with the next version",
-                       key, RENAMED[key])  # fmt: skip
+        _notify("--set", key)
         key = RENAMED[key]
     *sections, last = key.split(".")
     for section in sections:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from tclora.merge import merge
 from tclora.model.locate import locate_embedder
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode_frame
-from tclora.route import GatedAdapter, Gating, Router, fit_gates, fit_router
+from tclora.route import GatedAdapter, Gating, Router, derive, fit_gates, fit_router
 from tclora.tensor import factorise
 
 RANKS = (4, 8, 12, 16, 24, 32, 64, 96)
@@ -62,12 +61,11 @@ class Bench(HeldOut):
     def routed(self, method: str, gated: GatedAdapter, router: Router) -> pd.DataFrame:
         """Measure rows, each routed by its text."""
         routing = router.route(self.vectors)
-        weights, known = torch.from_numpy(routing.weights), torch.from_numpy(routing.known)
         with self.gated(gated) as (model, gating):
             return self.items(
                 method,
                 self.rows,
-                lambda rows: gating.applied(weights[list(rows)], known[list(rows)]),
+                lambda rows: routing.take(rows).context(gating),
                 model,
             )
 
@@ -157,7 +155,7 @@ def main(library: Path) -> None:
         routed = bench.routed("routed", gated, bench.router)
         add("routed (tc-lora factors, gates fitted on inputs)", rank, routed, size)
         if rank == 16:
-            soft = replace(bench.router, mode="softmax")
+            soft = derive(bench.router, "softmax")
             add("same, softmax at calibrated T", rank, bench.routed("softmax", gated, soft), size)
             for top in (1, 3):
                 items = bench.by_token(f"token-{top}", gated, top)

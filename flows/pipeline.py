@@ -19,6 +19,7 @@ from flows.train import train
 from tclora.config import load_config
 from tclora.errors import ConfigError
 from tclora.preflight import check
+from tclora.registry import load_plugins
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def pipeline(
     dict of str to str
         Last step, folder of the library or of what there is of it, MLflow run and store.
     """
+    load_plugins()  # a worker of a deployment does not come through the command line
     cfg = load_config(config, overrides)
     last = step_named(until)
     with opened(cfg, check(cfg)) as context:

@@ -5,7 +5,7 @@ from flows.parallel import collect, parallel_flow
 from tasks.training import train as train_stage
 from tclora.config import AdapterConfig
 from tclora.library.names import JOINT
-from tclora.train.engines import ENGINES
+from tclora.train.engines import engines
 
 
 @parallel_flow("train-library")
@@ -17,7 +17,7 @@ def train(context: Context, prepared: Prepared) -> Trained:
     apart = cfg.train.init == "independent"
     seeds = {name: cfg.seed + number * apart for number, name in enumerate(sorted(rows))}
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
-    groups = ENGINES[cfg.train.engine].divide(sizes, context.where.executor.slots)
+    groups = engines[cfg.train.engine].divide(sizes, context.where.executor.slots)
     where = context.where.shared_by(len(groups))
     futures = {
         (job := "+".join(names)): train_stage.submit(

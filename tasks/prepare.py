@@ -9,7 +9,7 @@ from tasks.artifact import Artifact, Artifacts
 from tasks.keys import stage
 from tasks.where import Where
 from tclora.cluster.embed import embed_texts
-from tclora.cluster.rows import NOISE, agreement, assign, assign_held_out, cluster_rows, map_2d
+from tclora.cluster.rows import NOISE, agreement, cluster_rows, map_2d
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.data.examples import profile, read_examples
 from tclora.files import atomic_path
@@ -67,14 +67,11 @@ def cluster(
     vectors = load_file(embeddings.path)["embeddings"]
     training = (frame["split"] == "train").to_numpy()
     tasks = frame["task"].to_numpy(object)
-    known, unknown = tasks[training].tolist(), tasks[~training].tolist()
+    known, unseen = tasks[training].tolist(), tasks[~training].tolist()
     result = cluster_rows(vectors[training], config, tasks=known, seed=seed)
-    nearest, _ = assign(vectors, result.centroids)
-    labels = nearest.copy()
+    labels = np.empty(len(frame), dtype=np.int64)
     labels[training] = result.labels
-    labels[~training] = assign_held_out(
-        nearest[~training], unknown, result.labels, known, config.method, seed
-    )
+    labels[~training] = result.assign(vectors[~training], unseen)
     points = map_2d(vectors, seed)
     table = frame[["id", "prompt", "task", "split"]].assign(
         cluster=labels,

@@ -1,6 +1,5 @@
 """The stage that makes the routed library: gates, router, and where held-out prompts go."""
 
-import numpy as np
 import pandas as pd
 from prefect import get_run_logger
 from safetensors.numpy import load_file
@@ -10,11 +9,10 @@ from tasks.keys import stage
 from tasks.merging import Given
 from tasks.where import Where
 from tclora.adapter import read_adapter
-from tclora.cluster.embed import Embeddings
 from tclora.config import RouterConfig
 from tclora.files import atomic_path
 from tclora.library.manifest import size
-from tclora.route import RoutedInfo, Router, fit_gates, fit_router, write_library
+from tclora.route import RoutedInfo, fit_gates, fit_router, write_library
 from tclora.route.quality import calibration_curve, router_figures, true_clusters
 
 _COLUMNS = ["id", "prompt", "task", "split", "cluster"]
@@ -41,39 +39,27 @@ def route(
     labels = rows.loc[training, "cluster"].to_numpy()
     router = fit_router(vectors[training], labels, **dict(config), seed=inputs.seed)
     write_library(layout.routed.folder, gated, router, info)
-    rows["true"] = true_clusters(rows)
-    routing = _route_rows(rows[~training], vectors[~training], router, gated.names)
+    held_out = rows.assign(true=true_clusters(rows))[~training].reset_index(drop=True)
+    table = router.route(vectors[~training]).table(gated.names)
+    routing = pd.concat([held_out, table], axis=1)
     with atomic_path(layout.routing) as fresh:
         routing.to_parquet(fresh)
     figures = dict(router_figures(routing)) if len(routing) else {}
     for name, value in figures.items():
         get_run_logger().info("router: %s %.3f", name, value)
+    figures |= {n: v for n, v in router.save().settings.items() if isinstance(v, float)}
     separate = sum(size(path) for path in inputs.adapters.values())
-    figures |= {
-        "temperature": router.temperature,
-        "bytes_share": size(layout.routed.folder) / separate,
-    }
-    curve = calibration_curve(routing).to_dict("records")
+    figures["bytes_share"] = size(layout.routed.folder) / separate
     return Artifact.of(
         layout.root,
         layout.routed.folder,
         layout.routing,
         metrics={f"router/{name}": value for name, value in figures.items()},
-        info={**figures, "mode": config.mode, "method": info.method, "calibration_curve": curve},
+        info={
+            **figures,
+            "router": config.router,
+            "by_token": "token_temperature" in routing,
+            "method": info.method,
+            "calibration_curve": calibration_curve(routing).to_dict("records"),
+        },
     )
-
-
-def _route_rows(
-    rows: pd.DataFrame, vectors: Embeddings, router: Router, names: tuple[str, ...]
-) -> pd.DataFrame:
-    """Return one row per held-out prompt: its routing, its weights in columns of their own."""
-    routing = router.route(vectors)
-    probabilities = router.probabilities(vectors)
-    weights = pd.DataFrame(routing.weights, columns=list(names), index=rows.index)
-    table = rows.assign(
-        nearest=probabilities.argmax(axis=1),
-        known=routing.known,
-        similarity=routing.similarity,
-        confidence=np.max(probabilities, axis=1, initial=0.0),
-    )
-    return pd.concat([table, weights], axis=1).reset_index(drop=True)

@@ -7,12 +7,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tclora.cluster.registry import clusterers
 from tclora.config import Config
 from tclora.errors import ConfigError, ModelError
 from tclora.evaluate.lm_eval import executes_code
 from tclora.merge import methods
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
+from tclora.route.router import routers
 from tclora.train.lora import attach_lora
 
 
@@ -40,11 +42,12 @@ def check(config: Config) -> Models:
     Raises
     ------
     ConfigError
-        With every problem found: unknown models or merge methods, a LoRA target that matches no
-        layer, a missing chat template, missing packages.
+        With every problem found: unknown models, methods, routers or clusterers, a LoRA target
+        that matches no layer, a missing chat template, missing packages.
     """
     problems: list[str] = []
     problems += _method_problems(config) + _harness_problems(config)
+    problems += _variant_problems(config)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)
@@ -78,6 +81,18 @@ def _method_problems(config: Config) -> list[str]:
             f"factorise.target_recovery needs a merge.primary whose rank is the CP rank, of "
             f"{sorted(ranked)}, got {config.merge.primary!r}"
         )
+    return problems
+
+
+def _variant_problems(config: Config) -> list[str]:
+    """Name a router or clusterer that is not registered, or that the settings do not suit."""
+    method, problems = config.cluster.method, []
+    if method in clusterers:
+        problems += clusterers[method].check(config.cluster)
+    else:
+        problems.append(f"cluster.method: {clusterers.unknown(method)}")
+    if config.route.router not in routers:
+        problems.append(f"route.router: {routers.unknown(config.route.router)}")
     return problems
 
 

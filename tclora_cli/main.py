@@ -210,6 +210,11 @@ EmbedderOption = Annotated[
     str | None, typer.Option(help="Embedding model, if it is not where the library was made.")
 ]
 
+RouterOption = Annotated[
+    str | None,
+    typer.Option(help="Another router on the library's clusters, such as softmax or per-token."),
+]
+
 
 @app.command()
 def generate(
@@ -217,6 +222,7 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="Answered in one batch.")],
     base: BaseOption = None,
     embedder: EmbedderOption = None,
+    router: RouterOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -224,7 +230,7 @@ def generate(
     _settle_environment()
     from tclora_cli.serving import print_answers
 
-    print_answers(library, prompts, (base, embedder), max_new_tokens, as_json, console)
+    print_answers(library, prompts, (base, embedder, router), max_new_tokens, as_json, console)
 
 
 @app.command()
@@ -232,6 +238,7 @@ def serve(
     library: LibraryArgument,
     base: BaseOption = None,
     embedder: EmbedderOption = None,
+    router: RouterOption = None,
     port: Annotated[int, typer.Option(help="Port.")] = 8000,
     host: Annotated[str, typer.Option(help="Address; anyone who reaches it may use it.")] = (
         "127.0.0.1"
@@ -243,7 +250,7 @@ def serve(
     _settle_environment()
     from tclora_cli.serving import serve_library
 
-    serve_library(library, (base, embedder), host, port, max_batch, max_tokens, console)
+    serve_library(library, (base, embedder, router), host, port, max_batch, max_tokens, console)
 
 
 @app.command()
@@ -282,8 +289,10 @@ def _settle_environment() -> None:
 def main() -> None:
     """Run the command line; errors the user can repair end with one message, not a traceback."""
     from tclora.errors import TcloraError
+    from tclora.registry import load_plugins
 
     try:
+        load_plugins()
         app()
     except TcloraError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)

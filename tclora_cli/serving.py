@@ -8,14 +8,24 @@ from rich.table import Table
 
 from tclora.errors import LibraryError
 from tclora.route import read_library
-from tclora.route.model import Completion, load
+from tclora.route.model import Completion, RoutedModel, load
 from tclora_cli.merging import check_target
+
+Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
+
+
+def _load(library: Path, parts: Parts) -> RoutedModel:
+    base, embedder, router = parts
+    try:
+        return load(library, base, embedder=embedder, router=router)
+    except ValueError as error:  # an unknown router
+        raise LibraryError(str(error)) from error
 
 
 def print_answers(
     library: Path,
     prompts: Sequence[str],
-    models: tuple[str | None, str | None],
+    parts: Parts,
     max_new_tokens: int,
     as_json: bool,
     console: Console,
@@ -23,13 +33,12 @@ def print_answers(
     """Answer prompts and print each answer with its routing weights."""
     if empty := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         raise LibraryError(f"prompts must not be empty, but number {empty[0]} is")
-    base, embedder = models
-    model = load(library, base, embedder=embedder)
+    model = _load(library, parts)
     answers = model.generate(prompts, max_new_tokens=max_new_tokens)
     if as_json:
         rows = [
             {"prompt": prompt, "text": answer.text, "known": answer.known}
-            | {"weights": answer.weights}
+            | {"weights": answer.weights, "by_token": answer.by_token}
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         console.print_json(data=rows)
@@ -43,13 +52,15 @@ def print_answers(
 def _route(answer: Completion) -> str:
     if not answer.known:
         return "static merge (far from every cluster)"
+    if answer.by_token:
+        return "every token by itself"
     ranked = sorted(answer.weights.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {weight:.0%}" for name, weight in ranked if weight >= 0.005)
 
 
 def serve_library(
     library: Path,
-    models: tuple[str | None, str | None],
+    parts: Parts,
     host: str,
     port: int,
     max_batch: int,
@@ -61,8 +72,7 @@ def serve_library(
 
     from tclora.serve import Engine, Limits, create_app
 
-    base, embedder = models
-    engine = Engine(load(library, base, embedder=embedder), max_batch)
+    engine = Engine(_load(library, parts), max_batch)
     name = library.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
     console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)

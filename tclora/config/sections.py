@@ -63,8 +63,8 @@ class EmbedConfig(Section):
 class ClusterConfig(Section):
     """How the training rows are divided among adapters."""
 
-    method: Literal["kmeans", "hdbscan", "random", "task"] = Field(
-        "kmeans", description="random and task (by label) are controls"
+    method: str = Field(
+        "kmeans", description="registered name of a clusterer; `tclora methods` lists them"
     )
     k: Positive | Literal["auto"] = Field(
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"
@@ -85,8 +85,6 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _check_k(self) -> "ClusterConfig":
         if self.k == "auto":
-            if self.method == "random":
-                raise ValueError("k must be a number with method: random, got 'auto'")
             if self.k_range[0] > self.k_range[1]:
                 raise ValueError(f"k_range must be (low, high), got {list(self.k_range)}")
         elif self.fit_rows < self.k:
@@ -206,10 +204,8 @@ class MergeConfig(Section):
 class RouterConfig(Section):
     """How prompts are routed."""
 
-    mode: Literal["nearest", "softmax", "membership"] = Field(
-        "nearest",
-        description="the nearest cluster alone; a softmax over similarities to all centroids at a "
-        "calibrated temperature; or HDBSCAN's soft membership by distance to exemplars",
+    router: str = Field(
+        "nearest", description="registered name of a router; `tclora methods` lists them"
     )
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(

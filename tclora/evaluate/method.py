@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from tclora.files import atomic_path
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base, LoadedBase
 from tclora.route import Gating, read_library
+from tclora.route.routing import routing_from_table
 
 ALL = "all"  # the key of an adapter that answers for every row
 _LABELS = ["split", "task", "cluster", "prompt", "answer"]
@@ -145,10 +145,8 @@ def _gated(model: PreTrainedModel, folder: Path, routing: Path) -> tuple[Any, Ro
     library = read_library(folder)
     adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
     gating = Gating(adapted, library.gated)
-    table = pd.read_parquet(routing)
-    weights = torch.from_numpy(table[list(library.gated.names)].to_numpy("float32", copy=True))
-    known = torch.from_numpy(table["known"].to_numpy("bool", copy=True))
-    return adapted, lambda rows: gating.applied(weights[list(rows)], known[list(rows)])
+    routed = routing_from_table(pd.read_parquet(routing), library.gated.names)
+    return adapted, lambda rows: routed.take(rows).context(gating)
 
 
 def _measured(

@@ -154,11 +154,11 @@ class Layout:
         return self.work / "unrefined" / method
 
     def items(self, method: str) -> Path:
-        """What was measured of one method, one row per held-out row."""
+        """Measurements of one method, one row per held-out row."""
         return self.work / "items" / f"{method}.parquet"
 
     def harness(self, method: str) -> Path:
-        """What lm-eval measured of one method."""
+        """Measurements of one method by lm-eval."""
         return self.work / "items" / f"{method}.harness.parquet"
 
     @property
@@ -237,7 +237,7 @@ class EvaluationLayout:
 
     @property
     def harness(self) -> Path:
-        """What lm-eval measured, per method."""
+        """Measurements by lm-eval, per method."""
         return self.table("harness")
 
 

@@ -11,24 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from tclora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from tclora.errors import LibraryError
 from tclora.files import atomic_path, sha256_file, write_json
 from tclora.route.gates import GatedAdapter
-from tclora.route.router import Router
+from tclora.route.router import Router, load_router, save_router
 
 FOLDER = "routed"  # below a library directory
 INFO_FILE = "routed.json"
 GATES_FILE = "gates.safetensors"
 ROUTER_FILE = "router.safetensors"
-_ARRAYS = ("centroids", "thresholds", "exemplars")
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, ROUTER_FILE)
 
 
@@ -153,26 +149,28 @@ def write_library(folder: Path, gated: GatedAdapter, router: Router, info: Route
         write_adapter(gated.adapter, fresh)
         gates = {name: gate.contiguous() for name, gate in gated.gates.items()}
         save_file(gates, fresh / GATES_FILE, metadata={"names": json.dumps(gated.names)})
-        arrays = {name: getattr(router, name) for name in _ARRAYS}
-        settings = {
-            "temperature": router.temperature, "mode": router.mode, "top_k": router.top_k,
-        }  # fmt: skip
-        save_arrays(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            fresh / ROUTER_FILE,
-            metadata={"settings": json.dumps(settings)},
-        )
+        save_router(router, fresh / ROUTER_FILE)
         digests = {name: sha256_file(fresh / name) for name in _FILES}
         write_json(fresh / INFO_FILE, info.model_dump() | {"digests": digests})
 
 
-def read_library(path: str | Path) -> RoutedLibrary:
+def read_library(path: str | Path, *, router: str | None = None) -> RoutedLibrary:
     """Read a routed library, from its own folder or from the library directory that holds it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder.
+    router : str, optional
+        Registered name of another router to make of the stored one's values.
 
     Raises
     ------
     LibraryError
-        If a file is missing, corrupt or of another version; the message names it.
+        If a file is missing, corrupt or of another version, which the message names; or if the
+        router is not registered here, or cannot be made of the stored values.
+    ValueError
+        If no router has the name asked for.
     """
     folder = Path(path)
     if not (folder / INFO_FILE).exists() and (folder / FOLDER).is_dir():
@@ -180,19 +178,10 @@ def read_library(path: str | Path) -> RoutedLibrary:
     info = _read_info(folder)
     with safe_open(folder / GATES_FILE, framework="pt") as file:
         names = tuple(json.loads((file.metadata() or {})["names"]))
-    with safe_open(folder / ROUTER_FILE, framework="np") as file:
-        settings = json.loads((file.metadata() or {})["settings"])
     found = read_adapter(folder, info.method)
     adapter = Adapter(found.name, dict(found.modules), found.base_model)
     gated = GatedAdapter(adapter, load_file(folder / GATES_FILE), names)
-    arrays = load_arrays(folder / ROUTER_FILE)
-    router = Router(
-        centroids=arrays["centroids"],
-        thresholds=arrays["thresholds"],
-        exemplars=arrays["exemplars"],
-        **settings,
-    )
-    return RoutedLibrary(folder, gated, router, info)
+    return RoutedLibrary(folder, gated, load_router(folder / ROUTER_FILE, router), info)
 
 
 def _read_info(folder: Path) -> RoutedInfo:

@@ -75,7 +75,7 @@ class TrainingEngine(Protocol):
         """Train the adapters of one job; every step is an event with the adapter's ``name``."""
 
 
-ENGINES: Registry[TrainingEngine] = Registry("training engine")
+engines: Registry[TrainingEngine] = Registry("training engine")
 
 
 class Separate:
@@ -101,7 +101,7 @@ class Separate:
         }
 
 
-ENGINES.register("separate")(Separate())
+engines.register("separate")(Separate())
 
 
 def train_adapters(
@@ -118,7 +118,7 @@ def train_adapters(
     Parameters
     ----------
     engine : str
-        Name in `ENGINES`.
+        Name in `engines`.
     base : Base
         The base model.
     requests : list of AdapterRequest
@@ -142,7 +142,7 @@ def train_adapters(
     NonFiniteLossError
         If a loss becomes NaN or infinite.
     """
-    return ENGINES[engine].train(
+    return engines[engine].train(
         base, requests, config, checkpoint_steps=checkpoint_steps, on_event=on_event
     )
 

@@ -39,6 +39,17 @@ def test_generate_shows_answers_and_routes(library):
         invoke("generate", library, PROMPT, " ")
 
 
+def test_generate_takes_another_router(library):
+    wanted = tclora.load(library, router="per-token").generate([PROMPT, FAR], max_new_tokens=5)
+    arguments = ("generate", library, PROMPT, FAR, "--max-new-tokens", 5, "--router")
+    rows = json.loads(invoke(*arguments, "per-token", "--json").stdout)
+    assert [row["text"] for row in rows] == [answer.text for answer in wanted]
+    assert [row["by_token"] for row in rows] == [True, True]
+    assert "every token" in invoke(*arguments, "per-token").stdout
+    with pytest.raises(LibraryError, match="got 'per-tokn'; did you mean per-token"):
+        invoke(*arguments, "per-tokn")
+
+
 def test_export_writes_plain_adapters(library, gated, tmp_path):
     invoke("export", library, "-o", tmp_path / "one", "--cluster", "cluster-2")
     assert_same_updates(read_adapter(tmp_path / "one"), gated.cluster(2))

@@ -235,6 +235,20 @@ def test_the_routing_of_every_task_is_shown(library):
     assert row.endswith('--share:1.000">100</td>')  # all of it to the static merge
 
 
+def test_the_router_is_named_and_gates_by_token_are_told(library):
+    page = write_report(library).read_text()
+    assert "Router: nearest." in page
+    assert "Every token chooses" not in page
+    manifest = json.loads((library / "library.json").read_text())
+    edit_manifest(library, routed=manifest["routed"] | {"router": "mine", "by_token": True})
+    page = write_report(library).read_text()
+    assert "Router: mine." in page
+    assert "Every token chooses its gate" in page
+    del manifest["routed"]["router"]  # as version 0.1.0 wrote it
+    edit_manifest(library, routed=manifest["routed"] | {"mode": "softmax"})
+    assert "Router: softmax." in write_report(library).read_text()
+
+
 def test_a_library_without_router_says_so(library):
     edit_manifest(library, routed=None, digests={"clusters.parquet": "ef" * 32})
     (library / "routing.parquet").unlink()

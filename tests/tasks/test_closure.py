@@ -36,8 +36,26 @@ SOURCES = {
         def other():
             return 1
     """,
-    "helper": "def f(x):\n    return _inner(x)\n\ndef _inner(x):\n    return x\n\ndef idle():\n    return 0",
-    "deep": "class Base:\n    pass\n\nclass Deep(Base):\n    n = 1\n\ndef g(x):\n    return Deep.n * x",
+    "helper": """
+        def f(x):
+            return _inner(x)
+
+        def _inner(x):
+            return x
+
+        def idle():
+            return 0
+    """,
+    "deep": """
+        class Base:
+            pass
+
+        class Deep(Base):
+            n = 1
+
+        def g(x):
+            return Deep.n * x
+    """,
     "leaf": "value = 1\nelsewhere = 2",
     "late": "def late():\n    return 1",
     "variants": """

@@ -8,21 +8,18 @@ Symbols: N rows, D embedding width, K clusters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import (
-    adjusted_rand_score,
-    normalized_mutual_info_score,
-    silhouette_score,
-)
 
 from tclora.cluster.embed import Embeddings
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 Labels = NDArray[np.int64]
 NOISE = -1
@@ -162,6 +159,8 @@ def centroids(vectors: Embeddings, labels: Labels) -> NDArray[np.float32]:
 
 def silhouette(vectors: Embeddings, labels: Labels, seed: int = 0) -> float | None:
     """Mean silhouette by cosine distance over a sample; None where it is not defined."""
+    from sklearn.metrics import silhouette_score
+
     kept = labels != NOISE
     distinct = len(np.unique(labels[kept]))
     if not 1 < distinct < kept.sum():
@@ -181,6 +180,8 @@ def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float
     tuple of float or None
         (ARI, NMI) over the labelled rows that are in a cluster; None if no row is labelled.
     """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     known = np.array([task is not None and not pd.isna(task) for task in tasks])
     kept = known & (labels != NOISE)
     if not kept.any():
@@ -196,6 +197,8 @@ def map_2d(vectors: Embeddings, seed: int = 0) -> NDArray[np.float32]:
     """Project embeddings on their first two principal components, shape (N, 2)."""
     if len(vectors) < 3:
         return np.zeros((len(vectors), 2), dtype=np.float32)
+    from sklearn.decomposition import PCA
+
     return PCA(2, random_state=seed).fit_transform(vectors).astype(np.float32)
 
 
@@ -232,13 +235,16 @@ def _kmeans(vectors: Embeddings, config: ClusterConfig, seed: int, notices: list
     return fits[best].predict(vectors)
 
 
-def _fit_kmeans(vectors: Embeddings, k: int, seed: int) -> KMeans:
+def _fit_kmeans(vectors: Embeddings, k: int, seed: int) -> "KMeans":
+    from sklearn.cluster import KMeans
+
     return KMeans(k, n_init=10, random_state=seed).fit(vectors)
 
 
 def _hdbscan(vectors: Embeddings, config: ClusterConfig, seed: int, notices: list[str]) -> Labels:
     """Fit on reduced dimensions (densities mean little in hundreds), assign all rows."""
     import hdbscan
+    from sklearn.decomposition import PCA
 
     sample = _sample(vectors, config.fit_rows, seed)
     size = config.hdbscan_min_cluster_size

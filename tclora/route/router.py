@@ -8,8 +8,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
 
 from tclora.cluster.embed import Embeddings
 from tclora.cluster.rows import NOISE, Labels, assign, centroids
@@ -108,6 +106,8 @@ class Router:
 
     def probabilities(self, vectors: Embeddings, top_k: int | None = None) -> Array:
         """Return softmax(s / T) of the similarities s, over the `top_k` nearest or all clusters."""
+        from scipy.special import softmax
+
         logits = (vectors @ self.centroids.T).astype(np.float64) / self.temperature
         return np.asarray(softmax(_strongest(logits, top_k, -np.inf), axis=1), dtype=np.float32)
 
@@ -243,6 +243,9 @@ def calibrate_temperature(similarity: Array, labels: Labels) -> float:
     The likelihood is convex in 1/T; where every row is nearest to its own centroid by a margin, T
     ends at the lower bound.
     """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
     rows = np.arange(len(labels))
 
     def loss(log_temperature: float) -> float:

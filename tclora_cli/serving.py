@@ -63,6 +63,8 @@ def serve_library(
     engine = Engine(load(library, base, embedder=embedder), max_batch)
     name = library.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
-    console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
+    console.print(
+        f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False, soft_wrap=True
+    )
     uvicorn.run(create_app(engine, name, limits), host=host, port=port, log_level="warning")
     engine.close()

@@ -47,7 +47,8 @@ def merge(
     if scales and not calibration:
         raise typer.BadParameter("--scales needs --calibration, rows to choose the scale on")
     settle_environment()
-    from tclora_cli.merging import CalibrationSource, merge_directories
+    from tclora_cli.calibration import CalibrationSource
+    from tclora_cli.merging import merge_directories
 
     merge_directories(
         adapters,

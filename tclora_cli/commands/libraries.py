@@ -42,13 +42,17 @@ def ui(
 
     uri = tracking_uri(output)
     if uri.startswith("http"):
-        console.print(f"MLflow runs at {uri} (MLFLOW_TRACKING_URI)", highlight=False)
+        console.print(
+            f"MLflow runs at {uri} (MLFLOW_TRACKING_URI)", highlight=False, soft_wrap=True
+        )
         return
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise LibraryError(
             f"{output} holds no MLflow store yet; run the pipeline first or name its --output"
         )
-    console.print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False)
+    console.print(
+        f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False, soft_wrap=True
+    )
     command = [
         "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
         "--port", str(port), "--workers", "1",

@@ -13,8 +13,8 @@ from tclora.merge import merge, methods
 from tclora.model.tokens import batches, encode
 from tclora.tune.rows import read_calibration
 from tclora.tune.scale import tune_scale
+from tclora_cli.folders import read_adapters
 from tclora_cli.main import app
-from tclora_cli.merging import read_adapters
 
 NAMES = ("sums", "words")
 ROWS = {

@@ -60,8 +60,7 @@ def test_serve_answers_on_loopback(library):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "from tclora_cli.main import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(library), "--port", str(port)]
+    command = [sys.executable, "-m", "tclora_cli", "serve", str(library), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from tclora.errors import AdapterError
 from tclora_cli.commands.shared import JsonOption, console, settle_environment
 
 AdaptersArgument = Annotated[
@@ -45,7 +46,7 @@ def merge(
 ) -> None:
     """Merge PEFT LoRA adapters, whoever trained them; without --calibration no model is loaded."""
     if scales and not calibration:
-        raise typer.BadParameter("--scales needs --calibration, rows to choose the scale on")
+        raise AdapterError("--scales needs --calibration, rows to choose the scale on")
     settle_environment()
     from tclora_cli.calibration import CalibrationSource
     from tclora_cli.merging import merge_directories

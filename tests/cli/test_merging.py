@@ -146,9 +146,8 @@ def test_scales_that_cannot_be_chosen_are_refused(folders, calibration, tmp_path
     def ask(*arguments):
         return invoke("merge", *folders, "-o", tmp_path / "out", "--scales", 0.4, *arguments)
 
-    found = ask("--method", "ties")
-    assert found.exit_code == 2
-    assert "--scales needs --calibration" in found.output
+    with pytest.raises(AdapterError, match="--scales needs --calibration"):
+        ask("--method", "ties")
     rows = ("--calibration", calibration)
     with pytest.raises(AdapterError, match="--scales needs a method with a scale, uniform has"):
         ask("--method", "uniform", *rows)

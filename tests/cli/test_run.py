@@ -41,6 +41,18 @@ def start(folder, *arguments, **options):
         (lines(GOOD), ("none.yaml",), ["configuration file 'none.yaml' does not exist"]),
         (lines(GOOD), ("cluster.k=50",), ["cluster.k must be at most", "(36), got 50", "lower"]),
     ],
+    ids=[
+        "missing",
+        "malformed",
+        "empty",
+        "no rows",
+        "not UTF-8",
+        "unknown columns",
+        "unknown key",
+        "negative rank",
+        "missing configuration",
+        "threshold",
+    ],
 )
 def test_a_bad_input_ends_the_run_before_it_starts(tmp_path, content, arguments, words):
     if content is not None:

@@ -46,7 +46,7 @@ def test_every_file_is_read(file, tmp_path, field):
     empty = tmp_path / "empty.csv"
     empty.write_text("prompt,response\n")
     for path in (file, "demo", "someone/rows"):
-        with pytest.raises(DataError, match="empty.csv: must hold at least one row"):
+        with pytest.raises(DataError, match=r"empty\.csv: must hold at least one row"):
             check(path, **{field: str(empty)})
 
 
@@ -61,7 +61,7 @@ def test_the_demo_is_counted_without_being_made():
         check("demo", {"k": 1201})
     with pytest.raises(DataError, match=r"\(500\), got 501"):
         check("demo", {"k": 501}, ood_tasks=["kinship"], demo_train_rows=100)
-    with pytest.raises(DataError, match="data.ood_tasks must be task labels"):
+    with pytest.raises(DataError, match=r"data\.ood_tasks must be task labels"):
         check("demo", ood_tasks=["cooking"])
 
 

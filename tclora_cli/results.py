@@ -11,13 +11,12 @@ from rich.table import Table
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 
 
-def print_results(outcome: Mapping[str, str], console: Console) -> None:
-    """Print the method table, if methods were evaluated, and the places of all results."""
+def print_results(outcome: Mapping[str, str], console: Console, *, finished: bool) -> None:
+    """Print the places of all results, and the method table of a run that went to its end."""
     library = Path(outcome["library"])
-    finished = outcome["until"] == "report"
     if finished and (library / "evaluation" / "summary.parquet").exists():
         console.print(method_table(library))
-    for label, place in _places(outcome, library):
+    for label, place in _places(outcome, library, finished):
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
 
 
@@ -60,9 +59,11 @@ def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
     return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%}"
 
 
-def _places(outcome: Mapping[str, str], library: Path) -> list[tuple[str, Path | str]]:
+def _places(
+    outcome: Mapping[str, str], library: Path, finished: bool
+) -> list[tuple[str, Path | str]]:
     places: list[tuple[str, Path | str]] = [("library", library)]
-    if outcome["until"] == "report":
+    if finished:
         places.append(("report", library / "report.html"))
         places += [("merged adapter", path) for path in sorted((library / "merged").glob("*"))]
     places.append(("MLflow store", outcome["mlflow_uri"]))

@@ -1,4 +1,4 @@
-"""The command line's use of a routed library: answer prompts, serve them, export adapters."""
+"""The command line's use of a routed library: answer prompts, serve them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tclora.errors import LibraryError
-from tclora.route import read_library
 from tclora.route.model import Completion, RoutedModel, load
-from tclora_cli.merging import check_target
 
 Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
 
@@ -75,25 +73,8 @@ def serve_library(
     engine = Engine(_load(library, parts), max_batch)
     name = library.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
-    console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
+    console.print(
+        f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False, soft_wrap=True
+    )
     uvicorn.run(create_app(engine, name, limits), host=host, port=port, log_level="warning")
     engine.close()
-
-
-def export_adapter(
-    library: Path, output: Path, cluster: str | None, weights: Sequence[str]
-) -> Path:
-    """Write one cluster, or a mixture given as NAME=WEIGHT, as a plain PEFT directory."""
-    check_target(output)
-    pairs = [text.rpartition("=") for text in weights]
-    try:
-        mixture = {name: float(value) for name, _, value in pairs}
-    except ValueError:
-        raise LibraryError(f"--weight must be NAME=NUMBER, got {', '.join(weights)}") from None
-    if len(mixture) < len(pairs):
-        raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
-    try:
-        chosen = int(cluster) if cluster and cluster.isdigit() else cluster
-        return read_library(library).to_peft(output, chosen, weights=mixture or None)
-    except ValueError as error:
-        raise LibraryError(str(error)) from error

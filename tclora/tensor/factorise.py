@@ -5,8 +5,8 @@ Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the CP rank.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 
 from tclora.adapter import Adapter
@@ -15,6 +15,9 @@ from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +101,7 @@ def explained_variance_curve(
     tol: float = 1e-4,
     seed: int = 0,
     progress: Progress | None = None,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Measure how much of the adapters' energy joint factors keep at each CP rank.
 
     Parameters
@@ -146,7 +149,7 @@ def explained_variance_curve(
     return _with_overall(rows)
 
 
-def smallest_ranks(curve: pd.DataFrame, explained_variance: float) -> dict[str, int]:
+def smallest_ranks(curve: "pd.DataFrame", explained_variance: float) -> dict[str, int]:
     """Choose CP ranks by the explained variance they reach.
 
     Parameters
@@ -219,8 +222,10 @@ def _expand(
         yield module, CPFactors(U, V, solution.C[i], fit, energy)
 
 
-def _with_overall(rows: Sequence[tuple[str, int, float, float]]) -> pd.DataFrame:
+def _with_overall(rows: Sequence[tuple[str, int, float, float]]) -> "pd.DataFrame":
     """Sort rows (module, rank, explained variance, energy) and add the energy-weighted total."""
+    import pandas as pd
+
     frame = pd.DataFrame(rows, columns=["module", "rank", "explained_variance", "energy"])
     frame = frame.sort_values(["module", "rank"], ignore_index=True)
     lost = (1 - frame["explained_variance"]) * frame["energy"]

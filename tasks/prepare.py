@@ -8,8 +8,10 @@ from safetensors.numpy import load_file, save_file
 from tasks.artifact import Artifact, Artifacts
 from tasks.keys import stage
 from tasks.where import Where
+from tclora.cluster.centroids import NOISE
 from tclora.cluster.embed import embed_texts
-from tclora.cluster.rows import NOISE, agreement, cluster_rows, map_2d
+from tclora.cluster.quality import agreement, map_2d
+from tclora.cluster.rows import cluster_rows
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.data.examples import profile, read_examples
 from tclora.files import atomic_path

@@ -66,7 +66,7 @@ def test_the_guide_adds_one_of_each(plugins):
 
 
 def test_every_registered_variant_has_a_summary():
-    assert {v.kind for v in variants()} == {kind for kind, _ in ADDED}
+    assert {v.kind for v in variants()} >= {kind for kind, _ in ADDED} | {"training engine"}
     assert [v for v in variants() if not v.summary or "\n" in v.summary] == []
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from tclora.model.tokens import batches, encode
 from tclora.tune.rank import RoutedRecovery, smallest_rank
-from tests.route.conftest import PROMPTS
+from tests.route.conftest import PROMPTS, adapters  # noqa: F401
 
 
 @pytest.mark.parametrize("needed", [1, 3, 8, 13, 40])

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
+from tclora.library.records import ModelIdentity
 from tclora.model.locate import (
     choose_dtype,
     default_device,
@@ -24,7 +25,7 @@ from tclora.model.locate import (
 from tclora.model.tokens import collate, encode
 from tclora.route.gating import Gating
 from tclora.route.router import Routing
-from tclora.route.storage import ModelIdentity, RoutedLibrary, read_library
+from tclora.route.storage import RoutedLibrary, read_library
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -38,9 +38,9 @@ class Bench(HeldOut):
         super().__init__(library, fresh)
         self.rival: pd.DataFrame | None = None
         rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
-        config = self.manifest["config"]["train"]
+        settings = self.manifest.settings.train
         encoded = encode_frame(
-            self.tokenizer, rows, template=config["template"], max_tokens=config["max_tokens"]
+            self.tokenizer, rows, template=settings.template, max_tokens=settings.max_tokens
         )
         pad = self.tokenizer.pad_token_id
         self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
@@ -127,14 +127,14 @@ def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
 
 def save(bench: Bench, rows: list[dict[str, object]]) -> None:
     """Report what has been measured so far."""
-    config = bench.manifest["config"]
+    merge_settings = bench.manifest.settings.merge
     report(
         "recovery",
         "Recovery of the demo's adapters by merge method",
         pd.DataFrame(rows).sort_values("mean", ascending=False),
         f"{bench.library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
         f"{len(bench.rows)} held-out rows, one training seed; statistics from "
-        f"{config['merge']['calibration_rows']} training rows per cluster, scales tuned on "
+        f"{merge_settings.calibration_rows} training rows per cluster, scales tuned on "
         f"{CALIBRATION_ROWS} of them over {GRID}.",
     )
 

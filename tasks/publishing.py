@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from prefect import task
@@ -14,11 +15,23 @@ from tasks import tracking
 from tasks.artifact import Artifact, Artifacts
 from tasks.routed_model import log_routed
 from tasks.tracking import Run
+from tasks.training import PARENT
 from tasks.where import Where
 from tclora.config import Config
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
-from tclora.library.names import JOINT, ROUTED
+from tclora.library.names import JOINT
+from tclora.library.records import (
+    Clustering,
+    Description,
+    Factors,
+    LocatedModel,
+    Merge,
+    ModelIdentity,
+    Routed,
+    Storage,
+    Training,
+)
 from tclora.library.staging import publish
 from tclora.preflight import Models
 from tclora.report import figures, write_report
@@ -64,58 +77,46 @@ def write_library(
 ) -> Path:
     """Write manifest and report, then let the library take its place as a whole."""
     layout = where.layout
-    keep = {layout.name(path) for path in parts.product()}
-    _drop_the_rest(layout, keep)
-    _write_manifest(config, models, parts, links, layout)
+    names = {layout.name(path) for path in parts.product()}
+    write_manifest(layout.root, _describe(config, models, parts, links), names)
     write_report(layout.root)
     shutil.rmtree(layout.checkpoints, ignore_errors=True)  # all adapters are finished
     publish(layout.root, config.library_dir)
     return config.library_dir
 
 
-def _write_manifest(
-    config: Config, models: Models, parts: Parts, links: Mapping[str, str], layout: Layout
-) -> None:
-    storage = {
-        "separate adapters": sum(size(part.path) for part in parts.adapters.values()),
-        "factors": size(parts.factors.path),
-        **({ROUTED: size(parts.routed.path)} if parts.routed else {}),
-        **{f"merged {method}": size(part.path) for method, part in parts.merges.items()},
-    }
-    hidden = {"mlflow_parent"}
-    values = {
-        "name": config.name,
-        "config": config.model_dump(mode="json"),
-        "base_model": {
-            "id": config.base_model, "location": models.base, "digest": models.base_digest,
+def _describe(
+    config: Config, models: Models, parts: Parts, links: Mapping[str, str]
+) -> Description:
+    """Say what the library was made of."""
+    separate = sum(size(part.path) for part in parts.adapters.values())
+    return Description(
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        base_model=LocatedModel(
+            id=config.base_model, digest=models.base_digest, location=models.base
+        ),
+        embedding_model=ModelIdentity(id=config.embed.model, digest=models.embedder_digest),
+        profile=parts.examples.metrics,
+        clustering=Clustering(**parts.clusters.info),
+        training={name: Training(**_trained(part)) for name, part in parts.trained.items()},
+        factors=Factors(**parts.factors.info),
+        merges={
+            method: Merge(**part.info, bytes=size(part.path))
+            for method, part in parts.merges.items()
         },
-        "embedding_model": {"id": config.embed.model, "digest": models.embedder_digest},
-        "profile": parts.examples.metrics,
-        "clustering": parts.clusters.info,
-        "training": {
-            name: {key: value for key, value in part.info.items() if key not in hidden}
-            | {"status": "done", "error": None}
-            for name, part in parts.trained.items()
-        },
-        "factors": parts.factors.info,
-        "merges": {
-            method: part.info | {"bytes": size(part.path)} for method, part in parts.merges.items()
-        },
-        "routed": parts.routed.info if parts.routed else None,
-        "storage": storage,
-        "links": dict(links),
-    }  # fmt: skip
-    from tclora.files import sha256_path
-
-    write_manifest(layout.root, values, {layout.name(p): sha256_path(p) for p in parts.product()})
+        routed=Routed(**parts.routed.info) if parts.routed else None,
+        storage=Storage(
+            separate_adapters=separate,
+            factors=size(parts.factors.path),
+            routed=size(parts.routed.path) if parts.routed else None,
+        ),
+        links=dict(links),
+    )
 
 
-def _drop_the_rest(layout: Layout, keep: set[str]) -> None:
-    """Remove adapters and merges of earlier runs from the staging area."""
-    for folder in (layout.adapters, layout.merges):
-        for path in folder.glob("*"):
-            if layout.name(path) not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _trained(part: Artifact) -> dict[str, Any]:
+    return {name: value for name, value in part.info.items() if name != PARENT}
 
 
 @task(name="log-library")
@@ -154,9 +155,9 @@ def _log_files(run: Run, parts: Parts, here: Layout) -> None:
 
 def _log_training(run: Run, name: str, part: Artifact, here: Layout) -> None:
     """Give a training that came from the cache its nested run too, with the whole curve."""
-    if part.info["mlflow_parent"] == run.run_id:
+    if part.info[PARENT] == run.run_id:
         return
-    tags = {"tclora.kind": "train", "tclora.cached_from": part.info["mlflow_parent"]}
+    tags = {"tclora.kind": "train", "tclora.cached_from": part.info[PARENT]}
     nested = tracking.nested_run(run, name, tags)
     history = json.loads(here.training(name).read_text(encoding="utf-8"))
     tracking.log_history(nested, history)

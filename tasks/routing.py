@@ -47,7 +47,8 @@ def route(
     figures = dict(router_figures(routing)) if len(routing) else {}
     for name, value in figures.items():
         get_run_logger().info("router: %s %.3f", name, value)
-    figures |= {n: v for n, v in router.save().settings.items() if isinstance(v, float)}
+    if (temperature := router.save().settings.get("temperature")) is not None:
+        figures["temperature"] = float(temperature)
     separate = sum(size(path) for path in inputs.adapters.values())
     figures["bytes_share"] = size(layout.routed.folder) / separate
     return Artifact.of(

@@ -15,6 +15,8 @@ from tclora.model.base import Base
 from tclora.train.engines import AdapterRequest, train_adapters
 from tclora.train.loop import TrainingResult, total_steps
 
+PARENT = "mlflow_parent"  # the run that trained an adapter, in its artifact's info
+
 
 @stage("train", "train-{name}")
 def train(
@@ -82,5 +84,5 @@ def _trained(adapter: str, result: TrainingResult, rows: int, where: Where) -> A
         layout.adapter(adapter),
         layout.training(adapter),
         metrics={f"train/{name}": float(value) for name, value in figures.items()},
-        info={**figures, "rows": rows, "mlflow_parent": where.run.run_id},
+        info={**figures, "rows": rows, PARENT: where.run.run_id},
     )

@@ -8,13 +8,16 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from tclora.library.layout import Layout
+from tclora.library.names import BASE, OWN
+
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 
 
 def print_results(outcome: Mapping[str, str], console: Console, *, finished: bool) -> None:
     """Print the places of all results, and the method table of a run that went to its end."""
     library = Path(outcome["library"])
-    if finished and (library / "evaluation" / "summary.parquet").exists():
+    if finished and Layout(library).evaluation.summary.exists():
         console.print(method_table(library))
     for label, place in _places(outcome, library, finished):
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
@@ -22,8 +25,8 @@ def print_results(outcome: Mapping[str, str], console: Console, *, finished: boo
 
 def method_table(library: Path) -> Table:
     """Table of methods: NLL and accuracy per kind of task, recovery with its interval."""
-    summary = pd.read_parquet(library / "evaluation" / "summary.parquet")
-    recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
+    tables = Layout(library).evaluation
+    summary, recovery = pd.read_parquet(tables.summary), pd.read_parquet(tables.recovery)
     overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
     splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
     title = "NLL per response token (accuracy)"
@@ -50,7 +53,7 @@ def _cell(overall: pd.DataFrame, method: str, split: str) -> str:
 
 def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
     if (method, "mean") not in means.index:
-        reference = {"base": "0%", "own": "100%"}.get(method, "-")
+        reference = {BASE: "0%", OWN: "100%"}.get(method, "-")
         return reference, "", reference
     mean, worst = means.loc[(method, "mean")], means.loc[(method, "worst")]
     if pd.isna(mean["recovery"]):
@@ -64,8 +67,9 @@ def _places(
 ) -> list[tuple[str, Path | str]]:
     places: list[tuple[str, Path | str]] = [("library", library)]
     if finished:
-        places.append(("report", library / "report.html"))
-        places += [("merged adapter", path) for path in sorted((library / "merged").glob("*"))]
+        layout = Layout(library)
+        places.append(("report", layout.report))
+        places += [("merged adapter", path) for path in sorted(layout.merges.glob("*"))]
     places.append(("MLflow store", outcome["mlflow_uri"]))
     places.append(("MLflow run", f"{outcome['mlflow_run']} (open it: tclora ui)"))
     return places

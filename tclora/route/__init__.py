@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 import tclora.route.routers  # noqa: F401  (registers them)
+from tclora.library.records import ModelIdentity
 from tclora.route.gates import GatedAdapter, fit_gates
 from tclora.route.router import Router, RouterState, derive, fit_router, routers
 from tclora.route.routing import Routing, TokenRule, routing_from_table, together
 from tclora.route.storage import (
-    ModelIdentity,
     RoutedInfo,
     RoutedLibrary,
     read_library,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
+from tclora.library.records import ModelIdentity
 from tclora.model.locate import (
     choose_dtype,
     default_device,
@@ -25,7 +26,7 @@ from tclora.model.tokens import collate, encode
 from tclora.registry import load_plugins
 from tclora.route.gating import Gating
 from tclora.route.routing import Routing
-from tclora.route.storage import ModelIdentity, RoutedLibrary, read_library
+from tclora.route.storage import RoutedLibrary, read_library
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +29,8 @@ def verify(library: LibraryArgument) -> None:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"whole: {_count_files(library, manifest.read_manifest(library)['digests'])} files")
+    digests = manifest.read_manifest(library).digests
+    typer.echo(f"whole: {sum(map(_count_files, map(library.joinpath, digests)))} files")
 
 
 def ui(
@@ -60,8 +60,6 @@ def ui(
     os.execvp(sys.executable, [sys.executable, "-m", *command])  # noqa: S606
 
 
-def _count_files(library: Path, names: Iterable[str]) -> int:
-    paths = [library / name for name in names]
-    return sum(
-        sum(file.is_file() for file in path.rglob("*")) if path.is_dir() else 1 for path in paths
-    )
+def _count_files(path: Path) -> int:
+    """Count what a digest covers: a file, or the files of a folder in earlier libraries."""
+    return sum(file.is_file() for file in path.rglob("*")) if path.is_dir() else 1

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tclora.adapter import Adapter, LoraFactors, write_adapter
-from tclora.files import sha256_path
 from tclora.library.manifest import write_manifest
+from tests.library.examples import describe
 from tests.route.conftest import *  # noqa: F403
 
 HEAVY = {"transformers", "peft", "prefect", "mlflow", "sentence_transformers", "sklearn"}
@@ -29,7 +29,7 @@ def places(tmp_path, library):
     (tmp_path / "whole" / "adapters").mkdir(parents=True)
     (tmp_path / "whole" / "adapters" / "file").write_text("bytes")
     whole = tmp_path / "whole"
-    write_manifest(whole, {}, {"adapters": sha256_path(whole / "adapters")})
+    write_manifest(whole, describe(), ["adapters"])
     return {
         "merge": [tmp_path / "a", tmp_path / "b", "-o", tmp_path / "merged"],
         "inspect": [tmp_path / "a", tmp_path / "b"],

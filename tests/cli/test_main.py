@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from tclora.config import Config, config_keys, load_config
 from tclora.errors import LibraryError
-from tclora.files import sha256_path
 from tclora.library.manifest import write_manifest
 from tclora.model.locate import BUILTIN_BASE
 from tclora_cli.main import app
+from tests.library.examples import describe
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 
@@ -85,7 +85,7 @@ def test_verify_names_the_file_that_differs(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     names = ("adapters", "clusters")
-    write_manifest(tmp_path, {}, {name: sha256_path(tmp_path / name) for name in names})
+    write_manifest(tmp_path, describe(), names)
     whole = invoke("verify", str(tmp_path))
     assert (whole.exit_code, whole.stdout) == (0, "whole: 3 files\n")
     (tmp_path / "clusters").write_text("other")

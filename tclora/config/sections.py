@@ -145,6 +145,11 @@ class SolverConfig(Section):
 
     n_starts: Positive = Field(4, description="starts per module; the best fit is kept")
     n_iter: Positive = Field(200, description="largest number of sweeps per start")
+    solver: Literal["als", "tensorly"] = Field(
+        "als",
+        description="als: ours; tensorly: the reference, TensorLy's parafac on the same compressed "
+        "cores, module by module and some hundred times slower",
+    )
 
 
 class FactoriseConfig(SolverConfig):

@@ -9,6 +9,7 @@ from tclora.tensor.cp import cp_als
 from tclora.tensor.diagnostics import component_diagnostics, core_consistency, shared_share
 from tclora.tensor.factorise import explained_variance_curve, factorise, smallest_ranks
 from tclora.tensor.library import CPFactors, LibraryFactors
+from tclora.tensor.reference import cp_parafac
 
 __all__ = [
     "CPFactors",
@@ -19,6 +20,7 @@ __all__ = [
     "compress",
     "core_consistency",
     "cp_als",
+    "cp_parafac",
     "explained_variance_curve",
     "factorise",
     "shared_share",

@@ -168,8 +168,19 @@ def _with_loadings(stack: Stack, U: Tensor, V: Tensor, C: Tensor | None) -> CPSo
     products = (stack.left(U) * stack.right(V)).sum(2)  # (M, K, R)
     gram = (U.mT @ U) * (V.mT @ V)  # (M, R, R)
     C = _solve(gram, products, torch.zeros_like(products) if C is None else C)
+    return CPSolution(U, V, C, _error(C, products, gram))
+
+
+def measured(stack: Stack, U: Tensor, V: Tensor, C: Tensor) -> CPSolution:
+    """Return a model with unit-norm U and V columns, all scale in C, and its error (‖𝒳‖ = 1)."""
+    U, V, C = unit_columns(U, V, C)
+    products = (stack.left(U) * stack.right(V)).sum(2)
+    return CPSolution(U, V, C, _error(C, products, (U.mT @ U) * (V.mT @ V)))
+
+
+def _error(C: Tensor, products: Tensor, gram: Tensor) -> Tensor:
     squared = 1 - 2 * (products * C).sum((1, 2)) + (gram * (C.mT @ C)).sum((1, 2))
-    return CPSolution(U, V, C, squared.clamp_min(0).sqrt())
+    return squared.clamp_min(0).sqrt()
 
 
 def _solve(gram: Tensor, target: Tensor, previous: Tensor) -> Tensor:
@@ -178,6 +189,12 @@ def _solve(gram: Tensor, target: Tensor, previous: Tensor) -> Tensor:
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.cholesky(gram + weight * identity)
     return torch.cholesky_solve((target + weight * previous).mT, factor).mT
+
+
+def unit_columns(U: Tensor, V: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the scale of U (M, m, R) and V (M, n, R) into C (M, K, R)."""
+    (U, long), (V, wide) = _unit(U), _unit(V)
+    return U, V, C * long * wide
 
 
 def _unit(columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tclora.tensor.als import CPSolution, Stack, begin, descend, where
+from tclora.tensor.als import CPSolution, Stack, begin, descend, unit_columns, where
 from tclora.tensor.starts import fill, gaussian, mean, slice_components, slices, unfoldings
 
 # Share of the sweeps that every start gets; then only each module's best ones go on.
@@ -86,11 +86,11 @@ def cp_als(
     tried = [begin(stack, U, V) for U, V in starts]
     if len(tried) > _FINALISTS:
         screening = round(_SCREENING * n_iter)
-        tried = _best([run(one, n_iter=screening) for one in tried], _FINALISTS)
+        tried = best_of([run(one, n_iter=screening) for one in tried], _FINALISTS)
         n_iter -= screening
-    (best,) = _best([run(one, n_iter=n_iter) for one in tried], 1)
+    (best,) = best_of([run(one, n_iter=n_iter) for one in tried], 1)
     error = torch.where(scale > 0, best.error, 0.0)
-    return _ordered(CPSolution(best.U, best.V, best.C * scale[:, None, None], error))
+    return ordered(CPSolution(best.U, best.V, best.C * scale[:, None, None], error))
 
 
 def cp_exact(B: Tensor, A: Tensor, rank: int) -> CPSolution:
@@ -104,7 +104,7 @@ def cp_exact(B: Tensor, A: Tensor, rank: int) -> CPSolution:
         CP rank, at least the total rank of the slices; surplus components are left out.
     """
     U, V, C = slice_components(B, A, rank)
-    return _ordered(CPSolution(U, V, C, B.new_zeros(B.shape[0])))
+    return ordered(CPSolution(U, V, C, B.new_zeros(B.shape[0])))
 
 
 def extended(
@@ -177,7 +177,7 @@ def _doubled(
     return extended(stack.B, stack.A, solve(stack, begin(stack, U, V)), rank, generator)
 
 
-def _best(tried: Sequence[CPSolution], count: int) -> list[CPSolution]:
+def best_of(tried: Sequence[CPSolution], count: int) -> list[CPSolution]:
     """Return each module's `count` best solutions, the best one first."""
     left = list(tried)
     chosen = []
@@ -191,7 +191,13 @@ def _best(tried: Sequence[CPSolution], count: int) -> list[CPSolution]:
     return chosen
 
 
-def _ordered(solution: CPSolution) -> CPSolution:
+def conventional(U: Tensor, V: Tensor, C: Tensor) -> CPSolution:
+    """Bring U (M, m, R), V (M, n, R), C (M, K, R) to our conventions; the error is not known."""
+    U, V, C = unit_columns(U, V, C)
+    return ordered(CPSolution(U, V, C, C.new_full(C.shape[:1], torch.nan)))
+
+
+def ordered(solution: CPSolution) -> CPSolution:
     """Sort components by energy and make each one's loadings sum to a non-negative number."""
     order = solution.C.norm(dim=1).argsort(dim=1, descending=True, stable=True)[
         :, None

@@ -5,9 +5,11 @@ Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the CP rank.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tclora.adapter import Adapter
 from tclora.adapter.union import check_adapters, module_factors, module_names
@@ -15,6 +17,8 @@ from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
+from tclora.tensor.reference import cp_parafac
+from tclora.tensor.sidebyside import side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +26,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Solver = Literal["als", "tensorly"]
+_Solve = Callable[..., CPSolution]
+_Point = tuple[str, int, float, float]  # module, rank, explained variance, energy
 
 # Bytes of orthonormal bases held at a time: what bounds memory on large models.
-_BATCH_BYTES = 256 << 20
+_HELD_BYTES = 256 << 20
+# Bytes of cores solved in one batch: large enough to outweigh the calls, small enough for caches.
+_BATCH_BYTES = 2 << 20
+
+
+class _Batch(NamedTuple):
+    """Modules whose cores have one shape and one total rank."""
+
+    modules: list[str]
+    cores: list[Core]
+    bound: int
+
+    def stacks(self) -> tuple[Tensor, Tensor]:
+        """Return B (M, K, m, r) and A (M, K, r, n) of all cores."""
+        return torch.stack([c.B for c in self.cores]), torch.stack([c.A for c in self.cores])
 
 
 def factorise(
@@ -35,6 +56,7 @@ def factorise(
     n_iter: int = 100,
     tol: float = 1e-5,
     seed: int = 0,
+    solver: Solver = "als",
     progress: Progress | None = None,
 ) -> LibraryFactors:
     """Factorise the adapters' updates jointly, Δ_k ≈ U diag(C[k]) Vᵀ per module.
@@ -48,6 +70,8 @@ def factorise(
         which is exact.
     n_starts, n_iter, tol, seed
         See `cp_als`.
+    solver : {"als", "tensorly"}
+        Ours, or TensorLy's ``parafac`` on the same cores as a reference; see `cp_parafac`.
     progress : callable, optional
         Called with (modules done, modules in all).
 
@@ -58,27 +82,21 @@ def factorise(
     Raises
     ------
     ValueError
-        If `rank` is below 1.
+        If `rank` is below 1 or `solver` is unknown.
     AdapterError
         If there is no adapter, names repeat, or shapes disagree.
     """
     check_adapters(adapters)
     names = module_names(adapters)
     ranks = _rank_of_each(names, rank)
+    solve = partial(_solver(solver), n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
     found: dict[str, CPFactors] = {}
-    clamped = 0
-    for modules, cores, bound in _batches(adapters, names, ranks):
-        used = min(ranks[modules[0]], bound)
-        clamped += len(modules) * (used < ranks[modules[0]])
-        B, A = torch.stack([c.B for c in cores]), torch.stack([c.A for c in cores])
-        if used == bound:
-            solution = cp_exact(B, A, used)
-        else:
-            solution = cp_als(B, A, used, n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
-        found.update(_expand(modules, cores, solution))
+    batches = _batches(adapters, names, ranks)
+    for factors in side_by_side(partial(_factors, ranks=ranks, solve=solve), batches):
+        found.update(factors)
         if progress:
             progress(len(found), len(names))
-    if clamped:
+    if clamped := sum(cp.rank < ranks[module] for module, cp in found.items()):
         logger.warning(
             "the CP rank exceeds the adapters' total rank in %d of %d modules; "
             "the total rank, which is exact, is used there",
@@ -125,27 +143,13 @@ def explained_variance_curve(
     ascending = sorted(set(ranks))
     if not ascending or ascending[0] < 1:
         raise ValueError(f"ranks must be at least one number, each at least 1, got {list(ranks)}")
-    rows: list[tuple[str, int, float, float]] = []
-    done = 0
-    for modules, cores, bound in _batches(adapters, names):
-        B, A = torch.stack([c.B for c in cores]), torch.stack([c.A for c in cores])
-        energy = stack_norm(B, A).square().tolist()
-        start = None
-        for rank in ascending:
-            error = [0.0] * len(modules)
-            if rank < bound:
-                solution = cp_als(
-                    B, A, rank, n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed, start=start
-                )
-                error = solution.error.tolist()
-                following = next((r for r in ascending if r > rank), rank)
-                start = extended(B, A, solution, min(following, bound))
-            rows += [
-                (m, rank, 1 - e * e, w) for m, e, w in zip(modules, error, energy, strict=True)
-            ]
-        done += len(modules)
+    solve = partial(cp_als, n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
+    rows: list[_Point] = []
+    batches = _batches(adapters, names)
+    for points in side_by_side(partial(_curves, ranks=ascending, solve=solve), batches):
+        rows += points
         if progress:
-            progress(done, len(names))
+            progress(len(rows) // len(ascending), len(names))
     return _with_overall(rows)
 
 
@@ -190,25 +194,65 @@ def _rank_of_each(names: Sequence[str], rank: int | Mapping[str, int]) -> dict[s
     return ranks
 
 
+def _solver(name: Solver) -> _Solve:
+    solvers: dict[str, _Solve] = {"als": cp_als, "tensorly": cp_parafac}
+    if name not in solvers:
+        raise ValueError(f"solver must be one of {', '.join(solvers)}, got {name!r}")
+    return solvers[name]
+
+
 def _batches(
     adapters: Sequence[Adapter], names: Sequence[str], ranks: Mapping[str, int] | None = None
-) -> Iterator[tuple[list[str], list[Core], int]]:
-    """Compress modules and yield them grouped by core shape, total rank Σ r_k and CP rank."""
-    groups: dict[tuple[object, ...], tuple[list[str], list[Core], int]] = {}
+) -> Iterator[_Batch]:
+    """Compress modules and yield them in batches of one core shape, total rank and CP rank."""
+    groups: dict[tuple[object, ...], _Batch] = {}
     held = 0
-    for module in names:
-        factors = module_factors(adapters, module)
-        core = compress([f.B for f in factors], [f.A for f in factors])
-        bound = sum(min(f.rank, *f.shape) for f in factors)
+    compressed = side_by_side(partial(_compressed, adapters), names)
+    for module, (core, bound) in zip(names, compressed, strict=True):
         key = (core.B.shape, core.A.shape, bound, ranks[module] if ranks else None)
-        modules, cores, _ = groups.setdefault(key, ([], [], bound))
-        modules.append(module)
-        cores.append(core)
+        batch = groups.setdefault(key, _Batch([], [], bound))
+        batch.modules.append(module)
+        batch.cores.append(core)
         held += core.left.nbytes + core.right.nbytes
-        if held > _BATCH_BYTES:
+        if len(batch.cores) * (core.B.nbytes + core.A.nbytes) > _BATCH_BYTES:
+            yield groups.pop(key)
+            held -= len(batch.cores) * (core.left.nbytes + core.right.nbytes)
+        if held > _HELD_BYTES:
             yield from groups.values()
             groups, held = {}, 0
     yield from groups.values()
+
+
+def _compressed(adapters: Sequence[Adapter], module: str) -> tuple[Core, int]:
+    """Return a module's core and its total rank Σ r_k."""
+    factors = module_factors(adapters, module)
+    core = compress([f.B for f in factors], [f.A for f in factors])
+    return core, sum(min(f.rank, *f.shape) for f in factors)
+
+
+def _factors(batch: _Batch, *, ranks: Mapping[str, int], solve: _Solve) -> dict[str, CPFactors]:
+    """Factorise a batch at the rank asked for, or exactly at its total rank."""
+    B, A = batch.stacks()
+    rank = ranks[batch.modules[0]]
+    solution = cp_exact(B, A, batch.bound) if rank >= batch.bound else solve(B, A, rank)
+    return dict(_expand(batch.modules, batch.cores, solution))
+
+
+def _curves(batch: _Batch, *, ranks: Sequence[int], solve: _Solve) -> list[_Point]:
+    """Measure the fit of a batch at ascending ranks, each one started from the one before."""
+    B, A = batch.stacks()
+    energy = stack_norm(B, A).square().tolist()
+    points: list[_Point] = []
+    start = None
+    for rank, following in zip(ranks, [*ranks[1:], ranks[-1]], strict=True):
+        error = [0.0] * len(batch.modules)
+        if rank < batch.bound:
+            solution = solve(B, A, rank, start=start)
+            error = solution.error.tolist()
+            start = extended(B, A, solution, min(following, batch.bound))
+        rows = zip(batch.modules, error, energy, strict=True)
+        points += [(module, rank, 1 - e * e, weight) for module, e, weight in rows]
+    return points
 
 
 def _expand(
@@ -222,7 +266,7 @@ def _expand(
         yield module, CPFactors(U, V, solution.C[i], fit, energy)
 
 
-def _with_overall(rows: Sequence[tuple[str, int, float, float]]) -> "pd.DataFrame":
+def _with_overall(rows: Sequence[_Point]) -> "pd.DataFrame":
     """Sort rows (module, rank, explained variance, energy) and add the energy-weighted total."""
     import pandas as pd
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,10 @@ from torch import Tensor
 from tclora.adapter import Adapter, LoraFactors
 from tclora.errors import LibraryError
 from tclora.files import atomic_path
+from tclora.tensor.cp import conventional
+
+if TYPE_CHECKING:
+    from tensorly.cp_tensor import CPTensor
 
 _FORMAT = "tclora-factors-1"
 
@@ -41,6 +45,61 @@ class CPFactors(NamedTuple):
     def weighted(self, weights: Tensor) -> LoraFactors:
         """Return the rank-R update U diag(weights) Vᵀ for weights of shape (R,)."""
         return LoraFactors(self.U * weights.to(self.U), self.V.mT)
+
+    def to_tensorly(self) -> "CPTensor":
+        """Return the model of the stack of updates as TensorLy's ``CPTensor``.
+
+        Returns
+        -------
+        CPTensor
+            Of shape (K, d_out, d_in): weights 1, factors [C, U, V] as torch tensors that share
+            memory with ours; compute with it under TensorLy's ``pytorch`` backend.
+        """
+        import tensorly
+        from tensorly.cp_tensor import CPTensor
+
+        with tensorly.backend_context("pytorch", local_threadsafe=True):
+            return CPTensor((self.C.new_ones(self.rank), [self.C, self.U, self.V]))
+
+    @classmethod
+    def from_tensorly(
+        cls, model: "CPTensor", *, explained_variance: float = 1.0, energy: float | None = None
+    ) -> Self:
+        """Bring a CP model of a stack of updates to our conventions.
+
+        Parameters
+        ----------
+        model : CPTensor or (weights, factors)
+            Of shape (K, d_out, d_in), with torch tensors or arrays; weights may be None.
+        explained_variance : float
+            What the model keeps of the stack it was fitted to (at most 1), which it does not know.
+        energy : float, optional
+            ‖𝒳‖² of that stack; by default, of the model itself.
+
+        Returns
+        -------
+        CPFactors
+            Unit columns in U and V, all scale in C, components sorted by energy, signs such that
+            the loadings of each component sum to a non-negative number.
+
+        Raises
+        ------
+        ValueError
+            If the model does not have three modes.
+        """
+        weights, factors = model
+        if len(factors) != 3:
+            raise ValueError(
+                f"model must have three modes (K, d_out, d_in), got {len(factors)}; "
+                "stack the updates of one module along the first"
+            )
+        C, U, V = (torch.as_tensor(factor) for factor in factors)
+        C = C if weights is None else C * torch.as_tensor(weights).to(C)
+        solution = conventional(U[None], V[None], C[None])
+        U, V, C = solution.U[0], solution.V[0], solution.C[0]
+        if energy is None:
+            energy = float(((U.mT @ U) * (V.mT @ V) * (C.mT @ C)).sum().clamp_min(0))
+        return cls(U, V, C, explained_variance, energy)
 
 
 @dataclass(frozen=True)

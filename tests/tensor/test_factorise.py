@@ -191,3 +191,15 @@ def test_core_consistency_tells_a_trilinear_stack_from_one_that_is_not():
     wanted = 100 * (1 - float((core - ideal).square().sum()) / 4)
     assert float(core_consistency(noisy, rest, found)) == pytest.approx(wanted)
     assert wanted < 0
+
+
+def test_the_number_of_threads_does_not_change_the_factors(adapters):
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(factorise(adapters, 4))
+    torch.set_num_threads(before)
+    for module, cp in found[0].modules.items():
+        assert torch.equal(cp.U, found[1].modules[module].U)
+        assert torch.equal(cp.C, found[1].modules[module].C)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE
@@ -11,6 +12,7 @@ from rich.table import Table
 from tclora.library.layout import Layout
 from tclora.library.names import BASE, OWN
 
+Row = Mapping[Any, Any]
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 
 
@@ -27,8 +29,11 @@ def method_table(library: Path) -> Table:
     """Table of methods: NLL and accuracy per kind of task, recovery with its interval."""
     tables = Layout(library).evaluation
     summary, recovery = pd.read_parquet(tables.summary), pd.read_parquet(tables.recovery)
-    overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
-    splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
+    overall = {
+        (row["method"], row["split"]): row
+        for row in summary[summary["group_kind"] == "all"].to_dict("records")
+    }
+    splits = [split for split in _SPLITS if split in set(summary["split"])]
     title = "NLL per response token (accuracy)"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -36,26 +41,26 @@ def method_table(library: Path) -> Table:
         table.add_column(_SPLITS[split], justify="right")
     for column in ("recovery", "interval", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
-    means = recovery.set_index(["method", "cluster"])
+    shares = {(row["method"], row["cluster"]): row for row in recovery.to_dict("records")}
     for method in summary["method"].unique():
         cells = [_cell(overall, method, split) for split in splits]
-        table.add_row(method, *cells, *_recovery_cells(means, method))
+        table.add_row(method, *cells, *_recovery_cells(shares, method))
     return table
 
 
-def _cell(overall: pd.DataFrame, method: str, split: str) -> str:
-    if (method, split) not in overall.index:
+def _cell(overall: Mapping[tuple[str, str], Row], method: str, split: str) -> str:
+    row = overall.get((method, split))
+    if row is None:
         return "-"
-    row = overall.loc[(method, split)]
     accuracy = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
     return f"{row['nll']:.3f}{accuracy}"
 
 
-def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
-    if (method, "mean") not in means.index:
+def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple[str, str, str]:
+    if (method, "mean") not in shares:
         reference = {BASE: "0%", OWN: "100%"}.get(method, "-")
         return reference, "", reference
-    mean, worst = means.loc[(method, "mean")], means.loc[(method, "worst")]
+    mean, worst = shares[method, "mean"], shares[method, "worst"]
     if pd.isna(mean["recovery"]):
         return "undefined", "", "undefined"
     interval = f"{mean['low']:.0%}-{mean['high']:.0%}"

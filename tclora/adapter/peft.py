@@ -145,7 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise AdapterError(f"{path}: must be a PEFT LoRA directory, but has no {CONFIG_FILE}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{file}: must be JSON, but {error}") from error
     if config.get("peft_type") != "LORA":

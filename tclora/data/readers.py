@@ -148,5 +148,5 @@ def _read_hub(name: str, config: str | None, split: str) -> pd.DataFrame:
             f"data.path {name!r} is neither a file or folder nor a dataset that can be reached "
             f"(config {config!r}, split {split!r}): {reason}"
         ) from error
-    frame = dataset.to_pandas()
+    frame: pd.DataFrame = dataset.to_pandas()
     return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)

@@ -52,7 +52,7 @@ def _cell(overall: Mapping[tuple[str, str], Row], method: str, split: str) -> st
     row = overall.get((method, split))
     if row is None:
         return "-"
-    accuracy = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
+    accuracy: str = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
     return f"{row['nll']:.3f}{accuracy}"
 
 

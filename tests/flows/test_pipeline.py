@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("prefect_server", "environment"),
     pytest.mark.timeout(900),  # a dozen jobs, each of which loads torch and transformers
 ]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ALWAYS = {"library.json", "report.html"}  # written by every run: they name the run
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "house", "music", "paper", "light")
 
@@ -151,17 +152,19 @@ def test_a_failed_run_is_marked_in_mlflow(failed, finished):
 def test_the_library_is_complete(library):
     assert verify(library) == []
     manifest = read_manifest(library)
-    assert set(manifest["digests"]) >= {
-        "adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "centroids.safetensors",
-        "clusters.parquet", "evaluation/items.parquet", "evaluation/recovery.parquet",
-        "evaluation/summary.parquet", "explained_variance.parquet", "factors.safetensors",
-        "merged/tc-lora", "merged/uniform", "routed", "routing.parquet",
-        "training/cluster-0.json", "training/cluster-1.json",
-        "training/joint.json",
+    folders = ("adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "merged/tc-lora",
+               "merged/uniform", "routed")  # fmt: skip
+    assert set(manifest.digests) == {
+        *(f"{folder}/{file}" for folder in folders for file in ADAPTER_FILES),
+        "centroids.safetensors", "clusters.parquet", "evaluation/items.parquet",
+        "evaluation/recovery.parquet", "evaluation/summary.parquet", "explained_variance.parquet",
+        "factors.safetensors", "routed/gates.safetensors", "routed/routed.json",
+        "routed/router.safetensors", "routing.parquet", "training/cluster-0.json",
+        "training/cluster-1.json", "training/joint.json",
     }  # fmt: skip
-    assert manifest["clustering"]["k"] == 2
-    assert manifest["profile"]["rows_test"] == 11
-    assert manifest["factors"]["rank"] == 2
+    assert manifest.clustering.k == 2
+    assert manifest.profile["rows_test"] == 11
+    assert manifest.factors.rank == 2
     report = (library / "report.html").read_text()
     assert "tc-lora" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
@@ -275,7 +278,7 @@ def test_the_primary_merge_has_its_component_weights_refitted(library):
         assert torch.allclose(B, before[name].B * scaled, atol=1e-6)  # a factor per component
         changed += int(not torch.allclose(scaled, torch.ones(1)))
     assert changed > 0
-    notes = read_manifest(library)["merges"]["tc-lora"]["notes"]
+    notes = read_manifest(library).merges["tc-lora"].notes
     assert "component weights refitted in 2 steps on 8 rows per cluster" in notes
     assert not (library / "work" / "unrefined" / "uniform").exists()
 
@@ -297,7 +300,7 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
     flow_run_id = parent.data.tags["prefect.flow_run_id"]
     with get_client(sync_client=True) as api:
         assert api.read_flow_run(flow_run_id).name == parent.data.tags["prefect.flow_run_name"]
-    assert read_manifest(library)["links"]["mlflow_run"]
+    assert read_manifest(library).links["mlflow_run"]
     children = {
         run.info.run_name
         for run in client.search_runs(
@@ -347,40 +350,40 @@ def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
         library, settings, factorise={"rank": 1}, merge={"methods": ["tc-lora"]}
     )
     manifest = read_manifest(library)
-    assert manifest["factors"]["rank"] == 1
-    assert set(manifest["merges"]) == {"tc-lora"}
+    assert manifest.factors.rank == 1
+    assert set(manifest.merges) == {"tc-lora"}
     assert not (library / "merged" / "uniform").exists()
     assert {"factors.safetensors", "work/items/tc-lora.parquet"} < written
     assert not [name for name in written if name.startswith(("adapters/", "training/"))]
     assert not [name for name in written if "uniform" in name or "base" in name]
     back, _ = written_by(library, settings)  # as it was
     assert not [name for name in back if name.startswith(("adapters/", "training/"))]
-    assert read_manifest(library)["digests"].keys() > manifest["digests"].keys()
+    assert read_manifest(library).digests.keys() > manifest.digests.keys()
 
 
 def test_a_deleted_adapter_alone_is_trained_again(library, settings):
-    before = read_manifest(library)["digests"]
+    before = read_manifest(library).digests
     shutil.rmtree(library / "adapters" / "cluster-0")
     written, _ = written_by(library, settings)
-    files = ("adapter_config.json", "adapter_model.safetensors")
     assert written == ALWAYS | {"training/cluster-0.json"} | {
-        f"adapters/cluster-0/{file}" for file in files
+        f"adapters/cluster-0/{file}" for file in ADAPTER_FILES
     }
-    after = read_manifest(library)["digests"]
-    assert after["adapters/cluster-0"] == before["adapters/cluster-0"]
+    after = read_manifest(library).digests
+    weights = "adapters/cluster-0/adapter_model.safetensors"
+    assert after[weights] == before[weights]
 
 
 def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
-    before = read_manifest(library)["digests"]
+    before = read_manifest(library).digests
     weights = library / "merged" / "uniform" / "adapter_model.safetensors"
     with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\xff\xff\xff\xff")
-    assert verify(library) == ["merged/uniform differs from its digest in library.json"]
+    (problem,) = verify(library)
+    assert problem.startswith("merged/uniform/adapter_model.safetensors differs from its digest")
     written, _ = written_by(library, settings)
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    assert written == ALWAYS | {f"merged/uniform/{file}" for file in files}
-    assert read_manifest(library)["digests"] == before
+    assert written == ALWAYS | {f"merged/uniform/{file}" for file in ADAPTER_FILES}
+    assert read_manifest(library).digests == before
 
 
 def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
@@ -390,7 +393,7 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
     assert found["reached"]
     assert found["curve"][str(found["rank"])] >= 0.9
     assert all(share < 0.9 for rank, share in found["curve"].items() if int(rank) < found["rank"])
-    assert read_manifest(library)["factors"]["rank"] == found["rank"]
+    assert read_manifest(library).factors.rank == found["rank"]
     run = MlflowClient(outcome["mlflow_uri"]).get_run(outcome["mlflow_run"])
     assert run.data.params["factorise.target_recovery"] == "0.9"
 

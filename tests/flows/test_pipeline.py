@@ -57,16 +57,21 @@ def alpaca_rows():
         }  # fmt: skip
 
 
+def write_rows(folder, rows):
+    file = folder / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("project")
-    lines = "".join(json.dumps(row) + "\n" for row in alpaca_rows())
-    (folder / "mine.jsonl").write_text(lines)
+    data = write_rows(folder, alpaca_rows())
     return {
         "name": "mine",
         "output": str(folder / "runs"),
         "base_model": str(tiny_model_dir),
-        "data": {"path": str(folder / "mine.jsonl"), "test_fraction": 0.2},
+        "data": {"path": str(data), "test_fraction": 0.2},
         "cluster": {"k": 2, "min_rows": 4},
         "train": {
             "r": 2, "alpha": 4, "lr": 2e-2, "batch_size": 8, "epochs": 2, "template": "plain",

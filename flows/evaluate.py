@@ -5,8 +5,8 @@ from prefect import flow, get_run_logger
 from flows.context import Context, Merged, Prepared, Trained
 from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
+from tasks.evaluation import cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
-from tasks.evaluation import measure_routed, summarise_items
 from tclora.config import HarnessConfig, IntervalConfig, MeasureConfig
 from tclora.evaluate.method import ALL
 from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
@@ -20,9 +20,23 @@ def evaluate(
     if prepared.held_out is None:
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
         return None
+    cfg = context.config.evaluate
     items = _measure(context, prepared.held_out, _methods(trained, merged), merged.routed)
-    cfg = context.config
-    return summarise_items(items, cfg.evaluate.only(IntervalConfig), cfg.seed, context.where)
+    crossed = _cross(context, prepared.held_out, trained) if cfg.cross_rows else None
+    return summarise_items(
+        items, crossed, cfg.only(IntervalConfig), context.config.seed, context.where
+    )
+
+
+def _cross(context: Context, rows: Artifact, trained: Trained) -> Artifact:
+    """Measure rows of every cluster under every cluster's adapter."""
+    cfg, where = context.config, context.where
+    adapters = {name: part.alone() for name, part in trained.adapters.items()}
+    measured = cfg.evaluate.only(MeasureConfig)
+    with where.progress.shown():
+        return cross(
+            rows, adapters, cfg.evaluate.cross_rows, cfg.seed, measured, context.base, where
+        )
 
 
 def _methods(trained: Trained, merged: Merged) -> dict[str, Artifacts]:

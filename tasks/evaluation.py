@@ -6,6 +6,7 @@ from tasks.artifact import Artifact, Artifacts, paths_of
 from tasks.keys import stage
 from tasks.where import Where
 from tclora.config import HarnessConfig, IntervalConfig, MeasureConfig
+from tclora.evaluate.cross import measure_cross
 from tclora.evaluate.method import ALL, evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
 from tclora.files import atomic_path
@@ -66,8 +67,36 @@ def measure_routed(
     return Artifact.of(where.layout.root, where.layout.items(method))
 
 
+@stage("cross")
+def cross(
+    rows: Artifact,
+    adapters: Artifacts,
+    per_cluster: int,
+    seed: int,
+    config: MeasureConfig,
+    base: Base,
+    where: Where,
+) -> Artifact:
+    """Measure rows of every cluster under every cluster's adapter."""
+    file = where.layout.evaluation.table("cross")
+    where.executor.run_isolated(
+        measure_cross,
+        base=base,
+        rows=rows.path,
+        adapters=paths_of(adapters),
+        per_cluster=per_cluster,
+        seed=seed,
+        config=config,
+        target=file,
+        on_event=_shown("cross", where),
+    )
+    return Artifact.of(where.layout.root, file)
+
+
 @stage("summarise")
-def summarise_items(items: Artifacts, config: IntervalConfig, seed: int, where: Where) -> Artifact:
+def summarise_items(
+    items: Artifacts, crossed: Artifact | None, config: IntervalConfig, seed: int, where: Where
+) -> Artifact:
     """Collect the measured items of all methods; summaries and recovery with intervals."""
     layout = where.layout
     table = pd.concat([pd.read_parquet(item.path) for item in items.values()], ignore_index=True)
@@ -83,7 +112,8 @@ def summarise_items(items: Artifacts, config: IntervalConfig, seed: int, where: 
     for name, frame in tables.items():
         with atomic_path(layout.evaluation.table(name)) as fresh:
             frame.to_parquet(fresh)
-    return Artifact.of(layout.root, *(layout.evaluation.table(name) for name in tables))
+    files = [layout.evaluation.table(name) for name in tables]
+    return Artifact.of(layout.root, *files, *(crossed.paths if crossed else ()))
 
 
 def _shown(method: str, where: Where) -> EventCallback:

@@ -254,6 +254,13 @@ class HarnessConfig(Section):
 class EvaluateConfig(MeasureConfig, IntervalConfig, HarnessConfig):
     """What is measured, and how it is summarised."""
 
+    cross_rows: int = Field(
+        0,
+        ge=0,
+        description="held-out rows of every cluster to measure under every cluster's adapter, for "
+        "the K x K table of what adapters do to each other's rows; 0: none",
+    )
+
 
 class ResourceConfig(Section):
     """How much of the machine to use."""

@@ -78,7 +78,7 @@ def settings(tmp_path_factory, tiny_model_dir):
             "target_modules": ["q_proj", "v_proj", "down_proj"], "dtype": "float32",
         },
         "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
-        "evaluate": {"max_new_tokens": 4, "resamples": 100},
+        "evaluate": {"max_new_tokens": 4, "resamples": 100, "cross_rows": 3},
         "merge": {"methods": ["tc-lora", "uniform"], "refine_steps": 2},
         "resources": {"jobs": 2},
     }  # fmt: skip
@@ -161,7 +161,8 @@ def test_the_library_is_complete(library):
                "merged/uniform", "routed")  # fmt: skip
     assert set(manifest.digests) == {
         *(f"{folder}/{file}" for folder in folders for file in ADAPTER_FILES),
-        "centroids.safetensors", "clusters.parquet", "evaluation/items.parquet",
+        "centroids.safetensors", "clusters.parquet", "evaluation/cross.parquet",
+        "evaluation/items.parquet",
         "evaluation/recovery.parquet", "evaluation/summary.parquet", "explained_variance.parquet",
         "factors.safetensors", "routed/gates.safetensors", "routed/routed.json",
         "routed/router.safetensors", "routing.parquet", "training/cluster-0.json",

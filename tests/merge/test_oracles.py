@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.linalg import svd
 
-from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter import Adapter
 from tclora.merge import merge
 from tclora.merge.truncate import leading_svd
 from tests.merge.examples import D_IN, MODULES, NAMES, make_adapter
@@ -149,18 +149,22 @@ def test_iso_cts_published():
     check(merged(adapters, "iso-cts"), expected)
 
 
-@pytest.mark.parametrize("method", ["tsv-m", "iso-c", "iso-cts"])
-def test_spectral_merges_do_not_amplify_rounding(method, adapters):
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_iso_c_chooses_its_directions_before_it_flattens(adapters, rank):
+    U, S, Vh = svd(dense(adapters).sum(0), full_matrices=False)
+    expected = S[:rank].mean() * U[:, :rank] @ Vh[:rank]
+    check(merged(adapters, "iso-c", rank=rank), expected)
 
-    def noisy(x):
-        return x + 1e-13 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
 
-    disturbed = [
-        Adapter(a.name, {m: LoraFactors(noisy(f.B), noisy(f.A)) for m, f in a.modules.items()})
-        for a in adapters
-    ]
-    check(merged(disturbed, method), merged(adapters, method), 1e-8)
+def test_iso_cts_divides_the_rank_asked_for(adapters):
+    """Of five directions two are common, three the adapters' own."""
+    result = merge(adapters, "iso-cts", rank=5, common_fraction=0.4).adapter.modules[MODULE]
+    U, S, _ = svd(dense(adapters).sum(0), full_matrices=False)
+    rest = dense(adapters) - U[:, :2] @ U[:, :2].mT @ dense(adapters)
+    own = svd(rest, full_matrices=False)
+    values = torch.cat([S[:2], own.S[:, 0]])
+    assert result.rank == 5
+    torch.testing.assert_close(svd(result.delta()).S[:5], values.mean().expand(5))
 
 
 def test_wudi_is_the_minimiser(adapters):

@@ -42,7 +42,8 @@ def reduced_core(stack: ModuleStack) -> ReducedCore:
     """
     core = stack.core
     U, S, V = slice_svd(core.B, core.A)  # (K, m, q), (K, q), (K, n, q)
-    root = S.sqrt()[:, None]
+    # Rounding is cut before the square root would lift it above the tolerance.
+    root = torch.where(SPAN_TOLERANCE * S.amax(1, keepdim=True) < S, S, 0).sqrt()[:, None]
     left, right = _span(U * root), _span(V * root)
     cores = (left.mT @ core.B) @ (core.A @ right)
     return ReducedCore(core.left @ left, core.right @ right, cores)

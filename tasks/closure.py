@@ -15,7 +15,9 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +30,9 @@ PROJECT = ("tclora", "tasks")
 # Fields of configuration sections count by the values a stage is given; their functions count.
 _BY_VALUE = "tclora.config"
 _EFFECTS = "<module>"  # what importing a module does beside defining names
+
+# Python 3.11 now and then fails where two threads parse at once (CPython issue 106905).
+_PARSER = threading.Lock()
 
 Finder = Callable[[str], Path | None]
 
@@ -125,11 +130,10 @@ class _Search:
         queue = [(symbol, decorated) for symbol in symbols]
         while queue:
             symbol, whole = queue.pop()
-            for place, nodes in self._resolve(symbol):
+            for place in self._resolve(symbol):
                 if place not in self.found:
-                    found = [_essence(node, place.module, whole) for node in nodes]
-                    self.found[place] = _digest(found)
-                    queue += [(s, True) for node in found for s in self._enter(place, node)]
+                    nodes, self.found[place] = _reduced(*self._source(place.module), place, whole)
+                    queue += [(s, True) for node in nodes for s in self._enter(place, node)]
             if not queue:
                 queue += [(symbol, True) for symbol in self._looked_up()]
 
@@ -163,7 +167,7 @@ class _Search:
             target = Symbol(module, attribute)
             yield target
 
-    def _resolve(self, symbol: Symbol) -> Iterator[tuple[Symbol, list[ast.AST]]]:
+    def _resolve(self, symbol: Symbol) -> Iterator[Symbol]:
         """Yield the definitions a name stands for, through imports of imports."""
         seen: set[Symbol] = set()
         queue = [symbol]
@@ -174,7 +178,7 @@ class _Search:
             seen.add(here)
             module = self._index(here.module)
             if here.name in module.definitions:
-                yield here, module.definitions[here.name]
+                yield here
             elif here.name in module.imports:
                 queue.append(module.imports[here.name])
             elif "__getattr__" in module.definitions and here.name not in {"", _EFFECTS}:
@@ -199,10 +203,14 @@ class _Search:
         return module.partition(".")[0] in self._packages
 
     def _index(self, module: str) -> "_Module":
+        return _parse(module, *self._source(module))
+
+    def _source(self, module: str) -> tuple[Path, int]:
+        """Return a module's file and its time stamp: a changed file is read again."""
         file = self._find(module)
         if file is None:
             raise ModuleNotFoundError(f"{module} has no source file")
-        return _parse(module, file, file.stat().st_mtime_ns)
+        return file, file.stat().st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -216,9 +224,10 @@ class _Module:
 
 @cache
 def _parse(module: str, file: Path, stamp: int) -> _Module:
-    """Read a module; a changed file has another time stamp."""
+    """Read a module."""
     package = file.name == "__init__.py"
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    with _PARSER:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     definitions: dict[str, list[ast.AST]] = {}
     for node in _top_level(tree.body):
         for name in _defined(node):
@@ -235,8 +244,12 @@ def _parse(module: str, file: Path, stamp: int) -> _Module:
     return _Module(package, definitions, imports)
 
 
-def _digest(nodes: Iterable[ast.AST]) -> str:
-    return hashlib.sha256("\n".join(map(ast.dump, nodes)).encode()).hexdigest()
+@cache
+def _reduced(file: Path, stamp: int, symbol: Symbol, decorated: bool) -> tuple[list[ast.AST], str]:
+    """Return what counts of a definition, and its digest."""
+    definitions = _parse(symbol.module, file, stamp).definitions[symbol.name]
+    nodes = [_essence(node, symbol.module, decorated) for node in definitions]
+    return nodes, hashlib.sha256("\n".join(map(ast.dump, nodes)).encode()).hexdigest()
 
 
 def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
@@ -291,7 +304,7 @@ def _chain(node: ast.Attribute) -> list[str]:
 
 def _essence(node: ast.AST, module: str, decorated: bool) -> ast.AST:
     """Return a definition without docstrings, configuration fields and a root's decorators."""
-    node = ast.parse(ast.unparse(node)).body[0] if not isinstance(node, ast.Module) else node
+    node = deepcopy(node)
     for part in ast.walk(node):
         body = getattr(part, "body", None)
         if isinstance(body, list) and body and _is_text(body[0]):

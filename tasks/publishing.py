@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from prefect import task
 from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
 from tasks.artifact import Artifact, Artifacts
@@ -71,7 +72,7 @@ class Parts:
             yield from part.paths
 
 
-@task(name="write-library")
+@task(name="write-library", cache_policy=NO_CACHE)
 def write_library(
     config: Config, models: Models, parts: Parts, links: Mapping[str, str], where: Where
 ) -> Path:
@@ -119,7 +120,7 @@ def _trained(part: Artifact) -> dict[str, Any]:
     return {name: value for name, value in part.info.items() if name != PARENT}
 
 
-@task(name="log-library")
+@task(name="log-library", cache_policy=NO_CACHE)
 def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
     """Log everything of the library to MLflow: files, figures, adapters, rows, nested runs."""
     here = Layout(library)
@@ -198,7 +199,7 @@ def _figures(rows: pd.DataFrame) -> dict[str, float]:
     return figures
 
 
-@task(name="link")
+@task(name="link", cache_policy=NO_CACHE)
 def link(run: Run, config: Config) -> None:
     """Show the MLflow run among Prefect's artifacts."""
     key = "".join(c if c.isalnum() else "-" for c in config.name.lower())

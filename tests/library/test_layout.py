@@ -73,9 +73,13 @@ def literals(path):
             folder = node.right
             if isinstance(folder, ast.Constant) and folder.value in FOLDERS:
                 yield folder.lineno, folder.value
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if " " not in node.value and NAMED.search(node.value):
-                yield node.lineno, node.value
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and " " not in node.value
+            and NAMED.search(node.value)
+        ):
+            yield node.lineno, node.value
 
 
 def test_clusters_are_named_by_number():

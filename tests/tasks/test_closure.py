@@ -2,10 +2,12 @@
 
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tasks.closure import Symbol, closure, find_source, symbols_of
+from tasks.closure import Symbol, _parse, closure, find_source, symbols_of
+from tclora.merge import merge
 from tclora.registry import Registry
 
 SOURCES = {
@@ -139,6 +141,14 @@ def test_a_change_counts_where_the_function_can_execute_it(package, module, old,
     assert old in text
     file.write_text(text.replace(old, new))
     assert (closure([run]).digest != before) is counts
+
+
+def test_closures_are_found_in_threads_at_once():
+    """Parallel stages ask for their keys at the same time, before anything was parsed."""
+    _parse.cache_clear()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: closure([merge], ["uniform"]).digest, range(64)))
+    assert len(set(found)) == 1
 
 
 def test_symbols_of_what_registries_hold():

@@ -34,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/tclora run configs/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
 from tasks.evaluation import cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
-from tclora.config import HarnessConfig, IntervalConfig, MeasureConfig
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.method import ALL
 from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
 
@@ -54,10 +54,10 @@ def _measure(
 ) -> Artifacts:
     """Measure all methods in parallel jobs."""
     cfg, base = context.config.evaluate, context.base
-    measured, harness = cfg.only(MeasureConfig), cfg.only(HarnessConfig)
+    measured, lm_eval = cfg.only(MeasureConfig), cfg.only(LmEvalConfig)
     where = context.where.shared_by(len(methods) + bool(routed))
     futures = {
-        name: evaluate_stage.submit(name, rows, adapters, measured, harness, base, where)
+        name: evaluate_stage.submit(name, rows, adapters, measured, lm_eval, base, where)
         for name, adapters in methods.items()
     }
     if routed:

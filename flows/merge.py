@@ -61,7 +61,7 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
 
 def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Artifact | None:
     """Collect activation statistics, unless the configuration forgoes them."""
-    count = context.config.merge.calibration_rows
+    count = context.config.merge.sample_rows
     if not count:
         return None
     return statistics(adapters, context.rows(prepared.rows, count), context.where)
@@ -84,7 +84,7 @@ def _scales(context: Context, prepared: Prepared, given: dict[str, Given]) -> di
     cfg = context.config.merge
     scaled = [name for name in given if cfg.scales and is_scaled(name)]
     where = context.where.shared_by(len(scaled))
-    rows = context.rows(prepared.rows, cfg.calibration_rows)
+    rows = context.rows(prepared.rows, cfg.sample_rows)
     futures = {
         name: tune_scale.submit(name, given[name], cfg.scales, rows, where) for name in scaled
     }
@@ -97,13 +97,13 @@ def _merge(
 ) -> Artifact:
     """Merge by one method; the primary merge's component weights are refitted if asked for."""
     cfg, where = context.config.merge, context.where
-    refitted = method == cfg.primary and bool(cfg.refine_steps and cfg.calibration_rows)
+    refitted = method == cfg.primary and bool(cfg.refit_steps and cfg.sample_rows)
     merged = merge_stage(method, given, scale, refitted, where)
     if not refitted:
         return merged
     with where.progress.shown():
-        rows = context.rows(prepared.rows, cfg.calibration_rows)
-        return refit(method, merged, cfg.refine_steps, rows, where)
+        rows = context.rows(prepared.rows, cfg.sample_rows)
+        return refit(method, merged, cfg.refit_steps, rows, where)
 
 
 def _routed_info(context: Context, adapters: list[str]) -> RoutedInfo:

@@ -5,7 +5,7 @@ import pandas as pd
 from tasks.artifact import Artifact, Artifacts, paths_of
 from tasks.keys import stage
 from tasks.where import Where
-from tclora.config import HarnessConfig, IntervalConfig, MeasureConfig
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.cross import measure_cross
 from tclora.evaluate.method import ALL, evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
@@ -20,7 +20,7 @@ def evaluate(
     rows: Artifact,
     adapters: Artifacts,
     config: MeasureConfig,
-    harness: HarnessConfig,
+    lm_eval: LmEvalConfig,
     base: Base,
     where: Where,
 ) -> Artifact:
@@ -30,7 +30,7 @@ def evaluate(
     """
     layout = where.layout
     # A method that is a different adapter per row is no model lm-eval could be given.
-    asked = bool(harness.harness) and set(adapters) <= {ALL}
+    asked = bool(lm_eval.lm_eval) and set(adapters) <= {ALL}
     where.executor.run_isolated(
         evaluate_adapters,
         name=method,
@@ -39,11 +39,11 @@ def evaluate(
         adapters=paths_of(adapters),
         config=config,
         target=layout.items(method),
-        harness=harness if asked else None,
-        harness_target=layout.harness(method) if asked else None,
+        lm_eval=lm_eval if asked else None,
+        lm_eval_target=layout.lm_eval(method) if asked else None,
         on_event=_shown(method, where),
     )
-    files = [layout.items(method), *([layout.harness(method)] if asked else [])]
+    files = [layout.items(method), *([layout.lm_eval(method)] if asked else [])]
     return Artifact.of(layout.root, *files)
 
 
@@ -106,9 +106,9 @@ def summarise_items(
         "summary": summarise(table, **options),
         "recovery": recovery(table, **options),
     }
-    harness = [path for item in items.values() for path in item.paths[1:]]
-    if harness:
-        tables["harness"] = pd.concat(map(pd.read_parquet, harness), ignore_index=True)
+    lm_eval = [path for item in items.values() for path in item.paths[1:]]
+    if lm_eval:
+        tables["lm_eval"] = pd.concat(map(pd.read_parquet, lm_eval), ignore_index=True)
     for name, frame in tables.items():
         with atomic_path(layout.evaluation.table(name)) as fresh:
             frame.to_parquet(fresh)

@@ -172,11 +172,11 @@ def tune_scale(
 
 @stage("merge", "merge-{method}")
 def merge(
-    method: str, given: Given, scale: float | None, unrefined: bool, where: Where
+    method: str, given: Given, scale: float | None, unrefitted: bool, where: Where
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
-    `scale` is given where it was tuned; an `unrefined` merge is one to be refitted.
+    `scale` is given where it was tuned; an `unrefitted` merge is one to be refitted.
     """
     inputs = given.inputs()
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
@@ -189,7 +189,7 @@ def merge(
         seed=inputs.seed,
         **options,
     )
-    target = where.layout.unrefined(method) if unrefined else where.layout.merged(method)
+    target = where.layout.unrefitted(method) if unrefitted else where.layout.merged(method)
     write_adapter(merged.adapter, target)
     tuned = () if scale is None else ("scale tuned on rows of every cluster",)
     figures = {

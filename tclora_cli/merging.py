@@ -12,8 +12,8 @@ from rich.progress import Progress
 from tclora.adapter import write_adapter
 from tclora.errors import AdapterError
 from tclora.merge import merge, methods
-from tclora_cli.calibration import CalibrationSource, calibrate
 from tclora_cli.folders import check_target, read_adapters
+from tclora_cli.sampling import SampleSource, calibrate
 
 
 def merge_directories(
@@ -21,7 +21,7 @@ def merge_directories(
     output: Path,
     method: str,
     *,
-    calibration: CalibrationSource | None,
+    sample: SampleSource | None,
     console: Console,
     options: Sequence[str] = (),
     **settings: Any,  # noqa: ANN401
@@ -37,9 +37,9 @@ def merge_directories(
         )
     with tempfile.TemporaryDirectory(prefix="tclora-statistics-") as folder, _bar(console) as bar:
         try:
-            if calibration:
+            if sample:
                 settings |= calibrate(
-                    calibration, adapters, Path(folder), method, {**settings, **chosen}
+                    sample, adapters, Path(folder), method, {**settings, **chosen}
                 )
             task = bar.add_task(f"merging by {method}", total=None)
             merged = merge(

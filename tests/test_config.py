@@ -73,7 +73,7 @@ def test_all_problems_are_reported_at_once():
         {"train": {"lr": 0}},
         {"train": {"target_modules": 3}},
         {"merge": {"scales": [0.4, 0.0]}},
-        {"merge": {"scales": [0.4], "calibration_rows": 0}},
+        {"merge": {"scales": [0.4], "sample_rows": 0}},
         {"seed": -1},
     ],
     ids=str,
@@ -182,3 +182,9 @@ def test_every_key_is_documented():
 def test_library_dir_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_config({"name": "x"}).library_dir == tmp_path / "runs" / "x"
+
+
+@pytest.mark.parametrize("former", sorted(RENAMED))
+def test_every_former_key_names_a_present_one(former):
+    assert RENAMED[former] in config_keys()
+    assert former not in config_keys()

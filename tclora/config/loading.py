@@ -16,7 +16,13 @@ from tclora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 # Keys of version 0.1.0 that have another name now; they go with the next version.
-RENAMED = {"route.mode": "route.router"}
+RENAMED = {
+    "route.mode": "route.router",
+    "merge.calibration_rows": "merge.sample_rows",
+    "merge.refine_steps": "merge.refit_steps",
+    "evaluate.harness": "evaluate.lm_eval",
+    "evaluate.harness_limit": "evaluate.lm_eval_limit",
+}
 
 
 def load_config(

@@ -176,7 +176,7 @@ class MergeConfig(Section):
     )
     primary: str = Field("tc-lora", description="the merge the run is for; registered in MLflow")
 
-    calibration_rows: int = Field(
+    sample_rows: int = Field(
         8,
         ge=0,
         description="training rows per cluster whose activations inform the merges that use them; "
@@ -185,14 +185,14 @@ class MergeConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (),
         description="grid from which every method with a scale takes the one of lowest loss on the "
-        "calibration rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
+        "sample rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
     )
 
-    refine_steps: int = Field(
+    refit_steps: int = Field(
         10,
         ge=0,
         description="steps in which the weights of the primary merge's components are refitted by "
-        "the base model's loss on the calibration rows, its factors kept; 0: none",
+        "the base model's loss on the sample rows, its factors kept; 0: none",
     )
 
     @model_validator(mode="after")
@@ -201,8 +201,8 @@ class MergeConfig(Section):
             raise ValueError(
                 f"primary must be one of methods {list(self.methods)}, got {self.primary!r}"
             )
-        if self.scales and not self.calibration_rows:
-            raise ValueError("scales are chosen on calibration rows, but calibration_rows is 0")
+        if self.scales and not self.sample_rows:
+            raise ValueError("scales are chosen on sample rows, but sample_rows is 0")
         return self
 
 
@@ -241,17 +241,17 @@ class IntervalConfig(Section):
     resamples: Positive = Field(2000, description="bootstrap resamples")
 
 
-class HarnessConfig(Section):
+class LmEvalConfig(Section):
     """Which standard benchmarks of lm-eval are run."""
 
-    harness: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
-    harness_limit: Positive | None = Field(None, description="items per lm-eval task")
+    lm_eval: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
+    lm_eval_limit: Positive | None = Field(None, description="items per lm-eval task")
     allow_code_execution: bool = Field(
         False, description="run model-written code of lm-eval tasks such as humaneval"
     )
 
 
-class EvaluateConfig(MeasureConfig, IntervalConfig, HarnessConfig):
+class EvaluateConfig(MeasureConfig, IntervalConfig, LmEvalConfig):
     """What is measured, and how it is summarised."""
 
     cross_rows: int = Field(

@@ -8,8 +8,8 @@ import pandas as pd
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from tclora.config import HarnessConfig, MeasureConfig
-from tclora.evaluate.lm_eval import run_harness
+from tclora.config import LmEvalConfig, MeasureConfig
+from tclora.evaluate.lm_eval import run_lm_eval
 from tclora.evaluate.measure import RowContext, evaluate_frame
 from tclora.files import atomic_path
 from tclora.jobs.call import EventCallback
@@ -29,8 +29,8 @@ def evaluate_adapters(
     adapters: dict[str, Path],
     config: MeasureConfig,
     target: Path,
-    harness: HarnessConfig | None = None,
-    harness_target: Path | None = None,
+    lm_eval: LmEvalConfig | None = None,
+    lm_eval_target: Path | None = None,
     on_event: EventCallback = lambda _: None,
 ) -> int:
     """Measure the base model with adapters on held-out rows.
@@ -50,7 +50,7 @@ def evaluate_adapters(
         What to measure.
     target : Path
         Parquet file of the measured items.
-    harness, harness_target
+    lm_eval, lm_eval_target
         lm-eval tasks to run on the model as well, and the Parquet file of their figures.
     on_event : callable
         Called with the number of rows measured so far, ``rows``, and in all, ``of``.
@@ -68,15 +68,15 @@ def evaluate_adapters(
         parts.append(_measured(loaded._replace(model=model), group, config))
         on_event({"rows": sum(map(len, parts)), "of": len(frame)})
     items = _write_items(parts, name, target)
-    if harness and harness_target:
-        figures = run_harness(
+    if lm_eval and lm_eval_target:
+        figures = run_lm_eval(
             model,
             loaded.tokenizer,
-            harness.harness,
-            limit=harness.harness_limit,
-            allow_code_execution=harness.allow_code_execution,
+            lm_eval.lm_eval,
+            limit=lm_eval.lm_eval_limit,
+            allow_code_execution=lm_eval.allow_code_execution,
         )
-        with atomic_path(harness_target) as fresh:
+        with atomic_path(lm_eval_target) as fresh:
             figures.assign(method=name).to_parquet(fresh)
     return items
 

@@ -31,7 +31,7 @@ _EVALUATION = {
         "accuracy_low", "accuracy_high",
     ],
     "recovery": ["method", "cluster", "recovery", "low", "high"],
-    "harness": ["method", "task", "metric", "value", "stderr"],
+    "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class Contents:
         Explained variance (fraction) per module and rank; "overall" for the whole.
     losses : Mapping[str, DataFrame]
         Adapter name → its training log; adapters without one are left out.
-    items, summary, recovery, harness : DataFrame
+    items, summary, recovery, lm_eval : DataFrame
         The evaluation; empty where it was not done.
     routing : DataFrame
         Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
@@ -63,7 +63,7 @@ class Contents:
     items: pd.DataFrame
     summary: pd.DataFrame
     recovery: pd.DataFrame
-    harness: pd.DataFrame
+    lm_eval: pd.DataFrame
     routing: pd.DataFrame
 
     @property

@@ -149,17 +149,17 @@ class Layout:
         """Scale chosen for a merge method; JSON."""
         return self.work / "scales" / f"{method}.json"
 
-    def unrefined(self, method: str) -> Path:
+    def unrefitted(self, method: str) -> Path:
         """PEFT directory of a merge before its component weights are refitted."""
-        return self.work / "unrefined" / method
+        return self.work / "unrefitted" / method
 
     def items(self, method: str) -> Path:
         """Measurements of one method, one row per held-out row."""
         return self.work / "items" / f"{method}.parquet"
 
-    def harness(self, method: str) -> Path:
+    def lm_eval(self, method: str) -> Path:
         """Measurements of one method by lm-eval."""
-        return self.work / "items" / f"{method}.harness.parquet"
+        return self.work / "items" / f"{method}.lm_eval.parquet"
 
     @property
     def rank(self) -> Path:
@@ -217,7 +217,7 @@ class EvaluationLayout:
     folder: Path
 
     def table(self, kind: str) -> Path:
-        """Table of a kind: "items", "summary", "recovery" or "harness"."""
+        """Table of a kind: "items", "summary", "recovery" or "lm_eval"."""
         return self.folder / f"{kind}.parquet"
 
     @property
@@ -236,9 +236,10 @@ class EvaluationLayout:
         return self.table("recovery")
 
     @property
-    def harness(self) -> Path:
+    def lm_eval(self) -> Path:
         """Measurements by lm-eval, per method."""
-        return self.table("harness")
+        former = self.table("harness")  # its name in version 0.1.0
+        return former if former.exists() else self.table("lm_eval")
 
 
 def statistics_file(folder: Path, name: str) -> Path:

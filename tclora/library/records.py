@@ -128,7 +128,7 @@ class Merge(Record):
     notes : str
         What else was done.
     losses : tuple of float
-        Loss on the calibration rows before and after each step of refitting.
+        Loss on the sample rows before and after each step of refitting.
     """
 
     rank: int
@@ -243,7 +243,7 @@ class MergeSettings(_Settings):
     """Which merge the run was for; see `tclora.config.MergeConfig`."""
 
     primary: str
-    calibration_rows: int
+    sample_rows: int = Field(validation_alias=AliasChoices("sample_rows", "calibration_rows"))
 
 
 class EvaluateSettings(_Settings):

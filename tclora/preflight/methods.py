@@ -17,9 +17,9 @@ def method_problems(config: Config) -> list[str]:
     problems = [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
     needing = {info.name for info in methods() if info.needs == "statistics"}
     uninformed = [name for name in config.merge.methods if name in needing]
-    if uninformed and not config.merge.calibration_rows:
+    if uninformed and not config.merge.sample_rows:
         problems.append(
-            f"merge.calibration_rows must be above 0 for {', '.join(uninformed)}, which need "
+            f"merge.sample_rows must be above 0 for {', '.join(uninformed)}, which need "
             "activation statistics, got 0"
         )
     ranked = {info.name for info in methods() if info.needs}
@@ -45,17 +45,17 @@ def variant_problems(config: Config) -> list[str]:
     return problems
 
 
-def harness_problems(config: Config) -> list[str]:
+def lm_eval_problems(config: Config) -> list[str]:
     """Find lm-eval tasks that cannot run here or may not."""
-    if not config.evaluate.harness:
+    if not config.evaluate.lm_eval:
         return []
     problems = []
     if importlib.util.find_spec("lm_eval") is None:
-        problems.append("evaluate.harness needs lm-eval: pip install tclora[harness]")
-    executing = [task for task in config.evaluate.harness if executes_code(task)]
+        problems.append("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]")
+    executing = [task for task in config.evaluate.lm_eval if executes_code(task)]
     if executing and not config.evaluate.allow_code_execution:
         problems.append(
-            f"evaluate.harness: {', '.join(executing)} run code written by the model; "
+            f"evaluate.lm_eval: {', '.join(executing)} run code written by the model; "
             "set evaluate.allow_code_execution: true to let them"
         )
     return problems

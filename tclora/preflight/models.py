@@ -10,7 +10,7 @@ from tclora.config import Config
 from tclora.errors import ConfigError, ModelError
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
-from tclora.preflight.methods import harness_problems, method_problems, variant_problems
+from tclora.preflight.methods import lm_eval_problems, method_problems, variant_problems
 from tclora.train.lora import attach_lora
 
 
@@ -41,7 +41,7 @@ def check_models(config: Config) -> Models:
         With every problem found: unknown models, methods, routers or clusterers, a LoRA target
         that matches no layer, a missing chat template, missing packages.
     """
-    problems = method_problems(config) + harness_problems(config) + variant_problems(config)
+    problems = method_problems(config) + lm_eval_problems(config) + variant_problems(config)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)

@@ -102,7 +102,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         recovery=compare_recovery(contents),
         mean_recovery={m: v.value for m, v in recoveries(contents, "mean").items()},
         ordered_merges=[m for m in merges(contents) if m in contents.manifest.merges],
-        harness=contents.harness.to_dict("records"),
+        lm_eval=contents.lm_eval.to_dict("records"),
         destinations=short_destinations(contents),
         routed_prompts=routed_prompts(contents),
         router_quality=router_quality(contents),

@@ -26,7 +26,7 @@ Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Refit:
     """The outcome of a fit.
 
     Attributes
@@ -44,7 +44,7 @@ class Calibration:
     losses: tuple[float, ...]
 
 
-def calibrate_components(
+def fit_components(
     model: PreTrainedModel,
     adapter: Adapter,
     batches: Sequence[Batch],
@@ -52,7 +52,7 @@ def calibrate_components(
     n_steps: int = 20,
     learning_rate: float = 0.05,
     progress: Progress | None = None,
-) -> Calibration:
+) -> Refit:
     """Fit one factor per component of a merged adapter, starting from 1.
 
     Parameters
@@ -62,7 +62,7 @@ def calibrate_components(
     adapter : Adapter
         Any merge; column ρ of each B is scaled by the fitted factor.
     batches : sequence of Batch
-        Calibration rows of all clusters, in equal shares.
+        Sample rows of all clusters, in equal shares.
     n_steps : int
         Steps of Adam, each over all batches.
     learning_rate : float
@@ -72,7 +72,7 @@ def calibrate_components(
 
     Returns
     -------
-    Calibration
+    Refit
     """
     gates = {
         module: torch.ones(factors.rank, device=model.device)
@@ -90,29 +90,29 @@ def calibrate_components(
     )
     fitted = dict(zip(gates, best, strict=True))
     modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
-    return Calibration(replace(adapter, modules=modules), {}, losses)
+    return Refit(replace(adapter, modules=modules), {}, losses)
 
 
-def calibrate_loadings(
+def fit_loadings(
     model: PreTrainedModel,
     factors: LibraryFactors,
     batches: Sequence[Batch],
     *,
     n_steps: int = 20,
     learning_rate: float = 0.05,
-) -> Calibration:
+) -> Refit:
     """Fit one weight λ_k per cluster in U diag(Σ_k λ_k C[k]) Vᵀ, starting from 1 / K.
 
     Parameters
     ----------
     model, batches, n_steps, learning_rate
-        As in `calibrate_components`.
+        As in `fit_components`.
     factors : LibraryFactors
         Joint factors of the clusters.
 
     Returns
     -------
-    Calibration
+    Refit
         Its loadings are what the method ``tc-lora-calibrated`` takes.
     """
     K = len(factors.names)
@@ -130,7 +130,7 @@ def calibrate_loadings(
     )
     merged = factors.adapter({m: best @ loading for m, loading in C.items()})
     loadings = dict(zip(factors.names, best.tolist(), strict=True))
-    return Calibration(merged, loadings, losses)
+    return Refit(merged, loadings, losses)
 
 
 def _fit(
@@ -215,7 +215,7 @@ def refit_components(
         Mean response NLL (nats per token) before each step.
     """
     loaded = base.load()
-    found = calibrate_components(
+    found = fit_components(
         loaded.model,
         read_adapter(adapter),
         sample.together(loaded),

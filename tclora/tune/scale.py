@@ -1,4 +1,4 @@
-"""The scale λ of a merge chosen by the base model's loss on calibration rows.
+"""The scale λ of a merge chosen by the base model's loss on sample rows.
 
 Methods that add updates up (task arithmetic, TIES, TSV-M and others) depend on λ more than on
 anything else, so that they can be compared at a scale chosen in the same way for all.
@@ -36,7 +36,7 @@ class ScaleSearch:
     scale : float
         The scale with the lowest loss.
     losses : Mapping[float, float]
-        Scale → mean response NLL (nats per token) on the calibration rows.
+        Scale → mean response NLL (nats per token) on the sample rows.
     """
 
     scale: float
@@ -70,7 +70,7 @@ def tune_scale(
     method : str
         A method with a scale.
     batches : sequence of Batch
-        Calibration rows of all clusters, in equal shares.
+        Sample rows of all clusters, in equal shares.
     scales : sequence of float
         The grid.
     progress : callable, optional

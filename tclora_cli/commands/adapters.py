@@ -23,41 +23,41 @@ def merge(
         list[str], typer.Option("--option", metavar="KEY=VALUE", help="The method's own options.")
     ] = [],  # noqa: B006
     force: Annotated[bool, typer.Option(help="Merge adapters of different base models.")] = False,
-    calibration: Annotated[
+    sample: Annotated[
         list[str],
         typer.Option(
+            "--sample",
+            "--calibration",  # its name in version 0.1.0
             metavar="[NAME=]FILE",
             help="Sample rows of an adapter, or of all with a column 'adapter', for methods that "
             "use activations; loads the base model.",
         ),
     ] = [],  # noqa: B006
-    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows per adapter.")] = 16,
+    sample_rows: Annotated[
+        int, typer.Option("--sample-rows", "--calibration-rows", min=1, help="Rows per adapter.")
+    ] = 16,
     scales: Annotated[
         list[float],
-        typer.Option(
-            help="Grid of the method's scale, chosen on --calibration; repeat the option."
-        ),
+        typer.Option(help="Grid of the method's scale, chosen on --sample; repeat the option."),
     ] = [],  # noqa: B006
     base: Annotated[
-        str | None, typer.Option(help="Base model for --calibration; else the adapters' own.")
+        str | None, typer.Option(help="Base model for --sample; else the adapters' own.")
     ] = None,
-    template: Annotated[str, typer.Option(help="Of --calibration: chat or plain.")] = "chat",
+    template: Annotated[str, typer.Option(help="Of --sample: chat or plain.")] = "chat",
     seed: Annotated[int, typer.Option(help="Seed of anything random.")] = 0,
 ) -> None:
-    """Merge PEFT LoRA adapters, whoever trained them; without --calibration no model is loaded."""
-    if scales and not calibration:
-        raise AdapterError("--scales needs --calibration, rows to choose the scale on")
+    """Merge PEFT LoRA adapters, whoever trained them; without --sample no model is loaded."""
+    if scales and not sample:
+        raise AdapterError("--scales needs --sample, rows to choose the scale on")
     settle_environment()
-    from tclora_cli.calibration import CalibrationSource
     from tclora_cli.merging import merge_directories
+    from tclora_cli.sampling import SampleSource
 
     merge_directories(
         adapters,
         output,
         method,
-        calibration=CalibrationSource(calibration, base, template, calibration_rows, scales)
-        if calibration
-        else None,
+        sample=SampleSource(sample, base, template, sample_rows, scales) if sample else None,
         console=console,
         options=options,
         rank=rank,

@@ -79,7 +79,7 @@ def settings(tmp_path_factory, tiny_model_dir):
         },
         "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
         "evaluate": {"max_new_tokens": 4, "resamples": 100, "cross_rows": 3},
-        "merge": {"methods": ["tc-lora", "uniform"], "refine_steps": 2},
+        "merge": {"methods": ["tc-lora", "uniform"], "refit_steps": 2},
         "resources": {"jobs": 2},
     }  # fmt: skip
 
@@ -275,7 +275,7 @@ def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
 
 
 def test_the_primary_merge_has_its_component_weights_refitted(library):
-    before = read_adapter(library / "work" / "unrefined" / "tc-lora").modules
+    before = read_adapter(library / "work" / "unrefitted" / "tc-lora").modules
     after = read_adapter(library / "merged" / "tc-lora").modules
     changed = 0
     for name, (B, A) in after.items():
@@ -286,7 +286,7 @@ def test_the_primary_merge_has_its_component_weights_refitted(library):
     assert changed > 0
     notes = read_manifest(library).merges["tc-lora"].notes
     assert "component weights refitted in 2 steps on 8 rows per cluster" in notes
-    assert not (library / "work" / "unrefined" / "uniform").exists()
+    assert not (library / "work" / "unrefitted" / "uniform").exists()
 
 
 def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):

@@ -15,11 +15,11 @@ FILES = (
     "library.json", "report.html", "clusters.parquet", "centroids.safetensors",
     "factors.safetensors", "explained_variance.parquet", "routing.parquet", "routed.json",
     "gates.safetensors", "router.safetensors", "examples.parquet", "embeddings.safetensors",
-    "rank.json", "items.parquet", "summary.parquet", "recovery.parquet", "harness.parquet",
+    "rank.json", "items.parquet", "summary.parquet", "recovery.parquet", "lm_eval.parquet",
 )  # fmt: skip
 FOLDERS = (
     "adapters", "training", "merged", "routed", "evaluation", "work", "rows", "statistics",
-    "scales", "unrefined", "items", "checkpoints",
+    "scales", "unrefitted", "items", "checkpoints",
 )  # fmt: skip
 NAMED = re.compile(
     "|".join(map(re.escape, FILES)) + rf"|^({'|'.join(FOLDERS)})/|/({'|'.join(FOLDERS)})$|^cluster-"
@@ -42,12 +42,12 @@ def test_no_two_things_have_one_place(tmp_path):
     values = [getattr(layout, name) for name in vars(Layout) if name[0] != "_"]
     paths = [value for value in values if isinstance(value, Path)]
     for make in (layout.adapter, layout.training, layout.merged, layout.rows, layout.statistics,
-                 layout.scale, layout.unrefined, layout.items, layout.harness,
+                 layout.scale, layout.unrefitted, layout.items, layout.lm_eval,
                  layout.checkpoint):  # fmt: skip
         paths.append(make("x"))
     routed, tables = layout.routed, layout.evaluation
     paths += [routed.folder, routed.info, routed.gates, routed.router]
-    paths += [tables.items, tables.summary, tables.recovery, tables.harness]
+    paths += [tables.items, tables.summary, tables.recovery, tables.lm_eval]
     assert len(paths) == len(set(paths)) > 30
     assert all(path.is_relative_to(tmp_path) for path in paths)
     assert set(FILES) == {path.name for path in paths} & set(FILES)  # else this file is outdated

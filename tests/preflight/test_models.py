@@ -38,7 +38,7 @@ def test_preflight_reports_every_problem(folder, tmp_path):
         train={"target_modules": "query", "template": "chat"},
         merge={"methods": ["tc-lora", "magic", "more magic"]},
         embed={"model": str(tmp_path / "none")},
-        evaluate={"harness": ["humaneval"]},
+        evaluate={"lm_eval": ["humaneval"]},
         cluster={"method": "k-means"},
         route={"router": "softmx"},
     )

@@ -180,7 +180,7 @@ def test_items_without_answer_or_score_are_shown(library):
 
 def test_harness_results_are_listed(library):
     row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
-    pd.DataFrame([row]).to_parquet(library / "evaluation/harness.parquet")
+    pd.DataFrame([row]).to_parquet(library / "evaluation/lm_eval.parquet")
     assert "arc&lt;easy&gt;" in written(library)
 
 
@@ -210,8 +210,8 @@ def test_a_file_of_another_run_is_refused(library, name):
 
 def test_a_file_that_is_not_listed_is_not_read(library):
     row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
-    pd.DataFrame([row]).to_parquet(library / "evaluation/harness.parquet")
-    assert read_contents(library).harness.empty
+    pd.DataFrame([row]).to_parquet(library / "evaluation/lm_eval.parquet")
+    assert read_contents(library).lm_eval.empty
 
 
 def test_manifest_of_another_schema_is_refused(library):

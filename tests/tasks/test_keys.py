@@ -101,7 +101,7 @@ def followed(tmp_path_factory, tiny_model_dir, prefect_server):
                           "target_recovery": 0.01},
             "evaluate": {"max_new_tokens": 2, "resamples": 10, "cross_rows": 2},
             "merge": {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.5, 1.0],
-                      "refine_steps": 1},
+                      "refit_steps": 1},
         }
     )  # fmt: skip
     arguments = {}

@@ -1,4 +1,4 @@
-"""Calibration rows for ``tclora merge``: activation statistics, and a scale if one is asked for."""
+"""Sample rows for ``tclora merge``: activation statistics, and a scale if one is asked for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tclora.errors import AdapterError
 
 
 @dataclass(frozen=True)
-class CalibrationSource:
+class SampleSource:
     """Where `merge_directories` takes activation statistics from.
 
     Attributes
@@ -35,13 +35,13 @@ class CalibrationSource:
 
 
 def calibrate(
-    calibration: CalibrationSource,
+    sample: SampleSource,
     adapters: Sequence[Adapter],
     folder: Path,
     method: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Run the adapters' base model on the calibration rows: statistics, and a scale if asked for.
+    """Run the adapters' base model on the sample rows: statistics, and a scale if asked for.
 
     Returns what `merge` is to be given beside its settings.
     """
@@ -52,33 +52,31 @@ def calibrate(
         load_tokenizer,
         locate_base_model,
     )
-    from tclora.tune.rows import calibration_batches, collect_all, read_calibration
+    from tclora.tune.rows import collect_all, read_sample_files, sample_batches
     from tclora.tune.scale import is_scaled, tune_scale
 
-    if calibration.scales and "scale" in settings:
+    if sample.scales and "scale" in settings:
         raise AdapterError("--scales and --option scale=… exclude each other")
-    if calibration.scales and not is_scaled(method):
+    if sample.scales and not is_scaled(method):
         raise AdapterError(f"--scales needs a method with a scale, {method} has none")
-    rows = read_calibration(
-        calibration.sources, [adapter.name for adapter in adapters], calibration.rows
-    )
-    base = calibration.base or next((a.base_model for a in adapters if a.base_model), None)
+    rows = read_sample_files(sample.sources, [adapter.name for adapter in adapters], sample.rows)
+    base = sample.base or next((a.base_model for a in adapters if a.base_model), None)
     if base is None:
-        raise AdapterError("--calibration needs --base: the adapters do not name their base model")
+        raise AdapterError("--sample needs --base: the adapters do not name their base model")
     location = locate_base_model(base)
     device = default_device()
     model = load_base_model(location, choose_dtype("auto", device), device)
     tokenizer = load_tokenizer(location)
-    template = calibration.template
+    template = sample.template
     statistics = collect_all(model, tokenizer, rows, adapters, folder, template=template)
-    if not calibration.scales:
+    if not sample.scales:
         return {"statistics": statistics}
     found = tune_scale(
         model,
         adapters,
         method,
-        calibration_batches(tokenizer, rows, template=template),
-        calibration.scales,
+        sample_batches(tokenizer, rows, template=template),
+        sample.scales,
         statistics=statistics,
         **settings,
     )

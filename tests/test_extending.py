@@ -8,18 +8,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import tclora
+from tclora.adapter import read_adapter
 from tclora.cluster.registry import clusterers
 from tclora.cluster.rows import cluster_rows
-from tclora.config import ClusterConfig
+from tclora.config import AdapterConfig, ClusterConfig
 from tclora.errors import ConfigError, LibraryError
+from tclora.jobs.run import LocalExecutor
 from tclora.merge import merge
 from tclora.merge.registry import merge_methods
+from tclora.model.base import Base
 from tclora.registry import load_plugins
 from tclora.route import fit_router, read_library, routers, write_library
 from tclora.route.router import load_router, save_router
+from tclora.train.engines import AdapterRequest, engines, train_adapters
 from tclora.variants import variants
 from tests.merge.examples import assert_same_updates, make_adapter
 from tests.route.conftest import *  # noqa: F403
@@ -32,13 +37,14 @@ ADDED = {
     ("merge method", "one-of-all"): "one adapter's own update, the others left out",
     ("router", "sharp"): "A mixture that leans to the nearest cluster: the square of softmax.",
     ("clusterer", "ward"): "Agglomerative clustering by Ward's criterion.",
+    ("training engine", "pairs"): "Two adapters a job, one after the other on one process.",
 }
 
 
 @pytest.fixture
 def registries(monkeypatch):
     """The registries as they are, and again afterwards."""
-    for registry in (merge_methods, routers, clusterers):
+    for registry in (merge_methods, routers, clusterers, engines):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     yield
     for name in EXAMPLES:
@@ -66,7 +72,7 @@ def test_the_guide_adds_one_of_each(plugins):
 
 
 def test_every_registered_variant_has_a_summary():
-    assert {v.kind for v in variants()} >= {kind for kind, _ in ADDED} | {"training engine"}
+    assert {v.kind for v in variants()} >= {kind for kind, _ in ADDED}
     assert [v for v in variants() if not v.summary or "\n" in v.summary] == []
 
 
@@ -113,6 +119,28 @@ def test_a_clusterer_from_outside_clusters(plugins):
     assert (found.assign(vectors) == found.labels).all()
     auto = config.model_copy(update={"k": "auto"})
     assert clusterers["ward"].check(auto) == ["cluster.k must be a number with ward"]
+
+
+def test_an_engine_from_outside_trains_in_a_job(plugins, tmp_path, tiny_model_dir, monkeypatch):
+    load_plugins()
+    assert engines["pairs"].divide({"a": 3, "b": 5, "c": 4}, 2) == [["b", "c"], ["a"]]
+    rows = pd.DataFrame({"prompt": ["say one", "say two"], "response": ["one", "two"]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    paths = (str(tmp_path / "plugins"), os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    requests = [
+        AdapterRequest(name=name, rows=tmp_path / "rows.parquet", target=tmp_path / name,
+                       checkpoint=tmp_path / f"{name}-state")
+        for name in "ab"
+    ]  # fmt: skip
+    base = Base(location=str(tiny_model_dir), digest="", dtype="float32", template="plain",
+                max_tokens=64)  # fmt: skip
+    config = AdapterConfig(r=2, target_modules=("q_proj",), max_steps=1)
+    found = LocalExecutor().run_isolated(
+        train_adapters, engine="pairs", base=base, requests=requests, config=config
+    )
+    assert [found[name].steps for name in "ab"] == [1, 1]
+    assert_same_updates(read_adapter(tmp_path / "a"), read_adapter(tmp_path / "b"))
 
 
 def command_line(*arguments):

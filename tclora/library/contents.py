@@ -33,6 +33,8 @@ _EVALUATION = {
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
+_INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
+_SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Contents:
         Adapter name → its training log; adapters without one are left out.
     items, summary, recovery, lm_eval : DataFrame
         The evaluation; empty where it was not done.
+    interference, shared_structure : DataFrame
+        What adapters do to each other and what their factors share; empty in earlier libraries.
     routing : DataFrame
         Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
         there is no routed library.
@@ -64,6 +68,8 @@ class Contents:
     summary: pd.DataFrame
     recovery: pd.DataFrame
     lm_eval: pd.DataFrame
+    interference: pd.DataFrame
+    shared_structure: pd.DataFrame
     routing: pd.DataFrame
 
     @property
@@ -104,7 +110,9 @@ def read_contents(library: Path) -> Contents:
         clusters=reader.table(layout.clusters, _CLUSTERS),
         explained_variance=reader.table(layout.explained_variance, _EXPLAINED),
         losses=_read_losses(reader, layout),
-        **{kind: reader.optional(tables.table(kind), _EVALUATION[kind]) for kind in _EVALUATION},
+        **{kind: reader.optional(getattr(tables, kind), _EVALUATION[kind]) for kind in _EVALUATION},
+        interference=reader.optional(layout.interference, _INTERFERENCE),
+        shared_structure=reader.optional(layout.shared_structure, _SHARED),
         routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
     )
 

@@ -76,6 +76,16 @@ class Layout:
         return self.root / "explained_variance.parquet"
 
     @property
+    def interference(self) -> Path:
+        """How much every two cluster adapters get in each other's way."""
+        return self.root / "interference.parquet"
+
+    @property
+    def shared_structure(self) -> Path:
+        """Shared and cluster-specific energy of the joint factors, per module."""
+        return self.root / "shared_structure.parquet"
+
+    @property
     def routing(self) -> Path:
         """Where the held-out prompts are routed."""
         return self.root / "routing.parquet"

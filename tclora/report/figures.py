@@ -13,6 +13,7 @@ from tclora.library.contents import Contents, read_contents
 from tclora.report.bars import cluster_sizes, recovery, storage
 from tclora.report.canvas import STYLE
 from tclora.report.curves import explained_variance, loss_curves
+from tclora.report.interference import interference, shared_energy
 from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map
 
@@ -24,6 +25,8 @@ _DRAWINGS = {
     "recovery": recovery,
     "storage": storage,
     "routing": routing,
+    "interference": interference,
+    "shared_energy": shared_energy,
 }
 
 
@@ -39,7 +42,7 @@ def figures(library: Path) -> dict[str, Figure]:
     -------
     dict of str to Figure
         Of ``cluster_map``, ``cluster_sizes``, ``loss_curves``, ``explained_variance``,
-        ``recovery``, ``storage``, ``routing``.
+        ``recovery``, ``storage``, ``routing``, ``interference``, ``shared_energy``.
 
     Raises
     ------

@@ -25,6 +25,7 @@ from tclora.report.clusters import (
 from tclora.report.comparison import compare_recovery, compare_splits
 from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
+from tclora.report.interference import correlations, shared_facts
 from tclora.report.methods import merges, recoveries
 from tclora.report.overview import (
     data_profile,
@@ -48,6 +49,8 @@ _TITLES = {
     "recovery": "Mean recovery per method with its interval and worst cluster",
     "storage": "Bytes of the separate adapters, the shared factors and each merge",
     "routing": "Mean routing weights of the held-out prompts of every task",
+    "interference": "Share of every two adapters' interaction that cancels, cluster by cluster",
+    "shared_energy": "Share of the joint factors' energy that clusters share, by layer",
 }
 
 
@@ -106,6 +109,8 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         destinations=short_destinations(contents),
         routed_prompts=routed_prompts(contents),
         router_quality=router_quality(contents),
+        correlations=correlations(contents),
+        shared_facts=shared_facts(contents),
         examples=choose_examples(contents),
         judge=judge(contents),
         max_tasks=MAX_TASKS,

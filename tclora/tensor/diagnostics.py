@@ -3,12 +3,16 @@
 Symbols: K adapters, R the CP rank.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tclora.adapter import Adapter
+from tclora.adapter.union import module_factors
 from tclora.tensor.als import CPSolution
+from tclora.tensor.compress import compress
 from tclora.tensor.library import CPFactors, LibraryFactors
 
 if TYPE_CHECKING:
@@ -45,12 +49,51 @@ def shared_share(factors: LibraryFactors) -> float:
     -----
     A component of spread s counts (s − 1) / (K − 1) of its energy as shared; 0 for one adapter.
     """
-    K = len(factors.names)
-    frame = component_diagnostics(factors)
-    total = frame["energy"].sum()
+    return _shared(component_diagnostics(factors), len(factors.names))
+
+
+def shared_structure(adapters: Sequence[Adapter], factors: LibraryFactors) -> "pd.DataFrame":
+    """Describe what the clusters share in every module.
+
+    Parameters
+    ----------
+    adapters : sequence of K Adapter
+        What was factorised, in the order of the factors' names.
+    factors : LibraryFactors
+
+    Returns
+    -------
+    DataFrame
+        Columns module, rank (CP rank R), energy (Σ C²), shared (share of it that is shared, see
+        `shared_share`), spread (mean over components, weighted by energy), core_consistency (in
+        percent; NaN where R > K, see `core_consistency`).
+    """
+    import pandas as pd
+
+    K, rows = len(factors.names), []
+    for module, parts in component_diagnostics(factors).groupby("module", sort=True):
+        cp = factors.modules[str(module)]
+        energy = parts["energy"]
+        spread = float((parts["spread"] * energy).sum() / energy.sum()) if energy.sum() else 1.0
+        consistency = _consistency(adapters, str(module), cp) if cp.rank <= K else float("nan")
+        rows.append((module, cp.rank, energy.sum(), _shared(parts, K), spread, consistency))
+    columns = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _shared(components: "pd.DataFrame", K: int) -> float:
+    total = components["energy"].sum()
     if K == 1 or not total:
         return 0.0
-    return float(((frame["spread"] - 1) / (K - 1) * frame["energy"]).sum() / total)
+    return float(((components["spread"] - 1) / (K - 1) * components["energy"]).sum() / total)
+
+
+def _consistency(adapters: Sequence[Adapter], module: str, cp: CPFactors) -> float:
+    found = module_factors(adapters, module)
+    core = compress([f.B for f in found], [f.A for f in found])
+    U, V = core.left.mT @ cp.U.to(core.left), core.right.mT @ cp.V.to(core.right)
+    model = CPSolution(U[None], V[None], cp.C.to(U)[None], U.new_zeros(1))
+    return float(core_consistency(core.B[None], core.A[None], model))
 
 
 def core_consistency(B: Tensor, A: Tensor, solution: CPSolution) -> Tensor:

@@ -16,6 +16,7 @@ from tclora.adapter import Adapter
 from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.lowrank import slice_svd
+from tclora.tensor.sidebyside import side_by_side
 
 # Singular values below this share of the adapter's largest carry no direction.
 _TOLERANCE = 1e-10
@@ -45,8 +46,20 @@ class Interference:
     sign_conflict: pd.DataFrame
     modules: pd.DataFrame
 
+    def pairs(self) -> pd.DataFrame:
+        """Return one row per pair of adapters: first, second and the four measures."""
+        names = list(self.cosine.index)
+        first, second = np.triu_indices(len(names), k=1)
+        return pd.DataFrame(
+            {
+                "first": [names[i] for i in first.tolist()],
+                "second": [names[j] for j in second.tolist()],
+                **{m: getattr(self, m).to_numpy()[first, second] for m in MEASURES},
+            }
+        )
 
-_MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
+
+MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 def interference(
@@ -78,18 +91,21 @@ def interference(
     names = [adapter.name for adapter in adapters]
     paths = module_names(adapters)
     rows = []
-    for done, module in enumerate(paths, start=1):
+
+    def measure(module: str) -> tuple[dict[str, Tensor], Tensor]:
         factors = module_factors(adapters, module)
-        measured, weight = _measure(compress([f.B for f in factors], [f.A for f in factors]))
+        return _measure(compress([f.B for f in factors], [f.A for f in factors]))
+
+    for module, (measured, weight) in zip(paths, side_by_side(measure, paths), strict=True):
         rows.append((module, measured, weight))
         if progress:
-            progress(done, len(paths))
+            progress(len(rows), len(paths))
     total = sum((weight for _, _, weight in rows), torch.zeros(len(names), len(names)).double())
     frames = {}
-    for measure in _MEASURES:
-        summed = sum((m[measure] * w for _, m, w in rows), torch.zeros_like(total))
+    for name in MEASURES:
+        summed = sum((m[name] * w for _, m, w in rows), torch.zeros_like(total))
         mean = torch.where(total > 0, summed / torch.where(total > 0, total, 1), 0.0)
-        frames[measure] = pd.DataFrame(mean.numpy(), index=names, columns=names)
+        frames[name] = pd.DataFrame(mean.numpy(), index=names, columns=names)
     return Interference(**frames, modules=_pairs(names, rows))
 
 
@@ -125,7 +141,7 @@ def _pairs(
                 "module": module,
                 "first": [names[i] for i in first.tolist()],
                 "second": [names[j] for j in second.tolist()],
-                **{m: measured[m][first, second].numpy() for m in _MEASURES},
+                **{m: measured[m][first, second].numpy() for m in MEASURES},
             }
         )
         for module, measured, _ in rows

@@ -148,7 +148,7 @@ class SolverConfig(Section):
     solver: Literal["als", "tensorly"] = Field(
         "als",
         description="als: ours; tensorly: the reference, TensorLy's parafac on the same compressed "
-        "cores, module by module and some hundred times slower",
+        "cores, module by module, several times slower",
     )
 
 

@@ -48,7 +48,7 @@ def truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack)
     if min(update.shape) <= _EXACT_SIDE:
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         return from_svd(U, S, Vh.mT, rank)
-    factors, _, _ = from_svd(*leading_svd(update, rank, stack.generator()), rank)
+    factors, _, _ = from_svd(*leading_svd(update, rank, stack.seed), rank)
     total = float(update.double().square().sum())
     return Truncated(factors, total, max(0.0, total - product_energy(*factors)))
 

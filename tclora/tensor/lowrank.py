@@ -25,9 +25,7 @@ def slice_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ U, S, right @ Vh.mT
 
 
-def leading_svd(
-    matrix: Tensor, rank: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def leading_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return at least R leading singular triplets of a large dense matrix by subspace iteration.
 
     Parameters
@@ -35,8 +33,8 @@ def leading_svd(
     matrix : Tensor, shape (d_out, d_in)
     rank : int
         How many triplets matter.
-    generator : torch.Generator
-        Source of the first subspace.
+    seed : int
+        Seed of the first subspace; the global random state stays as it is.
 
     Returns
     -------
@@ -48,12 +46,10 @@ def leading_svd(
     Halko, Martinsson, Tropp (2011), "Finding Structure with Randomness", SIAM Review 53(2).
     """
     p = min(rank + _OVERSAMPLING, *matrix.shape)
-    Q = torch.randn(matrix.shape[1], p, generator=generator).to(matrix)
-    for _ in range(_POWER_ITERATIONS):
-        Q, _ = torch.linalg.qr(matrix @ Q)
-        Q, _ = torch.linalg.qr(matrix.mT @ Q)
-    U, S, Wh = torch.linalg.svd(matrix @ Q, full_matrices=False)
-    return U, S, Q @ Wh.mT
+    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        U, S, V = torch.svd_lowrank(matrix, p, niter=_POWER_ITERATIONS)
+    return U, S, V
 
 
 def product_energy(B: Tensor, A: Tensor) -> float:

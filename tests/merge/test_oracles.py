@@ -256,7 +256,11 @@ def test_large_dense_updates_are_truncated_by_subspace_iteration():
     left = torch.randn(300, 12, generator=generator) * 0.7 ** torch.arange(12)
     noise = 0.01 * torch.randn(300, 200, generator=generator)
     matrix = left @ torch.randn(12, 200, generator=generator) + noise
-    U, S, V = leading_svd(matrix, 8, generator)
+    before = torch.get_rng_state()
+    U, S, V = leading_svd(matrix, 8, seed=3)
     exact = svd(matrix, full_matrices=False)
     torch.testing.assert_close(S[:8], exact.S[:8], rtol=1e-4, atol=0)
     check(U[:, :8] * S[:8] @ V[:, :8].mT, truncated(matrix, 8), 1e-3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(17)
+    assert torch.equal(leading_svd(matrix, 8, seed=3)[0], U)

@@ -9,7 +9,6 @@ Symbols: K adapters, d_out × d_in a module.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def _cutoffs(stack: ModuleStack, density: float) -> Tensor:
     if density == 1:
         return torch.zeros(len(stack.factors))
     cutoffs = [
-        magnitude_cutoff(partial(_blocks, replace(stack, factors=[factors])), density)
+        magnitude_cutoff(_blocks(replace(stack, factors=[factors])), density)
         for factors in stack.factors
     ]
     return torch.tensor(cutoffs)

@@ -6,13 +6,10 @@ Yadav et al. (2023), "TIES-Merging: Resolving Interference When Merging Models",
 Yu et al. (2024), "Language Models are Super Mario" (DARE), arXiv 2311.03099.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-
-_HALF = 16
-_BINS = 1 << _HALF
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -21,49 +18,25 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
-def magnitude_cutoff(blocks: Callable[[], Iterable[Tensor]], density: float) -> float:
+def magnitude_cutoff(blocks: Iterable[Tensor], density: float) -> float:
     """Return the magnitude that the largest `density` share of all elements reaches.
 
     Parameters
     ----------
-    blocks : callable
-        Returns the elements block by block, the same ones each time it is called.
+    blocks : iterable of Tensor
+        The elements, in blocks of any shape; compared in single precision.
     density : float
         Fraction to keep (0–1); the number kept is rounded down.
 
     Notes
     -----
-    Exact to single precision in two passes and constant memory: counts over the upper, then the
-    lower half of the bits, whose order is that of the magnitudes.
+    Holds all elements at once: one adapter's update of one module, some 16 bytes per element.
     """
-    upper = _count(_bits(block) >> _HALF for block in blocks())
-    keep = int(density * int(upper.sum()))
+    magnitudes = torch.cat([block.abs().float().flatten() for block in blocks])
+    keep = int(density * magnitudes.numel())
     if keep == 0:
         return float("inf")
-    high, above = _bin_of(upper, keep)
-    lower = _count(
-        (bits := _bits(block))[(bits >> _HALF) == high] & (_BINS - 1) for block in blocks()
-    )
-    low, _ = _bin_of(lower, keep - above)
-    return float(torch.tensor((high << _HALF) | low, dtype=torch.int32).view(torch.float32))
-
-
-def _bits(block: Tensor) -> Tensor:
-    return block.abs().to(torch.float32).contiguous().view(torch.int32)
-
-
-def _count(values: Iterable[Tensor]) -> Tensor:
-    total = torch.zeros(_BINS, dtype=torch.int64)
-    for value in values:
-        total += torch.bincount(value.flatten(), minlength=_BINS)
-    return total
-
-
-def _bin_of(counts: Tensor, rank: int) -> tuple[int, int]:
-    """Return the bin of the rank-th largest element and how many lie in higher bins."""
-    reached = counts.flip(0).cumsum(0)
-    index = int(torch.searchsorted(reached, rank))
-    return _BINS - 1 - index, int(reached[index - 1]) if index else 0
+    return float(magnitudes.kthvalue(magnitudes.numel() - keep + 1).values)
 
 
 def keep_largest(stack: Tensor, cutoffs: Tensor) -> Tensor:

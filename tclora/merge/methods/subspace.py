@@ -8,7 +8,6 @@ Symbols: K adapters, d_out × d_in a module, m × n the core that holds all upda
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,16 +39,15 @@ def knots_ties(stack: ModuleStack, *, density: float = 1.0, scale: float = 1.0) 
     """Return λ U · disjoint mean of S V_kᵀ, with [Δ_1 … Δ_K] = U S [V_1ᵀ … V_Kᵀ]."""
     check_fraction("density", density)
     U, rows = _joint_left_basis(stack)
-    blocks = partial(_blocks, rows, stack.As)
     cutoffs = torch.zeros(len(rows))
     if density < 1:
         cutoffs = torch.tensor(
             [
-                magnitude_cutoff(partial(_blocks, rows[k : k + 1], stack.As[k : k + 1]), density)
+                magnitude_cutoff(_blocks(rows[k : k + 1], stack.As[k : k + 1]), density)
                 for k in range(len(rows))
             ]
         )
-    merged = [disjoint_mean(keep_largest(block, cutoffs)) for block in blocks()]
+    merged = [disjoint_mean(keep_largest(block, cutoffs)) for block in _blocks(rows, stack.As)]
     return LoraFactors(U, scale * torch.cat(merged, dim=1))
 
 
@@ -105,5 +103,5 @@ def _trim(blocks: Tensor, density: float) -> Tensor:
     """Keep the `density` largest elements of each adapter's block (K, m, n)."""
     if density == 1:
         return blocks
-    cutoffs = [magnitude_cutoff(partial(list, [block]), density) for block in blocks]
+    cutoffs = [magnitude_cutoff([block], density) for block in blocks]
     return keep_largest(blocks, torch.tensor(cutoffs))

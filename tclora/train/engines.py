@@ -14,7 +14,8 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
 from tclora.registry import Registry
-from tclora.train.loop import Checkpoint, TrainingResult, train_adapter
+from tclora.train.course import Checkpoint, TrainingResult
+from tclora.train.loop import train_adapter
 
 
 class AdapterRequest(BaseModel):

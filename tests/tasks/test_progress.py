@@ -1,0 +1,51 @@
+"""Progress of jobs where there is no terminal: a few lines of the log per job."""
+
+import logging
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from tasks import progress
+from tasks.progress import JobProgress
+from tasks.where import Where
+from tclora.jobs.run import LocalExecutor
+from tclora.library.layout import Layout
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    written = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            written.append(record.getMessage())
+
+    logger = logging.Logger("lines")
+    logger.addHandler(Lines())
+    monkeypatch.setattr(progress, "get_run_logger", lambda: logger)
+    return written
+
+
+def test_a_job_of_many_steps_says_four_lines(lines):
+    shown = JobProgress()
+    with disable_run_logger(), shown.shown():
+        for step in range(1, 101):
+            shown.update("cluster-0", step, 100, "loss 1.000")
+            shown.update("cluster-1", step, 0, "nothing to do")
+    assert lines == [f"cluster-0: {n} of 100, loss 1.000" for n in (25, 50, 75, 100)]
+
+
+def test_a_second_block_counts_anew(lines):
+    shown = JobProgress()
+    for _ in range(2):
+        with shown.shown():
+            shown.update("base", 8, 8, "rows")
+    assert lines == ["base: 8 of 8, rows"] * 2
+
+
+def test_stages_beside_each_other_share_the_cores_and_nothing_else(tmp_path):
+    where = Where(Layout(tmp_path), None, LocalExecutor(slots=4), JobProgress())
+    shared = where.shared_by(3)
+    assert shared.executor.parallel == 3
+    assert (shared.layout, shared.run, shared.progress) == (where.layout, None, where.progress)
+    assert where.executor.parallel == 1

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from tclora.adapter import Adapter, read_adapter
 from tclora.adapter.union import module_factors
+from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
+from tclora.library.names import cluster_number
 from tclora.tensor import Core, compress, core_consistency, cp_als
 from tclora.tensor.starts import slices
 
@@ -228,8 +230,8 @@ def stability(cores: dict[str, Core]) -> pd.DataFrame:
 
 def main(library: Path) -> None:
     """Run all three and report."""
-    names = sorted(n for n in read_manifest(library)["training"] if n != "joint")
-    adapters = [read_adapter(library / "adapters" / name) for name in names]
+    names = sorted(n for n in read_manifest(library).training if cluster_number(n) is not None)
+    adapters = [read_adapter(Layout(library).adapter(name)) for name in names]
     modules = list(adapters[0].modules)
     sample = modules[:: len(modules) // SAMPLE][:SAMPLE]
     cores = {module.removeprefix("model.layers."): core_of(adapters, module) for module in sample}

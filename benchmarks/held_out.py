@@ -15,8 +15,10 @@ from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter, read_adapter
 from tclora.data.demo import demo_examples
 from tclora.evaluate.measure import evaluate_frame
-from tclora.evaluate.recovery import BASE, OWN, recovery
+from tclora.evaluate.recovery import recovery
+from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
+from tclora.library.names import BASE, OWN, cluster_number
 from tclora.model.attach import attached
 from tclora.model.locate import load_base_model, load_tokenizer
 
@@ -37,16 +39,16 @@ class HeldOut:
 
     def __init__(self, library: Path, fresh: int = 0) -> None:
         self.library = library
+        self.layout = layout = Layout(library)
         self.manifest = read_manifest(library)
-        self.location = self.manifest["base_model"]["location"]
+        self.location = self.manifest.base_model.location
         self.tokenizer = load_tokenizer(self.location)
         self.model = self.base()
-        names = sorted(name for name in self.manifest["training"] if name != "joint")
-        opened = [read_adapter(library / "adapters" / name) for name in names]
+        names = sorted(n for n in self.manifest.training if cluster_number(n) is not None)
+        opened = [read_adapter(layout.adapter(name)) for name in names]
         self.adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
-        grams = sorted((library / "work" / "statistics").glob("*.safetensors"))
-        self.statistics = ActivationStatistics.load(*grams)
-        rows = pd.read_parquet(library / "work" / "rows" / "evaluation.parquet")
+        self.statistics = ActivationStatistics.load(*map(layout.statistics, names))
+        rows = pd.read_parquet(layout.held_out)
         self.rows = self._drawn(fresh) if fresh else rows[rows["split"] == "test"]
         self.rows = self.rows.reset_index(drop=True)
         own = [self.items(OWN, self.rows[self.rows["cluster"] == k], self.attach(a))
@@ -55,11 +57,11 @@ class HeldOut:
 
     def _drawn(self, count: int) -> pd.DataFrame:
         """Draw rows that the run did not see, each in the cluster of most of its task's rows."""
-        known = pd.read_parquet(self.library / "work" / "examples.parquet")
-        clusters = pd.read_parquet(self.library / "clusters.parquet")
+        known = pd.read_parquet(self.layout.examples)
+        clusters = pd.read_parquet(self.layout.clusters)
         training = known.merge(clusters[["id", "cluster"]], on="id")
         cluster_of = training[training["split"] == "train"].groupby("task")["cluster"]
-        seed = self.manifest["config"]["seed"] + _OTHER_SEED
+        seed = self.manifest.settings.seed + _OTHER_SEED
         drawn = demo_examples(train_rows=0, test_rows=count, seed=seed)
         drawn = drawn[(drawn["split"] == "test") & ~drawn["prompt"].isin(known["prompt"])]
         return drawn.assign(
@@ -74,7 +76,7 @@ class HeldOut:
 
     def training_rows(self, adapter: str) -> pd.DataFrame:
         """Return the rows an adapter was trained on."""
-        return pd.read_parquet(self.library / "work" / "rows" / f"{adapter}.parquet")
+        return pd.read_parquet(self.layout.rows(adapter))
 
     def attach(self, adapter: Adapter) -> Context:
         """Return a context with one adapter for all rows."""
@@ -88,13 +90,13 @@ class HeldOut:
         model: Any = None,  # noqa: ANN401
     ) -> pd.DataFrame:
         """Measure the NLL of rows."""
-        config = self.manifest["config"]["train"]
+        settings = self.manifest.settings.train
         found = evaluate_frame(
             model or self.model,
             self.tokenizer,
             rows,
-            template=config["template"],
-            max_tokens=config["max_tokens"],
+            template=settings.template,
+            max_tokens=settings.max_tokens,
             token_budget=2048,
             max_new_tokens=None,
             context=context,

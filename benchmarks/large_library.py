@@ -30,7 +30,7 @@ def measure(folder: Path, method: str) -> dict[str, object]:
     adapters = [read_adapter(path) for path in write_library(folder, layers(MISTRAL_7B, LAYERS), K)]
     merged = merge(adapters, method, rank=CP_RANK if method.startswith("tc-lora") else None)
     merging = time.perf_counter() - begin
-    write_adapter(merged.adapter, folder / "merged")
+    write_adapter(merged.adapter, folder / "result")
     return {
         "method": method,
         "rank": merged.rank,

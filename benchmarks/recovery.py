@@ -4,7 +4,7 @@ Usage: ``python benchmarks/recovery.py LIBRARY [--methods …] [--rank R] [--fre
 (base − merged) / (base − own adapter) in response NLL per token: 1 where merging costs nothing; the
 interval is a paired bootstrap over items. The last column is the recovery minus that of RegMean at
 the same rank, paired item by item. Methods with a scale run at their published value and at the
-best of a small grid on calibration rows, which are training rows that the statistics come from too.
+best of a small grid on sample rows, which are training rows that the statistics come from too.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tclora.evaluate.recovery import recovery
 from tclora.merge import merge, methods
 from tclora.model.tokens import Batch, batches, encode_frame
 from tclora.tensor import factorise
-from tclora.tune.components import calibrate_components, calibrate_loadings
+from tclora.tune.components import fit_components, fit_loadings
 from tclora.tune.scale import GRID, is_scaled, tune_scale
 
 RIVAL = "regmean"
@@ -32,15 +32,15 @@ SKIPPED = {"tc-lora", "tc-lora-calibrated", "tc-lora-reconstruct"}
 
 
 class Bench(HeldOut):
-    """A library and a few calibration rows of all its clusters."""
+    """A library and a few sample rows of all its clusters."""
 
     def __init__(self, library: Path, fresh: int) -> None:
         super().__init__(library, fresh)
         self.rival: pd.DataFrame | None = None
         rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
-        config = self.manifest["config"]["train"]
+        settings = self.manifest.settings.train
         encoded = encode_frame(
-            self.tokenizer, rows, template=config["template"], max_tokens=config["max_tokens"]
+            self.tokenizer, rows, template=settings.template, max_tokens=settings.max_tokens
         )
         pad = self.tokenizer.pad_token_id
         self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
@@ -78,11 +78,9 @@ class Bench(HeldOut):
     def calibrated(self, rank: int) -> list[dict[str, object]]:
         """Measure the merges whose weights are fitted by the model's loss."""
         factors = factorise(self.adapters, rank)
-        loadings = calibrate_loadings(self.model, factors, self.calibration, n_steps=10)
+        loadings = fit_loadings(self.model, factors, self.calibration, n_steps=10)
         informed = merge(self.adapters, "tc-lora", rank=rank, statistics=self.statistics)
-        components = calibrate_components(
-            self.model, informed.adapter, self.calibration, n_steps=10
-        )
+        components = fit_components(self.model, informed.adapter, self.calibration, n_steps=10)
         return [
             {"method": name, "asked rank": rank, "rank": rank, "setting": "fitted",
              "lost in truncation": 0.0, **self.measured(name, adapter)}
@@ -127,14 +125,14 @@ def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
 
 def save(bench: Bench, rows: list[dict[str, object]]) -> None:
     """Report what has been measured so far."""
-    config = bench.manifest["config"]
+    merge_settings = bench.manifest.settings.merge
     report(
         "recovery",
         "Recovery of the demo's adapters by merge method",
         pd.DataFrame(rows).sort_values("mean", ascending=False),
         f"{bench.library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
         f"{len(bench.rows)} held-out rows, one training seed; statistics from "
-        f"{config['merge']['calibration_rows']} training rows per cluster, scales tuned on "
+        f"{merge_settings.sample_rows} training rows per cluster, scales tuned on "
         f"{CALIBRATION_ROWS} of them over {GRID}.",
     )
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from tables import report
 
 from tclora.adapter import Adapter, write_adapter
 from tclora.cluster.embed import embed_prompts, load_embedder
-from tclora.evaluate.recovery import OWN
+from tclora.library.names import OWN, ROUTED
 from tclora.merge import merge
 from tclora.model.locate import locate_embedder
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode_frame
-from tclora.route import GatedAdapter, Gating, Router, fit_gates, fit_router
+from tclora.route import GatedAdapter, Gating, Router, derive, fit_gates, fit_router
 from tclora.tensor import factorise
 
 RANKS = (4, 8, 12, 16, 24, 32, 64, 96)
@@ -41,12 +40,12 @@ class Bench(HeldOut):
 
     def __init__(self, library: Path) -> None:
         super().__init__(library, FRESH)
-        clusters = pd.read_parquet(library / "clusters.parquet")
-        vectors = load_file(library / "work" / "embeddings.safetensors")["embeddings"]
+        clusters = pd.read_parquet(self.layout.clusters)
+        vectors = load_file(self.layout.embeddings)["embeddings"]
         training = (clusters["split"] == "train").to_numpy()
         labels = clusters.loc[training, "cluster"].to_numpy()
         self.router = fit_router(vectors[training], labels)
-        embedder = load_embedder(locate_embedder(self.manifest["embedding_model"]["id"]))
+        embedder = load_embedder(locate_embedder(self.manifest.embedding_model.id))
         self.vectors = embed_prompts(embedder, self.rows["prompt"].tolist())
 
     @contextmanager
@@ -62,12 +61,11 @@ class Bench(HeldOut):
     def routed(self, method: str, gated: GatedAdapter, router: Router) -> pd.DataFrame:
         """Measure rows, each routed by its text."""
         routing = router.route(self.vectors)
-        weights, known = torch.from_numpy(routing.weights), torch.from_numpy(routing.known)
         with self.gated(gated) as (model, gating):
             return self.items(
                 method,
                 self.rows,
-                lambda rows: gating.applied(weights[list(rows)], known[list(rows)]),
+                lambda rows: routing.take(rows).context(gating),
                 model,
             )
 
@@ -82,7 +80,7 @@ class Bench(HeldOut):
         model = create_arrow_model(
             base_model=self.base(),
             task_specific_adapter_paths=[
-                str(self.library / "adapters" / adapter.name) for adapter in self.adapters
+                str(self.layout.adapter(adapter.name)) for adapter in self.adapters
             ],
             arrow_config=ArrowConfig(top_k=top_k, router_temperature=1.0),
         ).eval()
@@ -99,7 +97,7 @@ class Bench(HeldOut):
             task_type="CAUSAL_LM",
             hidden_size=self.model.config.hidden_size,
             adapters={  # PEFT looks its experts up by number
-                str(k): str(self.library / "adapters" / a.name) for k, a in enumerate(self.adapters)
+                str(k): str(self.layout.adapter(a.name)) for k, a in enumerate(self.adapters)
             },
         )
         base = self.base()
@@ -107,12 +105,12 @@ class Bench(HeldOut):
         model = get_peft_model(base, config)
         trained = [p for p in model.parameters() if p.requires_grad]
         rows = pd.concat(self.training_rows(a.name).head(XLORA_ROWS) for a in self.adapters)
-        told = self.manifest["config"]["train"]
+        told = self.manifest.settings.train
         encoded = encode_frame(
             self.tokenizer,
             rows.sample(frac=1, random_state=0),
-            template=told["template"],
-            max_tokens=told["max_tokens"],
+            template=told.template,
+            max_tokens=told.max_tokens,
         )
         optimiser = torch.optim.Adam(trained, lr=XLORA_LEARNING_RATE)
         for start in range(0, len(encoded), XLORA_BATCH):
@@ -154,10 +152,10 @@ def main(library: Path) -> None:
         static = merge(bench.adapters, "tc-lora", rank=rank, statistics=bench.statistics).adapter
         gated = fit_gates(bench.adapters, static, bench.statistics)
         size = cost(gated.adapter, K)
-        routed = bench.routed("routed", gated, bench.router)
+        routed = bench.routed(ROUTED, gated, bench.router)
         add("routed (tc-lora factors, gates fitted on inputs)", rank, routed, size)
         if rank == 16:
-            soft = replace(bench.router, mode="softmax")
+            soft = derive(bench.router, "softmax")
             add("same, softmax at calibrated T", rank, bench.routed("softmax", gated, soft), size)
             for top in (1, 3):
                 items = bench.by_token(f"token-{top}", gated, top)

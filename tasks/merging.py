@@ -1,40 +1,124 @@
-"""Tasks on adapters alone: joint factorisation, its explained variance, merging."""
+"""Stages from adapters to merges: statistics, rank, factors, scales, merging, refitting."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any, NamedTuple
 
 from prefect import get_run_logger
 
-from tasks.artifact import Artifact, stage
-from tasks.data import WORK
-from tclora.activations import ActivationStatistics
-from tclora.adapter import Adapter, read_adapter, write_adapter
+from tasks.artifact import Artifact, Artifacts, paths_of
+from tasks.keys import stage
+from tasks.where import Where
+from tclora.activations.clusters import collect_clusters
+from tclora.adapter import read_adapter, write_adapter
+from tclora.config import SolverConfig
 from tclora.files import atomic_path
+from tclora.jobs.call import Event
 from tclora.merge import merge as merge_adapters
-from tclora.tensor import LibraryFactors, explained_variance_curve
+from tclora.merge.inputs import MergeInputs
+from tclora.model.base import Base
+from tclora.model.sample import Sample, Use
+from tclora.tensor import explained_variance_curve
 from tclora.tensor import factorise as factorise_adapters
-
-MERGED = "merged"
-UNREFINED = f"{WORK}/unrefined"
-
-
-def _read(adapters: Mapping[str, Artifact]) -> list[Adapter]:
-    return [read_adapter(artifact.path, name) for name, artifact in adapters.items()]
+from tclora.tune.components import refit_components
+from tclora.tune.rank import choose_rank
+from tclora.tune.scale import choose_scale
 
 
-def _root(adapters: Mapping[str, Artifact]) -> Path:
-    return next(iter(adapters.values())).root
+class Rows(NamedTuple):
+    """The base model and rows of every cluster, for stages that look at its behaviour on them."""
+
+    base: Base
+    rows: Artifacts
+    per_cluster: int
+    token_budget: int
+    seed: int
+
+    def sample(self, use: Use) -> Sample:
+        """Return the rows for one use."""
+        return Sample(
+            rows=paths_of(self.rows),
+            count=self.per_cluster,
+            use=use,
+            seed=self.seed,
+            token_budget=self.token_budget,
+        )
 
 
-@stage("tclora.tensor", name="factorise")
+class Given(NamedTuple):
+    """What a merge is given, as artifacts; see `MergeInputs`."""
+
+    adapters: Artifacts
+    factors: Artifact | None
+    statistics: Artifact | None
+    rank: int | None
+    seed: int
+
+    def inputs(self) -> MergeInputs:
+        """Return the files."""
+        return MergeInputs(
+            adapters=paths_of(self.adapters),
+            factors=self.factors.path if self.factors else None,
+            statistics=self.statistics.paths if self.statistics else (),
+            rank=self.rank,
+            seed=self.seed,
+        )
+
+
+@stage("statistics")
+def statistics(adapters: Artifacts, rows: Rows, where: Where) -> Artifact:
+    """Collect the base model's activation statistics on each cluster, for merges that use them."""
+    layout = where.layout
+    targets = {name: layout.statistics(name) for name in adapters}
+    # Cluster adapters differ in their numbers alone, so that one speaks for all.
+    modules = list(read_adapter(next(iter(adapters.values())).path).modules)
+    tokens = where.executor.run_isolated(
+        collect_clusters,
+        base=rows.base,
+        sample=rows.sample("statistics"),
+        modules=modules,
+        targets=targets,
+    )
+    return Artifact.of(layout.root, *targets.values(), info={"tokens": tokens})
+
+
+@stage("find-rank")
+def find_rank(
+    given: Given, method: str, solver: SolverConfig, target: float, rows: Rows, where: Where
+) -> Artifact:
+    """Find the smallest CP rank at which the routed library reaches a recovery."""
+    logger, file = get_run_logger(), where.layout.rank
+
+    def on_event(event: Event) -> None:
+        logger.info("CP rank %d recovers %.1f %%", event["rank"], 100 * event["recovery"])
+
+    found = where.executor.run_isolated(
+        choose_rank,
+        base=rows.base,
+        sample=rows.sample("rank"),
+        given=given.inputs(),
+        method=method,
+        solver=solver,
+        recovery=target,
+        target=file,
+        on_event=on_event,
+    )
+    if not found.reached:
+        logger.warning(
+            "no CP rank reaches factorise.target_recovery %g; the largest, %d, is used",
+            target,
+            found.rank,
+        )
+    curve = {f"factors/recovery_R{rank}": share for rank, share in found.curve.items()}
+    return Artifact.of(where.layout.root, file, metrics=curve, info={"rank": found.rank})
+
+
+@stage("factorise")
 def factorise(
-    adapters: dict[str, Artifact], rank: int, n_starts: int, n_iter: int, seed: int
+    adapters: Artifacts, rank: int, solver: SolverConfig, seed: int, where: Where
 ) -> Artifact:
     """Factorise all cluster adapters jointly at CP rank R."""
-    factors = factorise_adapters(_read(adapters), rank, n_starts=n_starts, n_iter=n_iter, seed=seed)
-    root = _root(adapters)
-    factors.save(root / "factors.safetensors")
-    explained = factors.explained_variance
+    read = [read_adapter(part.path, name) for name, part in adapters.items()]
+    factors = factorise_adapters(read, rank, **dict(solver), seed=seed)
+    factors.save(where.layout.factors)
     used = max(module.rank for module in factors.modules.values())
     if used < rank:
         get_run_logger().warning(
@@ -42,67 +126,108 @@ def factorise(
             rank,
             used,
         )
+    figures = {"rank": used, "explained_variance": factors.explained_variance}
     return Artifact.of(
-        root,
-        "factors.safetensors",
-        metrics={"factors/rank": used, "factors/explained_variance": explained},
-        info={"rank": used, "explained_variance": explained},
+        where.layout.root,
+        where.layout.factors,
+        metrics={f"factors/{name}": value for name, value in figures.items()},
+        info=figures,
     )
 
 
-@stage("tclora.tensor", name="explained-variance")
+@stage("explained-variance")
 def explained_variance(
-    adapters: dict[str, Artifact], ranks: tuple[int, ...], seed: int
+    adapters: Artifacts, ranks: tuple[int, ...], seed: int, where: Where
 ) -> Artifact:
     """Explained variance against rank, per module and overall."""
-    curve = explained_variance_curve(_read(adapters), ranks, seed=seed)
-    root = _root(adapters)
-    with atomic_path(root / "explained_variance.parquet") as fresh:
+    read = [read_adapter(part.path, name) for name, part in adapters.items()]
+    curve = explained_variance_curve(read, ranks, seed=seed)
+    with atomic_path(where.layout.explained_variance) as fresh:
         curve.to_parquet(fresh)
-    overall = curve[curve["module"] == "overall"]
-    return Artifact.of(
-        root,
-        "explained_variance.parquet",
-        metrics={
-            f"factors/explained_variance_R{rank}": value
-            for rank, value in zip(overall["rank"], overall["explained_variance"], strict=True)
-        },
+    overall = curve[curve["module"] == "overall"].set_index("rank")["explained_variance"]
+    metrics = {f"factors/explained_variance_R{rank}": value for rank, value in overall.items()}
+    return Artifact.of(where.layout.root, where.layout.explained_variance, metrics=metrics)
+
+
+@stage("tune-scale", "tune-{method}")
+def tune_scale(
+    method: str, given: Given, scales: tuple[float, ...], rows: Rows, where: Where
+) -> Artifact:
+    """Choose a method's scale on rows of every cluster."""
+    file = where.layout.scale(method)
+    found = where.executor.run_isolated(
+        choose_scale,
+        name=method,
+        base=rows.base,
+        sample=rows.sample("scale"),
+        given=given.inputs(),
+        scales=list(scales),
+        target=file,
     )
+    listing = ", ".join(f"{scale:g}" for scale in scales)
+    get_run_logger().info("%s: scale %g of %s", method, found.scale, listing)
+    figures = {"scale": found.scale}
+    return Artifact.of(where.layout.root, file, metrics={"merge/scale": found.scale}, info=figures)
 
 
-@stage("tclora.merge", name="merge", task_run_name="merge-{method}")
+@stage("merge", "merge-{method}")
 def merge(
-    method: str,
-    adapters: dict[str, Artifact],
-    factors: Artifact | None,
-    statistics: Artifact | None,
-    rank: int | None,
-    seed: int,
-    scale: float | None = None,
-    folder: str = MERGED,
+    method: str, given: Given, scale: float | None, unrefitted: bool, where: Where
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
-    `factors` and `statistics` are given to methods that use them, `scale` where it was tuned.
+    `scale` is given where it was tuned; an `unrefitted` merge is one to be refitted.
     """
-    grams = [statistics.root / name for name in statistics.files] if statistics else []
+    inputs = given.inputs()
+    options: dict[str, Any] = {} if scale is None else {"scale": scale}
     merged = merge_adapters(
-        _read(adapters),
+        inputs.read_adapters(),
         method,
-        factors=LibraryFactors.load(factors.path) if factors else None,
-        statistics=ActivationStatistics.load(*grams) if grams else None,
-        rank=rank,
-        seed=seed,
-        **({} if scale is None else {"scale": scale}),
+        factors=inputs.read_factors(),
+        statistics=inputs.read_statistics(),
+        rank=inputs.rank,
+        seed=inputs.seed,
+        **options,
     )
-    root = _root(adapters)
-    write_adapter(merged.adapter, root / folder / method)
-    tuned = () if scale is None else ("scale tuned on the calibration rows",)
-    info = {
+    target = where.layout.unrefitted(method) if unrefitted else where.layout.merged(method)
+    write_adapter(merged.adapter, target)
+    tuned = () if scale is None else ("scale tuned on rows of every cluster",)
+    figures = {
         "rank": merged.rank,
         "parameters": merged.parameters,
         "truncation_loss": merged.truncation_loss,
-        "notes": "; ".join(merged.notes + tuned),
     }
-    metrics = {f"merge/{key}": value for key, value in info.items() if key != "notes"}
-    return Artifact.of(root, f"{folder}/{method}", metrics=metrics, info=info)
+    return Artifact.of(
+        where.layout.root,
+        target,
+        metrics={f"merge/{name}": value for name, value in figures.items()},
+        info={**figures, "notes": "; ".join(merged.notes + tuned)},
+    )
+
+
+@stage("refit", "refit-{method}")
+def refit(method: str, merged: Artifact, steps: int, rows: Rows, where: Where) -> Artifact:
+    """Refit the weights of a merge's components by the base model's loss on a few rows."""
+
+    def on_event(event: Event) -> None:
+        note = f"loss {event['loss']:.3f}"
+        where.progress.update(method, int(event["step"]), steps, note)
+
+    target = where.layout.merged(method)
+    losses = where.executor.run_isolated(
+        refit_components,
+        name=method,
+        base=rows.base,
+        sample=rows.sample("refit"),
+        adapter=merged.path,
+        n_steps=steps,
+        target=target,
+        on_event=on_event,
+    )
+    get_run_logger().info(
+        "%s: loss on the rows %.3f, %.3f after refitting", method, losses[0], min(losses)
+    )
+    note = f"component weights refitted in {steps} steps on {rows.per_cluster} rows per cluster"
+    notes = "; ".join(part for part in (merged.info["notes"], note) if part)
+    info = merged.info | {"notes": notes, "losses": losses}
+    return Artifact.of(where.layout.root, target, metrics=merged.metrics, info=info)

@@ -1,193 +1,205 @@
-"""Tasks that finish a run: figures with intervals, the manifest, the report, MLflow."""
+"""Stages that finish a run: the library in its place, its report, everything in MLflow."""
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from prefect import task
 from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
-from tasks.artifact import Artifact, stage
-from tasks.data import WORK
+from tasks.artifact import Artifact, Artifacts
 from tasks.routed_model import log_routed
-from tasks.routing import ROUTED
 from tasks.tracking import Run
-from tclora.config import Config, EvaluateConfig
-from tclora.evaluate.recovery import recovery, summarise
-from tclora.files import atomic_path
-from tclora.library.manifest import prune, size, write_manifest
+from tasks.training import PARENT
+from tasks.where import Where
+from tclora.config import Config
+from tclora.library.layout import Layout
+from tclora.library.manifest import size, write_manifest
+from tclora.library.names import JOINT
+from tclora.library.records import (
+    Clustering,
+    Description,
+    Factors,
+    LocatedModel,
+    Merge,
+    ModelIdentity,
+    Routed,
+    Storage,
+    Training,
+)
+from tclora.library.staging import publish
 from tclora.preflight import Models
 from tclora.report import figures, write_report
-from tclora.route.storage import FOLDER
 
-_FOLDERS = ("adapters", "training", "merged", "evaluation")
-
-
-@stage("tclora.evaluate.recovery", name="summarise")
-def summarise_items(items: dict[str, Artifact], config: EvaluateConfig, seed: int) -> Artifact:
-    """Collect the measured items of all methods; summaries and recovery with intervals."""
-    root = next(iter(items.values())).root
-    table = pd.concat([pd.read_parquet(item.path) for item in items.values()], ignore_index=True)
-    options = {"confidence": config.confidence, "resamples": config.resamples, "seed": seed}
-    tables = {
-        "items": table,
-        "summary": summarise(table, **options),
-        "recovery": recovery(table, **options),
-    }
-    harness = [item.root / name for item in items.values() for name in list(item.files)[1:]]
-    if harness:
-        tables["harness"] = pd.concat(map(pd.read_parquet, harness), ignore_index=True)
-    for name, frame in tables.items():
-        with atomic_path(root / "evaluation" / f"{name}.parquet") as fresh:
-            frame.to_parquet(fresh)
-    return Artifact.of(root, *(f"evaluation/{name}.parquet" for name in tables))
+_TOTALS = {"test/nll", "test/accuracy", "recovery/mean", "recovery/worst"}
 
 
-@task(name="publish")
-def publish(
-    config: Config,
-    models: Models,
-    parts: Mapping[str, Artifact],
-    merged: Mapping[str, Artifact],
-    trained: Mapping[str, Artifact],
-    links: Mapping[str, str],
-) -> Artifact:
-    """Write manifest and report; remove what an earlier run left behind.
+@dataclass(frozen=True)
+class Parts:
+    """What a library is made of."""
 
-    `parts` holds the stages' single artifacts by name: examples, clusters, factors,
-    explained_variance and, where there are any, routed and evaluation.
-    """
-    root = parts["clusters"].root
-    everything = [parts[name] for name in parts if name != "examples"]
-    everything += [*merged.values(), *trained.values()]
-    files = {name: digest for part in everything for name, digest in part.files.items()}
-    prune(root, (".", *_FOLDERS), files)
-    separate = [part.path for name, part in trained.items() if name.startswith("cluster-")]
-    storage = {"separate adapters": sum(size(path) for path in separate)}
-    storage["factors"] = size(parts["factors"].path)
-    if ROUTED in parts:
-        storage[ROUTED] = size(parts[ROUTED].path)
-    storage |= {f"merged {method}": size(part.path) for method, part in merged.items()}
-    hidden = {"history", "mlflow_parent"}
-    values: dict[str, Any] = {
-        "name": config.name,
-        "config": config.model_dump(mode="json"),
-        "base_model": {
-            "id": config.base_model, "location": models.base, "digest": models.base_digest,
+    examples: Artifact
+    clusters: Artifact
+    adapters: Artifacts
+    joint: Artifact | None
+    factors: Artifact
+    explained_variance: Artifact
+    merges: Artifacts
+    routed: Artifact | None
+    evaluation: Artifact | None
+
+    @property
+    def trained(self) -> Artifacts:
+        """All trained adapters."""
+        return self.adapters | ({JOINT: self.joint} if self.joint else {})
+
+    @property
+    def tables(self) -> list[Artifact]:
+        """What belongs to the product beside adapters, merges and the routed library."""
+        parts = [self.clusters, self.factors, self.explained_variance, self.evaluation]
+        return [part for part in parts if part]
+
+    def product(self) -> Iterator[Path]:
+        """Yield every file and folder that belongs to the product."""
+        routed = [self.routed] if self.routed else []
+        for part in [*self.tables, *self.trained.values(), *self.merges.values(), *routed]:
+            yield from part.paths
+
+
+@task(name="write-library", cache_policy=NO_CACHE)
+def write_library(
+    config: Config, models: Models, parts: Parts, links: Mapping[str, str], where: Where
+) -> Path:
+    """Write manifest and report, then let the library take its place as a whole."""
+    layout = where.layout
+    names = {layout.name(path) for path in parts.product()}
+    write_manifest(layout.root, _describe(config, models, parts, links), names)
+    write_report(layout.root)
+    shutil.rmtree(layout.checkpoints, ignore_errors=True)  # all adapters are finished
+    publish(layout.root, config.library_dir)
+    return config.library_dir
+
+
+def _describe(
+    config: Config, models: Models, parts: Parts, links: Mapping[str, str]
+) -> Description:
+    """Say what the library was made of."""
+    separate = sum(size(part.path) for part in parts.adapters.values())
+    return Description(
+        name=config.name,
+        config=config.model_dump(mode="json"),
+        base_model=LocatedModel(
+            id=config.base_model, digest=models.base_digest, location=models.base
+        ),
+        embedding_model=ModelIdentity(id=config.embed.model, digest=models.embedder_digest),
+        profile=parts.examples.metrics,
+        clustering=Clustering(**parts.clusters.info),
+        training={name: Training(**_trained(part)) for name, part in parts.trained.items()},
+        factors=Factors(**parts.factors.info),
+        merges={
+            method: Merge(**part.info, bytes=size(part.path))
+            for method, part in parts.merges.items()
         },
-        "embedding_model": {"id": config.embed.model, "digest": models.embedder_digest},
-        "profile": parts["examples"].metrics,
-        "clustering": parts["clusters"].info,
-        "training": {
-            name: {key: value for key, value in part.info.items() if key not in hidden}
-            | {"status": "done", "error": None}
-            for name, part in trained.items()
-        },
-        "factors": parts["factors"].info,
-        "merges": {
-            method: part.info | {"bytes": size(part.path)} for method, part in merged.items()
-        },
-        "routed": parts[ROUTED].info if ROUTED in parts else None,
-        "storage": storage,
-        "links": dict(links),
-    }  # fmt: skip
-    write_manifest(root, values, files)
-    write_report(root)
-    shutil.rmtree(root / WORK / "checkpoints", ignore_errors=True)  # all adapters are finished
-    return Artifact.of(root, "library.json", "report.html", info={"storage": storage})
+        routed=Routed(**parts.routed.info) if parts.routed else None,
+        storage=Storage(
+            separate_adapters=separate,
+            factors=size(parts.factors.path),
+            routed=size(parts.routed.path) if parts.routed else None,
+        ),
+        links=dict(links),
+    )
 
 
-@task(name="log-library")
-def log_library(
-    run: Run,
-    config: Config,
-    parts: Mapping[str, Artifact],
-    merged: Mapping[str, Artifact],
-    trained: Mapping[str, Artifact],
-) -> None:
+def _trained(part: Artifact) -> dict[str, Any]:
+    return {name: value for name, value in part.info.items() if name != PARENT}
+
+
+@task(name="log-library", cache_policy=NO_CACHE)
+def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
     """Log everything of the library to MLflow: files, figures, adapters, rows, nested runs."""
-    client, root = run.client, parts["clusters"].root
-    for part in parts.values():
+    here = Layout(library)
+    for part in [parts.examples, *parts.tables, *([parts.routed] if parts.routed else [])]:
         tracking.log_metrics(run, part.metrics)
-    for name in ("library.json", "report.html", *_files(parts, merged, trained)):
-        client.log_artifact(run.run_id, str(root / name), _folder(name))
-    for name, figure in figures(root).items():
-        client.log_figure(run.run_id, figure, f"figures/{name}.png")
-    examples = pd.read_parquet(parts["examples"].path)
+    _log_files(run, parts, here)
+    for name, figure in figures(library).items():
+        run.client.log_figure(run.run_id, figure, f"figures/{name}.png")
+    examples = pd.read_parquet(here.examples)
     for split, rows in examples.groupby("split", sort=True):
         context = "training" if split == "train" else "evaluation"
         tracking.log_dataset(run, rows, config.data.path, f"{config.name}-{split}", context)
-    for name, part in trained.items():
-        _log_training(run, name, part)
-        _register(run, config, name, part)
-    for method, part in merged.items():
-        _register(run, config, f"merged-{method}", part)
-    if ROUTED in parts:
-        log_routed(run, parts[ROUTED], config)
-    if "evaluation" in parts:
-        _log_methods(run, parts["evaluation"], merged)
+    for name, part in parts.trained.items():
+        _log_training(run, name, part, here)
+        _register(run, config, name, here.adapter(name), part)
+    for method, part in parts.merges.items():
+        _register(run, config, f"merged-{method}", here.merged(method), part)
+    if parts.routed:
+        log_routed(run, here.routed.folder, next(iter(parts.routed.files.values())), config)
+    if parts.evaluation:
+        _log_methods(run, parts.merges, here)
 
 
-def _files(*groups: Mapping[str, Artifact]) -> list[str]:
-    """Files of the library without adapters, which become logged models."""
-    names = [name for group in groups for part in group.values() for name in part.files]
-    models = ("adapters/", "merged/", "work/")
-    return [name for name in names if name != FOLDER and not name.startswith(models)]
+def _log_files(run: Run, parts: Parts, here: Layout) -> None:
+    """Log the library's files; adapters, merges and the routed library become logged models."""
+    files = [here.manifest, here.report, *(here.path(n) for p in parts.tables for n in p.files)]
+    files += [here.training(name) for name in parts.trained]
+    files += [here.routing] if parts.routed else []
+    for file in files:
+        folder = here.name(file).rpartition("/")[0] or None
+        run.client.log_artifact(run.run_id, str(file), folder)
 
 
-def _folder(name: str) -> str | None:
-    return name.rpartition("/")[0] or None
-
-
-def _log_training(run: Run, name: str, part: Artifact) -> None:
+def _log_training(run: Run, name: str, part: Artifact, here: Layout) -> None:
     """Give a training that came from the cache its nested run too, with the whole curve."""
-    if part.info["mlflow_parent"] == run.run_id:
+    if part.info[PARENT] == run.run_id:
         return
-    tags = {"tclora.kind": "train", "tclora.cached_from": part.info["mlflow_parent"]}
+    tags = {"tclora.kind": "train", "tclora.cached_from": part.info[PARENT]}
     nested = tracking.nested_run(run, name, tags)
-    history = json.loads((part.root / "training" / f"{name}.json").read_text(encoding="utf-8"))
+    history = json.loads(here.training(name).read_text(encoding="utf-8"))
     tracking.log_history(nested, history)
     tracking.log_metrics(nested, part.metrics)
     tracking.close_run(nested, "FINISHED")
 
 
-def _register(run: Run, config: Config, name: str, part: Artifact) -> None:
+def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact) -> None:
     digest = next(iter(part.files.values()))
-    model_id = tracking.log_model_files(run, part.path, name, digest, "peft-lora")
+    model_id = tracking.log_model_files(run, folder, name, digest, "peft-lora")
     if name == f"merged-{config.merge.primary}":
         tracking.register_model(run, model_id, f"{config.name}-{config.merge.primary}")
 
 
-def _log_methods(run: Run, evaluation: Artifact, merged: Mapping[str, Artifact]) -> None:
-    summary = pd.read_parquet(evaluation.root / "evaluation" / "summary.parquet")
-    recovered = pd.read_parquet(evaluation.root / "evaluation" / "recovery.parquet")
+def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None:
+    summary = pd.read_parquet(here.evaluation.summary)
+    recovered = pd.read_parquet(here.evaluation.recovery)
     for method, rows in summary.groupby("method", sort=False):
-        nested = tracking.nested_run(run, f"evaluate-{method}", {"tclora.kind": "evaluate"})
-        metrics = {}
-        for row in rows.itertuples():
-            label = (
-                row.split
-                if row.group_kind == "all"
-                else f"{row.split}/{row.group_kind}-{row.group}"
-            )
-            metrics[f"{label}/nll"] = row.nll
-            metrics[f"{label}/accuracy"] = row.accuracy
-        for row in recovered[recovered["method"] == method].itertuples():
-            metrics[f"recovery/{row.cluster}"] = row.recovery
-        if method in merged:
-            metrics |= merged[str(method)].metrics
-        tracking.log_params(nested, {"method": method})
+        name = str(method)
+        shares = recovered[recovered["method"] == method].set_index("cluster")["recovery"]
+        metrics = _figures(rows) | {f"recovery/{c}": float(share) for c, share in shares.items()}
+        totals = {f"{name}/{key}": value for key, value in metrics.items() if key in _TOTALS}
+        metrics |= merges[name].metrics if name in merges else {}
+        nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
+        tracking.log_params(nested, {"method": name})
         tracking.log_metrics(nested, metrics)
         tracking.close_run(nested, "FINISHED")
-        totals = {name: value for name, value in metrics.items() if name in {
-            "test/nll", "test/accuracy", "recovery/mean", "recovery/worst"}}  # fmt: skip
-        tracking.log_metrics(run, {f"{method}/{name}": value for name, value in totals.items()})
+        tracking.log_metrics(run, totals)
 
 
-@task(name="link")
+def _figures(rows: pd.DataFrame) -> dict[str, float]:
+    """Return one method's NLL and accuracy per split and group."""
+    figures: dict[str, float] = {}
+    for row in rows.to_dict("records"):
+        group = "" if row["group_kind"] == "all" else f"/{row['group_kind']}-{row['group']}"
+        for kind in ("nll", "accuracy"):
+            figures[f"{row['split']}{group}/{kind}"] = float(row[kind])
+    return figures
+
+
+@task(name="link", cache_policy=NO_CACHE)
 def link(run: Run, config: Config) -> None:
     """Show the MLflow run among Prefect's artifacts."""
     key = "".join(c if c.isalnum() else "-" for c in config.name.lower())

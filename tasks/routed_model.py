@@ -8,7 +8,6 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import tclora
-from tasks.artifact import Artifact
 from tasks.tracking import Run, log_model_files, register_model
 from tclora.config import Config
 
@@ -18,7 +17,7 @@ _SIGNATURE = ModelSignature(
 )
 
 
-def log_routed(run: Run, routed: Artifact, config: Config) -> str:
+def log_routed(run: Run, library: Path, digest: str, config: Config) -> str:
     """Log and register the routed library; equal bytes are stored once.
 
     Returns
@@ -28,8 +27,7 @@ def log_routed(run: Run, routed: Artifact, config: Config) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="tclora-pyfunc-") as scratch:
         folder = Path(scratch) / "model"
-        save_pyfunc(routed.path, folder)
-        digest = next(iter(routed.files.values()))
+        save_pyfunc(library, folder)
         model_id = log_model_files(run, folder, "routed", digest, "tclora-routed")
     register_model(run, model_id, f"{config.name}-routed")
     return model_id

@@ -1,110 +1,66 @@
-"""The task that makes the routed library: gates, router, and where held-out prompts go."""
+"""The stage that makes the routed library: gates, router, and where held-out prompts go."""
 
-import numpy as np
 import pandas as pd
 from prefect import get_run_logger
 from safetensors.numpy import load_file
 
-from tasks.artifact import Artifact, stage
-from tclora.activations import ActivationStatistics
+from tasks.artifact import Artifact
+from tasks.keys import stage
+from tasks.merging import Given
+from tasks.where import Where
 from tclora.adapter import read_adapter
-from tclora.cluster.embed import Embeddings
-from tclora.config import Config
+from tclora.config import RouterConfig
 from tclora.files import atomic_path
 from tclora.library.manifest import size
-from tclora.preflight import Models
-from tclora.route import (
-    ModelIdentity,
-    RoutedInfo,
-    Router,
-    fit_gates,
-    fit_router,
-    write_library,
-)
+from tclora.route import RoutedInfo, fit_gates, fit_router, write_library
 from tclora.route.quality import calibration_curve, router_figures, true_clusters
-from tclora.route.storage import FOLDER
 
-ROUTED = "routed"  # its name among the methods
-
-
-def routed_info(config: Config, models: Models, adapters: list[str]) -> RoutedInfo:
-    """Say which models a routed library belongs to."""
-    return RoutedInfo(
-        base_model=ModelIdentity(id=config.base_model, digest=models.base_digest),
-        embedding_model=ModelIdentity(id=config.embed.model, digest=models.embedder_digest),
-        template=config.train.template,
-        max_tokens=config.train.max_tokens,
-        method=config.merge.primary,
-        clusters=tuple(adapters),
-    )
+_COLUMNS = ["id", "prompt", "task", "split", "cluster"]
 
 
-@stage("tclora.route", "tclora.route.quality", name="route")
+@stage("route")
 def route(
     info: RoutedInfo,
-    adapters: dict[str, Artifact],
     merged: Artifact,
-    statistics: Artifact | None,
+    given: Given,
     embeddings: Artifact,
     clusters: Artifact,
-    mode: str,
-    top_k: int | None,
-    coverage: float,
-    seed: int,
+    config: RouterConfig,
+    where: Where,
 ) -> Artifact:
     """Gate the merge's components per cluster, calibrate the router, route the held-out prompts."""
-    root = merged.root
-    grams = [statistics.root / name for name in statistics.files] if statistics else []
+    inputs, layout = given.inputs(), where.layout
     gated = fit_gates(
-        [read_adapter(part.path, name) for name, part in adapters.items()],
-        read_adapter(merged.path, info.method),
-        ActivationStatistics.load(*grams) if grams else None,
+        inputs.read_adapters(), read_adapter(merged.path, info.method), inputs.read_statistics()
     )
-    rows = pd.read_parquet(clusters.path, columns=["id", "prompt", "task", "split", "cluster"])
+    rows = pd.read_parquet(clusters.path, columns=_COLUMNS)
     vectors = load_file(embeddings.path)["embeddings"]
     training = (rows["split"] == "train").to_numpy()
     labels = rows.loc[training, "cluster"].to_numpy()
-    router = fit_router(
-        vectors[training], labels, mode=mode, top_k=top_k, coverage=coverage, seed=seed
-    )
-    write_library(root / FOLDER, gated, router, info)
-    rows["true"] = true_clusters(rows)
-    routing = _route_rows(rows[~training], vectors[~training], router, gated.names)
-    with atomic_path(root / "routing.parquet") as fresh:
+    router = fit_router(vectors[training], labels, **dict(config), seed=inputs.seed)
+    write_library(layout.routed.folder, gated, router, info)
+    held_out = rows.assign(true=true_clusters(rows))[~training].reset_index(drop=True)
+    table = router.route(vectors[~training]).table(gated.names)
+    routing = pd.concat([held_out, table], axis=1)
+    with atomic_path(layout.routing) as fresh:
         routing.to_parquet(fresh)
     figures = dict(router_figures(routing)) if len(routing) else {}
     for name, value in figures.items():
         get_run_logger().info("router: %s %.3f", name, value)
-    separate = sum(size(part.path) for part in adapters.values())
-    figures["temperature"] = router.temperature
-    share = size(root / FOLDER) / separate
+    if (temperature := router.save().settings.get("temperature")) is not None:
+        figures["temperature"] = float(temperature)
+    separate = sum(size(path) for path in inputs.adapters.values())
+    figures["bytes_share"] = size(layout.routed.folder) / separate
     return Artifact.of(
-        root,
-        FOLDER,
-        "routing.parquet",
-        metrics={f"router/{name}": value for name, value in figures.items()}
-        | {"router/bytes_share": share},
+        layout.root,
+        layout.routed.folder,
+        layout.routing,
+        metrics={f"router/{name}": value for name, value in figures.items()},
         info={
             **figures,
-            "mode": mode,
+            "router": config.router,
+            "by_token": "token_temperature" in routing,
             "method": info.method,
-            "bytes_share": share,
             "calibration_curve": calibration_curve(routing).to_dict("records"),
         },
     )
-
-
-def _route_rows(
-    rows: pd.DataFrame, vectors: Embeddings, router: Router, names: tuple[str, ...]
-) -> pd.DataFrame:
-    """Return one row per held-out prompt: its routing, its weights in columns of their own."""
-    routing = router.route(vectors)
-    probabilities = router.probabilities(vectors)
-    weights = pd.DataFrame(routing.weights, columns=list(names), index=rows.index)
-    table = rows.assign(
-        nearest=probabilities.argmax(axis=1),
-        known=routing.known,
-        similarity=routing.similarity,
-        confidence=np.max(probabilities, axis=1, initial=0.0),
-    )
-    return pd.concat([table, weights], axis=1).reset_index(drop=True)

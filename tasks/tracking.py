@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import (
     DatasetInput,
     InputTag,
@@ -208,7 +208,7 @@ def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: 
     """Record which rows a run used: digest, schema and source, not the rows."""
     texts = frame[["prompt", "response"]].astype("string")
     origin = CodeDatasetSource(tags={"tclora.data": source})
-    dataset = mlflow.data.from_pandas(texts, source=origin, name=name)
+    dataset = from_pandas(texts, source=origin, name=name)
     run.client.log_inputs(
         run.run_id,
         datasets=[
@@ -288,3 +288,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _metric_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
+
+
+def announce(stage: str, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a stage to the log of the run."""
+    listing = ", ".join(
+        f"{name.rpartition('/')[2]} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in figures.items()
+    )
+    get_run_logger().info("%s: %s", stage, listing)

@@ -7,11 +7,12 @@ logging that chain them live in the packages ``flows`` and ``tasks``.
 
 from typing import TYPE_CHECKING, Any
 
+from tclora.version import __version__
+
 if TYPE_CHECKING:
     from tclora.route.model import load
 
 __all__ = ["__version__", "load"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401

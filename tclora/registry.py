@@ -6,8 +6,9 @@ A variant registers itself when its module is imported. Modules of other package
 
 import difflib
 import importlib
+import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -26,10 +27,13 @@ class Registry(Mapping[str, T]):
     ----------
     kind : str
         What the variants are, for messages, such as "merge method".
+    describe : callable
+        Returns a variant's summary of one line; the first of its docstring by default.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, describe: Callable[[T], str] | None = None) -> None:
         self.kind = kind
+        self._describe = describe or _first_line
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -58,9 +62,7 @@ class Registry(Mapping[str, T]):
             If there is none of this name; the message names the closest ones.
         """
         if name not in self._entries:
-            raise ValueError(
-                f"{self.kind} must be a registered name, got {name!r}; {self.hint(name)}"
-            )
+            raise ValueError(self.unknown(name))
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -72,10 +74,47 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def name_of(self, entry: object) -> str:
+        """Return the name that a variant is registered under.
+
+        Raises
+        ------
+        ValueError
+            If it is not registered.
+        """
+        for name in self:
+            if self._entries[name] is entry:
+                return name
+        raise ValueError(f"{self.kind} must be registered, got {entry!r}; register it by a name")
+
+    def summary(self, name: str) -> str:
+        """Return one line on a variant."""
+        return self._describe(self[name])
+
+    def module(self, name: str) -> str:
+        """Return the module that defines a variant, whose source its results depend on."""
+        entry = self[name]
+        return str(getattr(entry, "function", entry).__module__)
+
+    def unknown(self, name: str) -> str:
+        """Say that a name is not registered, and which are close to it."""
+        return f"{self.kind} must be a registered name, got {name!r}; {self.hint(name)}"
+
     def hint(self, name: str) -> str:
         """Say which names are close to a wrong one, or all names."""
-        close = difflib.get_close_matches(name, list(self), n=2)
-        return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(self)}"
+        return closest(name, self)
+
+
+def closest(given: str, known: Iterable[str]) -> str:
+    """Say which known names are close to a wrong one, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(given, names, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+
+
+def _first_line(entry: object) -> str:
+    """Return the first line of a docstring, nothing where there is none."""
+    return (inspect.getdoc(entry) or "").partition("\n")[0]
 
 
 def load_plugins() -> None:
@@ -88,7 +127,7 @@ def load_plugins() -> None:
     ConfigError
         If one cannot be imported.
     """
-    named = [point.value for point in entry_points(group=ENTRY_POINTS)]
+    named = [point.module for point in entry_points(group=ENTRY_POINTS)]
     named += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
     for name in named:
         try:

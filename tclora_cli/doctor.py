@@ -47,9 +47,11 @@ def print_diagnosis(config: Config, console: Console) -> bool:
     try:
         check(config)
     except TcloraError as error:
-        console.print(f"{'configuration':<32}{error}", markup=False, highlight=False)
+        console.print(
+            f"{'configuration':<32}{error}", markup=False, highlight=False, soft_wrap=True
+        )
         return False
-    console.print(f"{'configuration':<32}fits this machine", highlight=False)
+    console.print(f"{'configuration':<32}fits this machine", highlight=False, soft_wrap=True)
     return True
 
 

@@ -2,31 +2,38 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from tclora.library.layout import Layout
+from tclora.library.names import BASE, OWN
+
+Row = Mapping[Any, Any]
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
 
 
-def print_results(outcome: Mapping[str, str], console: Console) -> None:
-    """Print the method table, if methods were evaluated, and the places of all results."""
+def print_results(outcome: Mapping[str, str], console: Console, *, finished: bool) -> None:
+    """Print the places of all results, and the method table of a run that went to its end."""
     library = Path(outcome["library"])
-    finished = outcome["until"] == "report"
-    if finished and (library / "evaluation" / "summary.parquet").exists():
+    if finished and Layout(library).evaluation.summary.exists():
         console.print(method_table(library))
-    for label, place in _places(outcome, library):
+    for label, place in _places(outcome, library, finished):
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
 
 
 def method_table(library: Path) -> Table:
     """Table of methods: NLL and accuracy per kind of task, recovery with its interval."""
-    summary = pd.read_parquet(library / "evaluation" / "summary.parquet")
-    recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
-    overall = summary[summary["group_kind"] == "all"].set_index(["method", "split"])
-    splits = [split for split in _SPLITS if split in overall.index.get_level_values("split")]
+    tables = Layout(library).evaluation
+    summary, recovery = pd.read_parquet(tables.summary), pd.read_parquet(tables.recovery)
+    overall = {
+        (row["method"], row["split"]): row
+        for row in summary[summary["group_kind"] == "all"].to_dict("records")
+    }
+    splits = [split for split in _SPLITS if split in set(summary["split"])]
     title = "NLL per response token (accuracy)"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -34,37 +41,40 @@ def method_table(library: Path) -> Table:
         table.add_column(_SPLITS[split], justify="right")
     for column in ("recovery", "interval", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
-    means = recovery.set_index(["method", "cluster"])
+    shares = {(row["method"], row["cluster"]): row for row in recovery.to_dict("records")}
     for method in summary["method"].unique():
         cells = [_cell(overall, method, split) for split in splits]
-        table.add_row(method, *cells, *_recovery_cells(means, method))
+        table.add_row(method, *cells, *_recovery_cells(shares, method))
     return table
 
 
-def _cell(overall: pd.DataFrame, method: str, split: str) -> str:
-    if (method, split) not in overall.index:
+def _cell(overall: Mapping[tuple[str, str], Row], method: str, split: str) -> str:
+    row = overall.get((method, split))
+    if row is None:
         return "-"
-    row = overall.loc[(method, split)]
-    accuracy = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
+    accuracy: str = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
     return f"{row['nll']:.3f}{accuracy}"
 
 
-def _recovery_cells(means: pd.DataFrame, method: str) -> tuple[str, str, str]:
-    if (method, "mean") not in means.index:
-        reference = {"base": "0%", "own": "100%"}.get(method, "-")
+def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple[str, str, str]:
+    if (method, "mean") not in shares:
+        reference = {BASE: "0%", OWN: "100%"}.get(method, "-")
         return reference, "", reference
-    mean, worst = means.loc[(method, "mean")], means.loc[(method, "worst")]
+    mean, worst = shares[method, "mean"], shares[method, "worst"]
     if pd.isna(mean["recovery"]):
         return "undefined", "", "undefined"
     interval = f"{mean['low']:.0%}-{mean['high']:.0%}"
     return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%}"
 
 
-def _places(outcome: Mapping[str, str], library: Path) -> list[tuple[str, Path | str]]:
+def _places(
+    outcome: Mapping[str, str], library: Path, finished: bool
+) -> list[tuple[str, Path | str]]:
     places: list[tuple[str, Path | str]] = [("library", library)]
-    if outcome["until"] == "report":
-        places.append(("report", library / "report.html"))
-        places += [("merged adapter", path) for path in sorted((library / "merged").glob("*"))]
+    if finished:
+        layout = Layout(library)
+        places.append(("report", layout.report))
+        places += [("merged adapter", path) for path in sorted(layout.merges.glob("*"))]
     places.append(("MLflow store", outcome["mlflow_uri"]))
     places.append(("MLflow run", f"{outcome['mlflow_run']} (open it: tclora ui)"))
     return places

@@ -1,4 +1,4 @@
-"""The command line's use of a routed library: answer prompts, serve them, export adapters."""
+"""The command line's use of a routed library: answer prompts, serve them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,15 +7,23 @@ from rich.console import Console
 from rich.table import Table
 
 from tclora.errors import LibraryError
-from tclora.route import read_library
-from tclora.route.model import Completion, load
-from tclora_cli.merging import check_target
+from tclora.route.model import Completion, RoutedModel, load
+
+Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
+
+
+def _load(library: Path, parts: Parts) -> RoutedModel:
+    base, embedder, router = parts
+    try:
+        return load(library, base, embedder=embedder, router=router)
+    except ValueError as error:  # an unknown router
+        raise LibraryError(str(error)) from error
 
 
 def print_answers(
     library: Path,
     prompts: Sequence[str],
-    models: tuple[str | None, str | None],
+    parts: Parts,
     max_new_tokens: int,
     as_json: bool,
     console: Console,
@@ -23,13 +31,12 @@ def print_answers(
     """Answer prompts and print each answer with its routing weights."""
     if empty := [i for i, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         raise LibraryError(f"prompts must not be empty, but number {empty[0]} is")
-    base, embedder = models
-    model = load(library, base, embedder=embedder)
+    model = _load(library, parts)
     answers = model.generate(prompts, max_new_tokens=max_new_tokens)
     if as_json:
         rows = [
             {"prompt": prompt, "text": answer.text, "known": answer.known}
-            | {"weights": answer.weights}
+            | {"weights": answer.weights, "by_token": answer.by_token}
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         console.print_json(data=rows)
@@ -43,13 +50,15 @@ def print_answers(
 def _route(answer: Completion) -> str:
     if not answer.known:
         return "static merge (far from every cluster)"
+    if answer.by_token:
+        return "every token by itself"
     ranked = sorted(answer.weights.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {weight:.0%}" for name, weight in ranked if weight >= 0.005)
 
 
 def serve_library(
     library: Path,
-    models: tuple[str | None, str | None],
+    parts: Parts,
     host: str,
     port: int,
     max_batch: int,
@@ -61,29 +70,11 @@ def serve_library(
 
     from tclora.serve import Engine, Limits, create_app
 
-    base, embedder = models
-    engine = Engine(load(library, base, embedder=embedder), max_batch)
+    engine = Engine(_load(library, parts), max_batch)
     name = library.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
-    console.print(f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False)
+    console.print(
+        f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False, soft_wrap=True
+    )
     uvicorn.run(create_app(engine, name, limits), host=host, port=port, log_level="warning")
     engine.close()
-
-
-def export_adapter(
-    library: Path, output: Path, cluster: str | None, weights: Sequence[str]
-) -> Path:
-    """Write one cluster, or a mixture given as NAME=WEIGHT, as a plain PEFT directory."""
-    check_target(output)
-    pairs = [text.rpartition("=") for text in weights]
-    try:
-        mixture = {name: float(value) for name, _, value in pairs}
-    except ValueError:
-        raise LibraryError(f"--weight must be NAME=NUMBER, got {', '.join(weights)}") from None
-    if len(mixture) < len(pairs):
-        raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
-    try:
-        chosen = int(cluster) if cluster and cluster.isdigit() else cluster
-        return read_library(library).to_peft(output, chosen, weights=mixture or None)
-    except ValueError as error:
-        raise LibraryError(str(error)) from error

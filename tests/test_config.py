@@ -5,6 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from tclora.config import Config, config_keys, load_config, parse_config
+from tclora.config.loading import RENAMED
 from tclora.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -46,7 +47,7 @@ def test_all_problems_are_reported_at_once():
     values = {
         "name": "a/b",
         "train": {"r": 0, "dropout": 1.5, "epoch": 2},
-        "cluster": {"method": "spectral", "k": "many"},
+        "cluster": {"noise": "keep", "k": "many"},
         "factorise": {"rank": "x"},
         "merge": {"methods": ["uniform"], "primary": "tc-lora"},
     }
@@ -55,9 +56,9 @@ def test_all_problems_are_reported_at_once():
     text = str(caught.value)
     assert text.startswith("mine.yaml has ")
     for wanted in (
-        "name: ", "train.r: ", "train.dropout: ", "train.epoch: unknown key", "cluster.method: ",
+        "name: ", "train.r: ", "train.dropout: ", "train.epoch: unknown key", "cluster.noise: ",
         "cluster.k: ", "factorise.rank: ", "merge: primary must be one of methods ['uniform']",
-        "got 0", "got 1.5", "got 'spectral'",
+        "got 0", "got 1.5", "got 'keep'",
     ):  # fmt: skip
         assert wanted in text
 
@@ -72,7 +73,7 @@ def test_all_problems_are_reported_at_once():
         {"train": {"lr": 0}},
         {"train": {"target_modules": 3}},
         {"merge": {"scales": [0.4, 0.0]}},
-        {"merge": {"scales": [0.4], "calibration_rows": 0}},
+        {"merge": {"scales": [0.4], "sample_rows": 0}},
         {"seed": -1},
     ],
     ids=str,
@@ -80,6 +81,32 @@ def test_all_problems_are_reported_at_once():
 def test_values_out_of_range_are_refused(values):
     with pytest.raises(ConfigError, match=r"has [12] problem"):
         parse_config(values)
+
+
+def test_a_renamed_key_keeps_working_with_a_notice(tmp_path, caplog):
+    path = tmp_path / "run.yaml"
+    path.write_text("route: {mode: softmax, top_k: 2}\n")
+    config = load_config(path)
+    assert (config.route.router, config.route.top_k) == ("softmax", 2)
+    assert "run.yaml: route.mode is now route.router" in caplog.text
+    caplog.clear()
+    assert load_config(None, ["route.mode=membership"]).route.router == "membership"
+    assert "--set: route.mode is now route.router" in caplog.text
+    assert load_config(path, ["route.router=nearest"]).route.router == "nearest"
+    assert load_config(path, ["route.mode=nearest"]).route.router == "nearest"
+    values = {"route": {"mode": "softmax"}}
+    assert parse_config(values).route.router == "softmax"
+    assert values == {"route": {"mode": "softmax"}}
+    with pytest.raises(ConfigError, match=r"must have route\.router alone, got route\.mode too"):
+        load_config({"route": {"mode": "softmax", "router": "nearest"}})
+
+
+def test_renamed_keys_have_their_new_names_and_not_their_old_ones(caplog):
+    known = config_keys()
+    assert set(RENAMED.values()) <= set(known)
+    assert not set(RENAMED) & set(known)
+    load_config()
+    assert caplog.text == ""
 
 
 def test_overrides_win_over_the_file_and_are_yaml(tmp_path):
@@ -155,3 +182,9 @@ def test_every_key_is_documented():
 def test_library_dir_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse_config({"name": "x"}).library_dir == tmp_path / "runs" / "x"
+
+
+@pytest.mark.parametrize("former", sorted(RENAMED))
+def test_every_former_key_names_a_present_one(former):
+    assert RENAMED[former] in config_keys()
+    assert former not in config_keys()

@@ -10,16 +10,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tclora.errors import AdapterError, LibraryError
 from tclora.files import atomic_path
 from tclora.model.tokens import TokenRow, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FORMAT = "tclora-activations-1"
 
@@ -150,7 +153,7 @@ def _header(path: str | Path) -> dict[str, str]:
 
 
 def collect(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     rows: Sequence[TokenRow],
     cluster: str,
     modules: Sequence[str],
@@ -217,7 +220,7 @@ def _dense(gram: Tensor) -> Tensor:
     return gram.double() if gram.shape[0] == gram.shape[1] else (gram.mT @ gram).double()
 
 
-def _module(model: PreTrainedModel, name: str) -> nn.Module:
+def _module(model: "PreTrainedModel", name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError as error:

@@ -42,7 +42,8 @@ class InputMetric:
     @cached_property
     def root(self) -> Tensor:
         """Lower triangular root of the whole metric, M = root rootᵀ, shape (d_in, d_in)."""
-        return torch.linalg.cholesky(self.grams.sum(0))
+        root: Tensor = torch.linalg.cholesky(self.grams.sum(0))
+        return root
 
 
 class InputMetrics:

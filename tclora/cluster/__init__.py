@@ -1,1 +1,3 @@
-"""Prompts to vectors, and training rows to clusters."""
+"""Dividing rows among adapters: embeddings, registered clusterers, centroids."""
+
+import tclora.cluster.clusterers  # noqa: F401  (registers them)

@@ -1,6 +1,7 @@
 """Reading, overriding and validating a configuration, all problems at once."""
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,17 @@ from pydantic import BaseModel, ValidationError
 
 from tclora.config.sections import Config, Section
 from tclora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Keys of version 0.1.0 that have another name now; they go with the next version.
+RENAMED = {
+    "route.mode": "route.router",
+    "merge.calibration_rows": "merge.sample_rows",
+    "merge.refine_steps": "merge.refit_steps",
+    "evaluate.harness": "evaluate.lm_eval",
+    "evaluate.harness_limit": "evaluate.lm_eval_limit",
+}
 
 
 def load_config(
@@ -35,19 +47,21 @@ def load_config(
         With every problem found: unreadable file, unknown keys, wrong types or values.
     """
     if isinstance(source, Mapping):
-        values = deepcopy(dict(source))
+        values, name = dict(source), "configuration"
+    elif source is None:
+        values, name = {}, "configuration"
     else:
-        values = {} if source is None else _read_yaml(Path(source))
+        values, name = _read_yaml(Path(source)), str(source)
+    values = _renamed(values, name)
     for override in overrides:
         _apply_override(values, override)
-    named = isinstance(source, (str, Path))
-    return parse_config(values, source=str(source) if named else "configuration")
+    return parse_config(values, source=name)
 
 
 def parse_config(values: dict[str, Any], source: str = "configuration") -> Config:
     """Validate a nested mapping; see `load_config`."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_renamed(values, source))
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         listing = "\n".join(f"  - {problem}" for problem in problems)
@@ -62,6 +76,44 @@ def config_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys += config_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def _renamed(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a copy with today's names of renamed keys, each with a notice.
+
+    Raises
+    ------
+    ConfigError
+        If a key has both of its names.
+    """
+    values = deepcopy(values)
+    for old, new in RENAMED.items():
+        (*before, last), (*after, fresh) = old.split("."), new.split(".")
+        section = _section(values, before)
+        if last not in section:
+            continue
+        target = _section(values, after, create=True)
+        if fresh in target:
+            raise ConfigError(f"{source} must have {new} alone, got {old} too, its former name")
+        _notify(source, old)
+        target[fresh] = section.pop(last)
+    return values
+
+
+def _notify(source: str, old: str) -> None:
+    logger.warning(
+        "%s: %s is now %s; the former name goes with the next version", source, old, RENAMED[old]
+    )
+
+
+def _section(values: dict[str, Any], path: Sequence[str], create: bool = False) -> dict[str, Any]:
+    """Return a nested section; an empty one, put in place if asked to, where there is none."""
+    for name in path:
+        nested = values.setdefault(name, {}) if create else values.get(name)
+        if not isinstance(nested, dict):
+            return {}
+        values = nested
+    return values
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -84,7 +136,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override must be key=value, got {override!r}")
-    *sections, last = key.strip().split(".")
+    key = key.strip()
+    if key in RENAMED:
+        _notify("--set", key)
+        key = RENAMED[key]
+    *sections, last = key.split(".")
     for section in sections:
         nested = values.setdefault(section, {})
         if not isinstance(nested, dict):

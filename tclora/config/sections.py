@@ -1,18 +1,23 @@
 """The sections of a run's configuration; every field carries its unit and meaning."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
     """Frozen values without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def only(self, part: type[S]) -> S:
+        """Return the values of one of the sections this one is made of."""
+        return part(**{name: getattr(self, name) for name in part.model_fields})
 
 
 class DataConfig(Section):
@@ -58,8 +63,8 @@ class EmbedConfig(Section):
 class ClusterConfig(Section):
     """How the training rows are divided among adapters."""
 
-    method: Literal["kmeans", "hdbscan", "random", "task"] = Field(
-        "kmeans", description="random and task (by label) are controls"
+    method: str = Field(
+        "kmeans", description="registered name of a clusterer; `tclora methods` lists them"
     )
     k: Positive | Literal["auto"] = Field(
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"
@@ -80,8 +85,6 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _check_k(self) -> "ClusterConfig":
         if self.k == "auto":
-            if self.method == "random":
-                raise ValueError("k must be a number with method: random, got 'auto'")
             if self.k_range[0] > self.k_range[1]:
                 raise ValueError(f"k_range must be (low, high), got {list(self.k_range)}")
         elif self.fit_rows < self.k:
@@ -89,8 +92,8 @@ class ClusterConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    """How one LoRA adapter is trained."""
+class AdapterConfig(Section):
+    """What determines one LoRA adapter beside its rows, its seeds and its base model."""
 
     r: Positive = Field(16, description="LoRA rank")
     alpha: Positive = Field(32, description="LoRA alpha; the update is scaled by alpha / r")
@@ -111,6 +114,13 @@ class TrainConfig(Section):
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
+    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+
+
+class TrainConfig(AdapterConfig):
+    """How the adapters are trained."""
+
     max_tokens: Positive = Field(1024, description="longest example; more is cut and reported")
     template: Literal["chat", "plain"] = Field(
         "chat", description="the tokenizer's chat template, or prompt, newline, response"
@@ -118,8 +128,6 @@ class TrainConfig(Section):
     init: Literal["shared", "independent"] = Field(
         "shared", description="start every adapter from the same A_0, or from its own"
     )
-    freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
-    gradient_checkpointing: bool = Field(False, description="trade compute for memory")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="type of weights in training and evaluation; auto: bf16 where fast"
     )
@@ -127,9 +135,24 @@ class TrainConfig(Section):
     joint: bool = Field(
         True, description="also train one LoRA on all rows, the monolithic baseline"
     )
+    engine: str = Field(
+        "separate", description="how several adapters are trained; a registered engine"
+    )
 
 
-class FactoriseConfig(Section):
+class SolverConfig(Section):
+    """How hard the CP solver tries."""
+
+    n_starts: Positive = Field(4, description="starts per module; the best fit is kept")
+    n_iter: Positive = Field(200, description="largest number of sweeps per start")
+    solver: Literal["als", "tensorly"] = Field(
+        "als",
+        description="als: ours; tensorly: the reference, TensorLy's parafac on the same compressed "
+        "cores, module by module, several times slower",
+    )
+
+
+class FactoriseConfig(SolverConfig):
     """The joint CP decomposition of all adapters."""
 
     rank: Positive = Field(16, description="CP rank R, components per module")
@@ -143,13 +166,6 @@ class FactoriseConfig(Section):
     ranks: tuple[Positive, ...] = Field(
         (1, 2, 4, 8, 16, 32, 64), description="ranks of the explained-variance curve"
     )
-    n_starts: Positive = Field(4, description="starts per module; the best fit is kept")
-    n_iter: Positive = Field(200, description="largest number of sweeps per start")
-    solver: Literal["als", "tensorly"] = Field(
-        "als",
-        description="als: ours; tensorly: the reference, TensorLy's parafac on the same compressed "
-        "cores, module by module, several times slower",
-    )
 
 
 class MergeConfig(Section):
@@ -160,7 +176,7 @@ class MergeConfig(Section):
     )
     primary: str = Field("tc-lora", description="the merge the run is for; registered in MLflow")
 
-    calibration_rows: int = Field(
+    sample_rows: int = Field(
         8,
         ge=0,
         description="training rows per cluster whose activations inform the merges that use them; "
@@ -169,14 +185,14 @@ class MergeConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (),
         description="grid from which every method with a scale takes the one of lowest loss on the "
-        "calibration rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
+        "sample rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
     )
 
-    refine_steps: int = Field(
+    refit_steps: int = Field(
         10,
         ge=0,
         description="steps in which the weights of the primary merge's components are refitted by "
-        "the base model's loss on the calibration rows, its factors kept; 0: none",
+        "the base model's loss on the sample rows, its factors kept; 0: none",
     )
 
     @model_validator(mode="after")
@@ -185,19 +201,16 @@ class MergeConfig(Section):
             raise ValueError(
                 f"primary must be one of methods {list(self.methods)}, got {self.primary!r}"
             )
-        if self.scales and not self.calibration_rows:
-            raise ValueError("scales are chosen on calibration rows, but calibration_rows is 0")
+        if self.scales and not self.sample_rows:
+            raise ValueError("scales are chosen on sample rows, but sample_rows is 0")
         return self
 
 
-class RouteConfig(Section):
-    """The routed library: the primary merge's factors, gated per prompt by the text router."""
+class RouterConfig(Section):
+    """How prompts are routed."""
 
-    enabled: bool = Field(True, description="build the routed library and evaluate it")
-    mode: Literal["nearest", "softmax", "membership"] = Field(
-        "nearest",
-        description="the nearest cluster alone; a softmax over similarities to all centroids at a "
-        "calibrated temperature; or HDBSCAN's soft membership by distance to exemplars",
+    router: str = Field(
+        "nearest", description="registered name of a router; `tclora methods` lists them"
     )
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(
@@ -207,18 +220,45 @@ class RouteConfig(Section):
     )
 
 
-class EvaluateConfig(Section):
-    """What is measured."""
+class RouteConfig(RouterConfig):
+    """The routed library: the primary merge's factors, gated per prompt by the text router."""
+
+    enabled: bool = Field(True, description="build the routed library and evaluate it")
+
+
+class MeasureConfig(Section):
+    """What is measured on every held-out row."""
 
     token_budget: Positive = Field(2048, description="padded tokens per forward pass")
     generate: bool = Field(True, description="also score generated answers (exact match)")
     max_new_tokens: Positive = Field(24, description="longest generated answer (tokens)")
+
+
+class IntervalConfig(Section):
+    """How intervals are computed."""
+
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the bootstrap intervals")
     resamples: Positive = Field(2000, description="bootstrap resamples")
-    harness: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
-    harness_limit: Positive | None = Field(None, description="items per lm-eval task")
+
+
+class LmEvalConfig(Section):
+    """Which standard benchmarks of lm-eval are run."""
+
+    lm_eval: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
+    lm_eval_limit: Positive | None = Field(None, description="items per lm-eval task")
     allow_code_execution: bool = Field(
         False, description="run model-written code of lm-eval tasks such as humaneval"
+    )
+
+
+class EvaluateConfig(MeasureConfig, IntervalConfig, LmEvalConfig):
+    """What is measured, and how it is summarised."""
+
+    cross_rows: int = Field(
+        0,
+        ge=0,
+        description="held-out rows of every cluster to measure under every cluster's adapter, for "
+        "the K x K table of what adapters do to each other's rows; 0: none",
     )
 
 

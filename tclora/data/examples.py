@@ -47,7 +47,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
     DataError
         If a source cannot be read or a split needed for training is empty.
     """
-    main, skipped = _read(config, config.path, seed)
+    main, skipped = read_rows(config, config.path, seed)
     parts = [_mark_held_out_tasks(main, config.ood_tasks)]
     for path, split in (
         (config.test_path, "test"),
@@ -55,7 +55,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
         (config.composition_path, "composition"),
     ):
         if path:
-            extra, more = _read(config, path, seed)
+            extra, more = read_rows(config, path, seed)
             parts.append(extra.assign(split=split))
             skipped += more
     frame = pd.concat(parts, ignore_index=True)
@@ -67,7 +67,8 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
     return ExampleSet(frame.reset_index(drop=True), tuple(skipped))
 
 
-def _read(config: DataConfig, path: str, seed: int) -> tuple[pd.DataFrame, list[str]]:
+def read_rows(config: DataConfig, path: str, seed: int) -> tuple[pd.DataFrame, list[str]]:
+    """Read one source of a configuration; return its canonical rows and the rows left out."""
     if path == DEMO:
         raw = demo_examples(config.demo_train_rows, config.demo_test_rows, seed)
         return canonical_frame(raw, DEMO)

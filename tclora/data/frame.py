@@ -65,7 +65,7 @@ def canonical_frame(
         "error"), no usable row, or an unknown split.
     """
     if raw.empty:
-        raise DataError(f"{source}: must hold at least one row, got none")
+        raise DataError(f"{source}: must hold at least one row, got none; give rows")
     raw = _rename(raw, source, columns or {})
     mapped = {"prompt", "response"} <= set(columns or {})
     pair_of = _plain_form("prompt", "response") if mapped else _detect_form(raw, source)
@@ -159,6 +159,10 @@ def _text(value: Any, field: str) -> str:  # noqa: ANN401
         raise ValueError(f"{field} must be text, got {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{field} must not be empty, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a character
+        raise ValueError(f"{field} must be Unicode text, got {value[error.start]!r}") from None
     return value.strip()
 
 

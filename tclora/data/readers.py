@@ -47,9 +47,16 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
         )
     if location.is_file():
         return _read_file(location)
-    if location.suffix in SUFFIXES or location.is_absolute() or path.startswith("."):
+    if is_local(path):
         raise DataError(f"data file {path!r} does not exist")
     return _read_hub(path, hub_config, hub_split)
+
+
+def is_local(path: str) -> bool:
+    """Whether a data path names a file or folder, rather than the demo or a dataset of the hub."""
+    location = Path(path)
+    named = location.suffix in SUFFIXES or location.is_absolute() or path.startswith(".")
+    return named or location.exists()
 
 
 def source_digest(config: DataConfig) -> str:
@@ -81,7 +88,9 @@ def _read_json_lines(file: Path) -> pd.DataFrame:
     numbers, rows = [], []
     for number, row in _json_rows(file, text):
         if not isinstance(row, dict):
-            raise DataError(f"{file}, row {number}: must be an object, got {type(row).__name__}")
+            raise DataError(
+                f"{file}, row {number}: must be an object, got {type(row).__name__}; repair it"
+            )
         numbers.append(number)
         rows.append(row)
     return pd.DataFrame(rows, index=pd.Index(numbers, name="row"), dtype=object)
@@ -92,14 +101,16 @@ def _json_rows(file: Path, text: str) -> Iterator[tuple[int, object]]:
         try:
             yield from enumerate(json.loads(text), start=1)
         except ValueError as error:
-            raise DataError(f"{file}: is not a valid JSON array: {error}") from error
+            raise DataError(f"{file}: is not a valid JSON array: {error}; repair it") from error
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
             except ValueError as error:
-                raise DataError(f"{file}, line {number}: is not valid JSON: {error}") from error
+                raise DataError(
+                    f"{file}, line {number}: is not valid JSON: {error}; repair it"
+                ) from error
 
 
 def _read_parquet(file: Path) -> pd.DataFrame:
@@ -116,9 +127,11 @@ def _read_csv(file: Path) -> pd.DataFrame:
         # Only an empty field is missing: "NA", "None" and "null" are answers.
         frame = pd.read_csv(io.StringIO(text), dtype=object, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError:
-        raise DataError(f"{file}: must hold at least one row, got an empty file") from None
+        raise DataError(
+            f"{file}: must hold at least one row, got an empty file; give rows"
+        ) from None
     except pd.errors.ParserError as error:
-        raise DataError(f"{file}: is not valid CSV: {error}") from error
+        raise DataError(f"{file}: is not valid CSV: {error}; repair it") from error
     if not isinstance(frame.index, pd.RangeIndex):  # pandas took the surplus for an index
         raise DataError(f"{file}: is not valid CSV: row 1 has more fields than the header")
     return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)
@@ -135,5 +148,5 @@ def _read_hub(name: str, config: str | None, split: str) -> pd.DataFrame:
             f"data.path {name!r} is neither a file or folder nor a dataset that can be reached "
             f"(config {config!r}, split {split!r}): {reason}"
         ) from error
-    frame = dataset.to_pandas()
+    frame: pd.DataFrame = dataset.to_pandas()
     return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)

@@ -26,7 +26,7 @@ def executes_code(task: str) -> bool:
     return task.startswith(_EXECUTING)
 
 
-def run_harness(
+def run_lm_eval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str | Mapping[str, Any]],
@@ -65,7 +65,7 @@ def run_harness(
     refused = [t for t in tasks if isinstance(t, str) and executes_code(t)]
     if refused and not allow_code_execution:
         raise ConfigError(
-            f"evaluate.harness: {', '.join(refused)} run code written by the model; "
+            f"evaluate.lm_eval: {', '.join(refused)} run code written by the model; "
             "set evaluate.allow_code_execution: true to let them, on a machine you can lose"
         )
     try:
@@ -73,7 +73,7 @@ def run_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("evaluate.harness needs lm-eval: pip install tclora[harness]") from error
+        raise ConfigError("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]") from error
     named = any(isinstance(task, str) for task in tasks)
     with _limits(active=bool(refused)):
         results = simple_evaluate(

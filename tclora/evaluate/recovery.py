@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-BASE, OWN = "base", "own"
+from tclora.library.names import BASE, OWN
+
 Array = NDArray[np.float64]
 _CHUNK = 200  # resamples at once, to bound memory
 

@@ -1,18 +1,18 @@
-"""How many jobs run at once, and which GPU each of them leases.
+"""How many jobs run at once, which GPU each of them leases, and locks between processes.
 
-A lease is an ``flock`` on a file per GPU, so the kernel returns it when its holder dies, and
-independent runs on one machine share the GPUs without knowing of each other.
+Locks are the kernel's, so they are returned when their holder dies, and independent runs on one
+machine share the GPUs without knowing of each other.
 """
 
-import fcntl
+import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from filelock import FileLock, Timeout
 
 _POLL_SECONDS = 0.5
 
@@ -22,6 +22,8 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [gpu.strip() for gpu in named.split(",") if gpu.strip() not in {"", "-1"}]
+    import torch
+
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
@@ -38,10 +40,13 @@ def parallel_jobs(configured: int | str) -> int:
     return len(visible_gpus()) or min(8, os.cpu_count() or 1)
 
 
-def job_environment(jobs: int) -> dict[str, str]:
-    """Environment of one of `jobs` concurrent CPU jobs: its share of the cores, no telemetry."""
+def job_environment(jobs: int, gpu: str | None = None) -> dict[str, str]:
+    """Environment of one of `jobs` concurrent jobs: its GPU, or its share of the cores."""
+    common = {"TOKENIZERS_PARALLELISM": "false"}
+    if gpu is not None:
+        return common | {"CUDA_VISIBLE_DEVICES": gpu}
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return common | {"OMP_NUM_THREADS": str(threads)}
 
 
 @contextmanager
@@ -67,27 +72,53 @@ def lease_gpu(gpus: list[str], folder: Path | None = None) -> Iterator[str | Non
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         for gpu in gpus:
-            with (folder / f"gpu{gpu}.lock").open("w") as handle:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
+            lock = FileLock(folder / f"gpu{gpu}.lock", timeout=0, thread_local=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            try:
                 yield gpu
                 return
+            finally:
+                lock.release()
         time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[float]:
-    """Hold an exclusive lock file; wait for whoever holds it.
+def exclusive(
+    path: Path, on_wait: Callable[[Mapping[str, float]], None] | None = None
+) -> Iterator[None]:
+    """Hold a lock file; wait for whoever holds it.
 
-    Yields
-    ------
-    float
-        How long it took to get it (s).
+    Parameters
+    ----------
+    path : Path
+        The lock file; a note beside it says who holds it.
+    on_wait : callable, optional
+        Called once before waiting, with the holder's ``pid`` and how long it has had the lock
+        (``seconds``), as far as its note says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield time.monotonic() - started
+    note = path.with_name(f"{path.name}.holder")
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if on_wait:
+            on_wait(_holder(note))
+        lock.acquire()
+    try:
+        note.write_text(json.dumps({"pid": os.getpid(), "since": time.time()}), encoding="utf-8")
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(note: Path) -> dict[str, float]:
+    try:
+        written = json.loads(note.read_text(encoding="utf-8"))
+        return {"pid": written["pid"], "seconds": time.time() - written["since"]}
+    except (OSError, ValueError, KeyError):  # it has just been taken, or just been given back
+        return {}

@@ -1,121 +1,168 @@
-"""The library directory's manifest: what is in it, from what it was made, with digests."""
+"""The library directory's manifest on disk: written last, read checked, compared with the files."""
 
 import json
 import platform
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tclora.errors import LibraryError
-from tclora.files import sha256_path, write_json
+from pydantic import ValidationError
 
-MANIFEST = "library.json"
-SCHEMA = 1
+from tclora.errors import LibraryError
+from tclora.files import sha256_file, sha256_path, write_json
+from tclora.library.layout import Layout
+from tclora.library.places import heal
+from tclora.library.previous import upgrade
+from tclora.library.records import SCHEMA, Description, Manifest
+
 _PACKAGES = (
     "tclora", "torch", "transformers", "peft", "sentence-transformers", "scikit-learn",
     "hdbscan", "tensorly", "prefect", "mlflow",
 )  # fmt: skip
+_WITHOUT = "restore it, or remove it and run the pipeline again"
+_REMEDY = "put it back, or run the pipeline again: it makes anew what is missing or differs"
 
 
-def write_manifest(root: Path, values: Mapping[str, Any], files: Mapping[str, str]) -> None:
+def write_manifest(root: Path, description: Description, names: Iterable[str]) -> Manifest:
     """Write ``library.json`` once everything it names is on disk.
 
     Parameters
     ----------
     root : Path
-        The library directory.
-    values : mapping
-        Its contents, JSON-serialisable; schema, time, versions and digests are added.
-    files : mapping
-        Path below `root` → SHA-256 of what belongs to the library.
+        The library directory, or its staging area.
+    description : Description
+        What the run says; schema, time, versions and digests are added.
+    names : iterable of str
+        Names below `root` of the files and folders that belong to the library; every file of a
+        folder is listed with a digest of its own.
+
+    Returns
+    -------
+    Manifest
 
     Raises
     ------
     LibraryError
-        If a file is missing.
+        If something named is missing.
     """
-    missing = [name for name in files if not (root / name).exists()]
-    if missing:
+    layout = Layout(root)
+    wanted = sorted(set(names))
+    if missing := [name for name in wanted if not layout.path(name).exists()]:
         raise LibraryError(f"{root}: {', '.join(missing)} must be on disk before the manifest")
-    write_json(
-        root / MANIFEST,
-        {
-            "schema": SCHEMA,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            **values,
-            "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in _PACKAGES},
-            "digests": dict(sorted(files.items())),
-        },
+    files = sorted({layout.name(file) for name in wanted for file in _files(layout.path(name))})
+    manifest = Manifest(
+        **dict(description),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"python": platform.python_version()}
+        | {package: version(package) for package in _PACKAGES},
+        digests={name: sha256_file(layout.path(name)) for name in files},
     )
+    values = manifest.model_dump(mode="json", by_alias=True)
+    first = {key: values[key] for key in ("schema", "created")}
+    write_json(layout.manifest, first | values)
+    return manifest
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """Read ``library.json``.
+def read_manifest(root: Path) -> Manifest:
+    """Read ``library.json``, also of the previous version.
 
     Raises
     ------
     LibraryError
-        If it is missing, not JSON or of another schema version.
+        If it is missing, incomplete, not JSON or of another schema version.
     """
-    file = root / MANIFEST
+    file = Layout(root).manifest
+    if not file.exists():
+        heal(root)
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LibraryError(f"{root} is not a tclora library: it has no {MANIFEST}") from None
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise LibraryError(
+            f"{root} is not a tclora library: it has no {file.name}; run the pipeline to its end, "
+            "or name the library's directory"
+        ) from None
     except ValueError as error:
-        raise LibraryError(f"{file} must be JSON, but {error}; run the pipeline again") from error
-    if values.get("schema") != SCHEMA:
-        raise LibraryError(f"{file}: schema must be {SCHEMA}, got {values.get('schema')!r}")
-    return values
+        raise LibraryError(f"{file} must be JSON, but {error}; {_WITHOUT}") from error
+    return _parse(file, values)
 
 
 def verify(root: Path) -> list[str]:
-    """List what is missing from a library or differs from its manifest; empty if it is whole."""
-    problems = []
-    for name, digest in read_manifest(root)["digests"].items():
-        if not (root / name).exists():
-            problems.append(f"{name} is missing")
-        elif sha256_path(root / name) != digest:
-            problems.append(f"{name} differs from its digest in {MANIFEST}")
-    return problems
+    """List what is missing from a library or differs from its manifest; empty if it is whole.
 
-
-def prune(root: Path, folders: Iterable[str], keep: Iterable[str]) -> list[str]:
-    """Remove what an earlier run left in the given folders; return the removed names.
-
-    Parameters
-    ----------
-    root : Path
-        The library directory.
-    folders : iterable of str
-        Folders of `root` to tidy, such as "adapters".
-    keep : iterable of str
-        Paths below `root` that belong to the library.
-
-    Notes
-    -----
-    Only what the manifest of the earlier run lists is removed, never a user's own file.
+    Raises
+    ------
+    LibraryError
+        If there is no manifest to compare with.
     """
-    if not (root / MANIFEST).exists():
-        return []
-    ours = set(read_manifest(root)["digests"])
-    kept = set(keep)
-    removed = []
-    for folder in folders:
-        for path in sorted((root / folder).glob("*")):
-            name = path.relative_to(root).as_posix()
-            if name in ours - kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-                removed.append(name)
-    return removed
+    found = (_problem(root, *listed) for listed in read_manifest(root).digests.items())
+    return [problem for problem in found if problem]
+
+
+def check_listed(root: Path, manifest: Manifest, path: Path) -> None:
+    """Check a file or folder of a library against its manifest, before it is read.
+
+    Raises
+    ------
+    LibraryError
+        If it is missing, not listed, or not the one that is listed: a mixture of two runs. The
+        message names the file.
+    """
+    name = Layout(root).name(path)
+    listed = {known: digest for known, digest in manifest.digests.items() if _within(known, name)}
+    if not listed:
+        listing = Layout(root).manifest.name
+        raise LibraryError(f"{path} does not belong to the library: {listing} has no {name}")
+    for known, digest in listed.items():
+        if problem := _problem(root, known, digest):
+            raise LibraryError(f"{root}: {problem}; {_REMEDY}")
+
+
+def is_listed(root: Path, manifest: Manifest, file: Path) -> bool:
+    """Whether a file belongs to a library, by its own name or by that of its folder."""
+    name = PurePosixPath(Layout(root).name(file))
+    return any(str(known) in manifest.digests for known in (name, *name.parents))
 
 
 def size(path: Path) -> int:
     """Bytes of a file, or of all files of a directory."""
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _parse(file: Path, values: Any) -> Manifest:  # noqa: ANN401
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema not in (SCHEMA - 1, SCHEMA):
+        raise LibraryError(
+            f"{file}: schema must be {SCHEMA - 1} or {SCHEMA}, got {schema!r}; open it with the "
+            f"version of tclora that wrote it; {_WITHOUT}"
+        )
+    try:
+        return Manifest.model_validate(values if schema == SCHEMA else upgrade(values))
+    except ValidationError as error:
+        places = [".".join(map(str, problem["loc"])) for problem in error.errors()]
+        raise LibraryError(
+            f"{file} must be complete, but these are missing or wrong: {', '.join(places)}; "
+            f"{_WITHOUT}"
+        ) from error
+
+
+def _files(path: Path) -> Iterator[Path]:
     if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        yield path
+    else:
+        yield from (file for file in path.rglob("*") if file.is_file())
+
+
+def _within(known: str, name: str) -> bool:
+    """Whether what is listed as `known` is `name`, a part of it or the folder that holds it."""
+    return known == name or known.startswith(f"{name}/") or name.startswith(f"{known}/")
+
+
+def _problem(root: Path, name: str, digest: str) -> str:
+    path = Layout(root).path(name)
+    if not path.exists():
+        return f"{name} is missing"
+    if sha256_path(path) != digest:
+        return f"{name} differs from its digest in {Layout(root).manifest.name}"
+    return ""

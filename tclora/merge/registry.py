@@ -3,9 +3,8 @@
 Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the rank of the result.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tclora.adapter import LoraFactors
 from tclora.merge.stack import ModuleStack
 from tclora.merge.truncate import Truncated, truncate
+from tclora.registry import Registry, closest
 
 NEEDS = ("", "factors", "statistics")
 
@@ -68,7 +68,7 @@ class Method:
 
 Function = TypeVar("Function", bound=MergeFunction)
 
-_METHODS: dict[str, Method] = {}
+merge_methods: Registry[Method] = Registry("merge method", lambda method: method.info.summary)
 
 
 def register(
@@ -95,10 +95,9 @@ def register(
     ValueError
         If the name is taken or `needs` is unknown.
     """
-    if name in _METHODS:
-        raise ValueError(f"method name must be new, got {name!r}, which is registered already")
     if needs not in NEEDS:
         raise ValueError(f"needs must be one of {NEEDS}, got {needs!r}")
+    enter = merge_methods.register(name)
 
     def add(function: Function) -> Function:
         options = {
@@ -107,7 +106,7 @@ def register(
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
         info = MethodInfo(name, summary, paper, exact, needs, weighted, options)
-        _METHODS[name] = Method(info, function, truncation)
+        enter(Method(info, function, truncation))
         return function
 
     return add
@@ -115,7 +114,7 @@ def register(
 
 def methods() -> list[MethodInfo]:
     """Return every registered method, in alphabetical order."""
-    return [_METHODS[name].info for name in sorted(_METHODS)]
+    return [method.info for method in merge_methods.values()]
 
 
 def get(name: str) -> Method:
@@ -126,9 +125,7 @@ def get(name: str) -> Method:
     ValueError
         If it does not exist; names the closest ones.
     """
-    if name not in _METHODS:
-        raise ValueError(f"method must be a registered name, got {name!r}; {_hint(name, _METHODS)}")
-    return _METHODS[name]
+    return merge_methods[name]
 
 
 def check_options(info: MethodInfo, options: Mapping[str, Any]) -> None:
@@ -141,10 +138,5 @@ def check_options(info: MethodInfo, options: Mapping[str, Any]) -> None:
     """
     for option in options:
         if option not in info.options:
-            hint = _hint(option, info.options) if info.options else "it takes no options"
+            hint = closest(option, info.options) if info.options else "it takes no options"
             raise ValueError(f"option of {info.name} must be its own, got {option!r}; {hint}")
-
-
-def _hint(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(known), n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"

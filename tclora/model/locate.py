@@ -98,7 +98,8 @@ def choose_dtype(name: str, device: str = "cpu") -> torch.dtype:
         ``"cpu"`` or ``"cuda"``; decides for ``"auto"``.
     """
     if name != "auto":
-        return getattr(torch, name)
+        named: torch.dtype = getattr(torch, name)
+        return named
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported()
     else:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a position without loss, as torch's cross-entropy has it
 
@@ -59,7 +62,7 @@ class Batch:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[str],
     responses: Sequence[str],
     *,
@@ -103,7 +106,7 @@ def encode(
 
 
 def encode_frame(
-    tokenizer: PreTrainedTokenizerBase, frame: pd.DataFrame, *, template: str, max_tokens: int
+    tokenizer: "PreTrainedTokenizerBase", frame: "pd.DataFrame", *, template: str, max_tokens: int
 ) -> list[TokenRow]:
     """Turn the prompts and responses of a frame into token rows; see `encode`."""
     return encode(
@@ -115,7 +118,7 @@ def encode_frame(
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: str, template: str) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str) -> str:
     if template == "plain":
         return f"{prompt}\n"
     turns = [{"role": "user", "content": prompt}]

@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from tclora.library.contents import Contents
+from tclora.library.names import JOINT, ROUTED
 from tclora.report.canvas import DASHED, bar_chart, name_bars
-from tclora.report.methods import JOINT, Estimate, label, merges, recoveries
+from tclora.report.methods import Estimate, label, merges, recoveries
 from tclora.report.notation import number, percent, size
 from tclora.report.palette import LIGHT, cluster_colour
 
@@ -64,20 +65,29 @@ def recovery(contents: Contents) -> Figure | None:
 
 def storage(contents: Contents) -> Figure | None:
     """Draw the bytes of the separate adapters, the shared factors and each merge, best on top."""
-    stored = contents.manifest["storage"]
-    merged = [f"merged {name}" for name in merges(contents)]
-    known = ["separate adapters", "factors", "routed", *merged]
-    names = [name for name in known if name in stored] + sorted(set(stored) - set(known))
+    stored = _stored(contents)
+    names = list(reversed(stored))
     if not names:
         return None
-    names.reverse()
     figure, axes = bar_chart(len(names))
-    shared = {"factors", "routed", f"merged {contents.primary}"}
+    shared = {"factors", ROUTED, f"merged {contents.primary}"}
     colours = [LIGHT["accent-bar" if name in shared else "bar"] for name in names]
     axes.barh(range(len(names)), [stored[name] for name in names], _BAR, color=colours)
     name_bars(axes, names, [size(stored[name]) for name in names])
     axes.set(xlim=(0, max(stored.values())), xticks=[])
     return figure
+
+
+def _stored(contents: Contents) -> dict[str, int]:
+    """Return the bytes of every form of the library, the merges from best to worst."""
+    storage, merged = contents.manifest.storage, contents.manifest.merges
+    forms = {
+        "separate adapters": storage.separate_adapters,
+        "factors": storage.factors,
+        ROUTED: storage.routed,
+    }
+    forms |= {f"merged {name}": merged[name].bytes for name in merges(contents) if name in merged}
+    return {name: count for name, count in forms.items() if count}
 
 
 def _recovery_limits(estimates: Sequence[Estimate]) -> tuple[float, float]:

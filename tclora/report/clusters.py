@@ -1,12 +1,11 @@
 """What the clusters hold: quality, tasks per cluster, and the prompts nearest to each centroid."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
 from tclora.library.contents import Contents
+from tclora.library.records import Clustering
 from tclora.report.notation import number, shorten
 from tclora.report.overview import Fact
 
@@ -14,11 +13,6 @@ _N_PROMPTS = 3
 _PROMPT_LENGTH = 110
 _SPLITS = ("train", "ood", "composition")
 _NO_TASK = "(no label)"
-_QUALITIES = {
-    "silhouette": ("silhouette", "1: far apart"),
-    "ari": ("ARI with tasks", "1: identical"),
-    "nmi": ("NMI with tasks", "1: identical"),
-}
 
 
 @dataclass(frozen=True)
@@ -42,12 +36,15 @@ class TaskRow:
     shares: list[float]
 
 
-def clustering_quality(clustering: Mapping[str, Any]) -> list[Fact]:
+def clustering_quality(clustering: Clustering) -> list[Fact]:
     """Return the measured qualities of a clustering."""
+    qualities = (
+        ("silhouette", clustering.silhouette, "1: far apart"),
+        ("ARI with tasks", clustering.ari, "1: identical"),
+        ("NMI with tasks", clustering.nmi, "1: identical"),
+    )
     return [
-        Fact(title, number(clustering[name], 3), note)
-        for name, (title, note) in _QUALITIES.items()
-        if clustering.get(name) is not None
+        Fact(title, number(value, 3), note) for title, value, note in qualities if value is not None
     ]
 
 

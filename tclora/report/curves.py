@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from tclora.library.contents import Contents
+from tclora.library.names import JOINT, cluster_number
+from tclora.library.records import Factors
 from tclora.report.canvas import DASHED, half_page
-from tclora.report.methods import JOINT
 from tclora.report.notation import number, percent
 from tclora.report.palette import LIGHT, cluster_colour
 
@@ -53,7 +54,7 @@ def explained_variance(contents: Contents) -> Figure | None:
     axes.plot(
         ranks, overall["explained_variance"], "o-", ms=4, color=LIGHT["accent"], label="all modules"
     )
-    _mark_choice(axes, **contents.manifest["factors"])
+    _mark_choice(axes, contents.manifest.factors)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="CP rank R", ylabel="explained variance", ylim=(0, 1.03))
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
@@ -81,12 +82,13 @@ def _draw_spread(axes: Axes, modules: pd.DataFrame) -> None:
         )
 
 
-def _mark_choice(axes: Axes, rank: int, explained_variance: float) -> None:
+def _mark_choice(axes: Axes, factors: Factors) -> None:
+    rank, share = factors.rank, factors.explained_variance
     axes.axvline(rank, color=LIGHT["ink"], lw=0.9, ls=DASHED)
-    label = f"chosen R = {rank}: {percent(explained_variance, 1)} %"
-    axes.plot(rank, explained_variance, "D", ms=6.5, color=LIGHT["ink"], label=label)
+    label = f"chosen R = {rank}: {percent(share, 1)} %"
+    axes.plot(rank, share, "D", ms=6.5, color=LIGHT["ink"], label=label)
 
 
 def _adapter_colour(name: str) -> str:
-    prefix, _, cluster = name.partition("-")
-    return cluster_colour(int(cluster)) if prefix == "cluster" else LIGHT["mark"]
+    cluster = cluster_number(name)
+    return LIGHT["mark"] if cluster is None else cluster_colour(cluster)

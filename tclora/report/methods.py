@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tclora.library.contents import Contents
+from tclora.library.names import BASE, JOINT, OWN, REFERENCES
 
-BASE, OWN, JOINT = "base", "own", "joint"
-REFERENCES = (BASE, OWN, JOINT)
 LABELS = {BASE: "base model", OWN: "own adapters", JOINT: "joint LoRA"}
 
 
@@ -35,7 +34,7 @@ def merges(contents: Contents) -> list[str]:
 
     They are sorted by mean recovery, else by the in-domain NLL per token, else by name.
     """
-    names = set(contents.manifest["merges"]) | set(contents.summary["method"])
+    names = set(contents.manifest.merges) | set(contents.summary["method"])
     names |= set(contents.recovery["method"])
     recovery, nll = recoveries(contents, "mean"), overall_nll(contents, "test")
     last = Estimate(math.inf, math.inf, math.inf)

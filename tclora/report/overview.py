@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tclora.library.contents import Contents
-from tclora.report.methods import BASE, OWN, Estimate, merges, overall_nll, recoveries
+from tclora.library.names import BASE, OWN
+from tclora.report.methods import Estimate, merges, overall_nll, recoveries
 from tclora.report.notation import interval, number, percent, size
 
 _LENGTHS = {
@@ -37,15 +38,15 @@ def verdict(contents: Contents) -> str:
 def key_facts(contents: Contents) -> list[Fact]:
     """Return the symbols of the run and its headline numbers."""
     manifest = contents.manifest
-    config, factors = manifest["config"], manifest["factors"]
+    clustering, factors, storage = manifest.clustering, manifest.factors, manifest.storage
     facts = [
         Fact("training rows", number(len(contents.training_rows))),
-        Fact("clusters K", str(manifest["clustering"]["k"]), manifest["clustering"]["method"]),
-        Fact("LoRA rank r", str(config["train"]["r"])),
-        Fact("CP rank R", str(factors["rank"])),
-        Fact("explained variance", f"{percent(factors['explained_variance'], 1)} %", "at R"),
+        Fact("clusters K", str(clustering.k), clustering.method),
+        Fact("LoRA rank r", str(manifest.settings.train.r)),
+        Fact("CP rank R", str(factors.rank)),
+        Fact("explained variance", f"{percent(factors.explained_variance, 1)} %", "at R"),
     ]
-    separate, shared = (manifest["storage"].get(n) for n in ("separate adapters", "factors"))
+    separate, shared = storage.separate_adapters, storage.factors
     if separate and shared:
         share = f"{percent(shared / separate)} %"
         facts.append(Fact("shared factors", size(shared), f"{share} of {size(separate)}"))
@@ -61,7 +62,7 @@ def data_profile(contents: Contents) -> list[Fact]:
             "tokens" if name in _LENGTHS else "",
             warn=name in _LOSSES and value > 0,
         )
-        for name, value in contents.manifest["profile"].items()
+        for name, value in contents.manifest.profile.items()
     ]
 
 
@@ -93,7 +94,7 @@ def _best_merge(contents: Contents) -> str:
     if not ranked:
         return no_recovery(contents)
     best = ranked[0]
-    k = contents.manifest["clustering"]["k"]
+    k = contents.manifest.clustering.k
     among = f"the best of {len(ranked)} methods, " if len(ranked) > 1 else ""
     return (
         f"{best}{_rank(contents, best)}, {among}recovers {_percent(means[best])} of what the {k} "
@@ -126,8 +127,8 @@ def _worst(contents: Contents, method: str) -> str:
 
 
 def _rank(contents: Contents, method: str) -> str:
-    merge = contents.manifest["merges"].get(method)
-    return f" (rank {merge['rank']})" if merge else ""
+    merge = contents.manifest.merges.get(method)
+    return f" (rank {merge.rank})" if merge else ""
 
 
 def _percent(share: Estimate) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from tclora.files import write_text
 from tclora.library.contents import Contents, read_contents
+from tclora.library.layout import Layout
 from tclora.report import notation
 from tclora.report.clusters import (
     cluster_ids,
@@ -33,7 +34,7 @@ from tclora.report.overview import (
     verdict,
 )
 from tclora.report.palette import DARK, LIGHT, cluster_name
-from tclora.report.routing import destinations, routed_prompts, router_quality
+from tclora.report.routing import routed_prompts, router_quality, short_destinations
 from tclora.report.scatter import MAP_POINTS, task_markers
 from tclora.report.svg import inline_svg
 
@@ -69,7 +70,7 @@ def write_report(library: Path) -> Path:
         If a mandatory file is missing or unreadable.
     """
     contents = read_contents(library)
-    path = library / "report.html"
+    path = Layout(library).report
     write_text(path, render(contents, draw_figures(contents)))
     _log.info("wrote %s", path)
     return path
@@ -81,6 +82,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
     script = environment.get_template("sorting.html").render()
     return environment.get_template("template.html").render(
         library=contents.manifest,
+        settings=contents.manifest.settings,
         script=Markup(script),  # noqa: S704
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         palettes={"light": LIGHT, "dark": DARK},
@@ -88,7 +90,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         verdict=verdict(contents),
         facts=key_facts(contents),
         data_profile=data_profile(contents),
-        quality=clustering_quality(contents.manifest["clustering"]),
+        quality=clustering_quality(contents.manifest.clustering),
         cluster_ids=cluster_ids(contents),
         clusters=summarise_clusters(contents),
         tasks=tasks_by_cluster(contents),
@@ -99,17 +101,15 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         comparisons=compare_splits(contents),
         recovery=compare_recovery(contents),
         mean_recovery={m: v.value for m, v in recoveries(contents, "mean").items()},
-        ordered_merges=[m for m in merges(contents) if m in contents.manifest["merges"]],
-        harness=contents.harness.to_dict("records"),
-        destinations=destinations(contents),
+        ordered_merges=[m for m in merges(contents) if m in contents.manifest.merges],
+        lm_eval=contents.lm_eval.to_dict("records"),
+        destinations=short_destinations(contents),
         routed_prompts=routed_prompts(contents),
         router_quality=router_quality(contents),
         examples=choose_examples(contents),
         judge=judge(contents),
         max_tasks=MAX_TASKS,
-        config_yaml=yaml.safe_dump(
-            contents.manifest["config"], sort_keys=False, allow_unicode=True
-        ),
+        config_yaml=yaml.safe_dump(contents.manifest.config, sort_keys=False, allow_unicode=True),
     )
 
 

@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from tclora.library.contents import Contents
+from tclora.library.names import cluster_number
 from tclora.report.canvas import plain
 from tclora.report.notation import number, percent, shorten
 from tclora.report.overview import Fact
@@ -50,7 +51,7 @@ def routing(contents: Contents) -> Figure | None:
     axes = figure.subplots()
     axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(groups) - 0.5, -0.5))
     axes.set_yticks(range(len(groups)), [plain(task) for task, _ in groups])
-    axes.set_xticks(range(len(names)), [plain(n.removeprefix("cluster-")) for n in names])
+    axes.set_xticks(range(len(names)), [plain(_short(name)) for name in names])
     axes.tick_params(length=0, labelcolor=LIGHT["ink"])
     axes.set_xlabel("cluster")
     axes.grid(visible=False)
@@ -62,6 +63,17 @@ def routing(contents: Contents) -> Figure | None:
             axes.add_patch(Rectangle(corner, 0.96, 0.92, color=LIGHT["accent-bar"], alpha=share))
             axes.text(column, row, percent(share), ha="center", va="center", fontsize=7.5)
     return figure
+
+
+def _short(name: str) -> str:
+    """Return the number of a cluster's adapter, and any other name as it is."""
+    cluster = cluster_number(name)
+    return name if cluster is None else str(cluster)
+
+
+def short_destinations(contents: Contents) -> list[str]:
+    """Return `destinations`, the clusters by their numbers alone."""
+    return [_short(name) for name in destinations(contents)]
 
 
 def routed_prompts(contents: Contents) -> list[RoutedPrompt]:
@@ -78,23 +90,22 @@ def routed_prompts(contents: Contents) -> list[RoutedPrompt]:
 
 def router_quality(contents: Contents) -> list[Fact]:
     """Return accuracy, calibration and coverage of the router, and what the library costs."""
-    info = contents.manifest.get("routed") or {}
+    routed = contents.manifest.routed
+    if routed is None:
+        return []
     facts = []
-    if "accuracy" in info:
-        facts.append(
-            Fact("routing accuracy", f"{percent(info['accuracy'], 1)} %", "in-domain prompts")
-        )
-        error = number(info["calibration_error"], 3)
+    if routed.accuracy is not None:
+        right = f"{percent(routed.accuracy, 1)} %"
+        facts.append(Fact("routing accuracy", right, "in-domain prompts"))
+    if routed.calibration_error is not None:
+        error = number(routed.calibration_error, 3)
         facts.append(Fact("calibration error", error, "0: confidence is accuracy"))
     facts += [
-        Fact(f"coverage, {split}", f"{percent(info[f'coverage_{split}'])} %", "routed prompts")
-        for split in _SPLITS
-        if f"coverage_{split}" in info
+        Fact(f"coverage, {split}", f"{percent(share)} %", "routed prompts")
+        for split, share in routed.coverage.items()
     ]
-    if "bytes_share" in info:
-        share = f"{percent(info['bytes_share'], 1)} %"
-        facts.append(Fact("bytes", share, "of the separate adapters"))
-    return facts
+    share = f"{percent(routed.bytes_share, 1)} %"
+    return [*facts, Fact("bytes", share, "of the separate adapters")]
 
 
 def _groups(routing: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

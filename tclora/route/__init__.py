@@ -1,15 +1,21 @@
 """The routed library: K specialists at the cost of one adapter, chosen by the prompt's text."""
 
+from typing import TYPE_CHECKING, Any
+
+import tclora.route.routers  # noqa: F401  (registers them)
+from tclora.library.records import ModelIdentity
 from tclora.route.gates import GatedAdapter, fit_gates
-from tclora.route.gating import Gating
-from tclora.route.router import Router, Routing, calibrate_temperature, fit_router
+from tclora.route.router import Router, RouterState, derive, fit_router, routers
+from tclora.route.routing import Routing, TokenRule, routing_from_table, together
 from tclora.route.storage import (
-    ModelIdentity,
     RoutedInfo,
     RoutedLibrary,
     read_library,
     write_library,
 )
+
+if TYPE_CHECKING:
+    from tclora.route.gating import Gating
 
 __all__ = [
     "GatedAdapter",
@@ -18,10 +24,24 @@ __all__ = [
     "RoutedInfo",
     "RoutedLibrary",
     "Router",
+    "RouterState",
     "Routing",
-    "calibrate_temperature",
+    "TokenRule",
+    "derive",
     "fit_gates",
     "fit_router",
     "read_library",
+    "routers",
+    "routing_from_table",
+    "together",
     "write_library",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import `Gating` when it is asked for: it needs PEFT."""
+    if name == "Gating":
+        from tclora.route.gating import Gating
+
+        return Gating
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -101,7 +101,7 @@ class Gating:
 
     @contextmanager
     def applied_per_token(
-        self, *, temperature: float = 1.0, top_k: int | None = None
+        self, *, temperature: float = 1.0, top_k: int | None = None, known: Tensor | None = None
     ) -> Iterator[None]:
         """Gate every token in every module by itself, as Arrow routes, in the factor space.
 
@@ -111,6 +111,8 @@ class Gating:
             Temperature of the softmax over clusters.
         top_k : int, optional
             Clusters mixed per token; all by default.
+        known : Tensor of bool, shape (n,), optional
+            Rows that are routed, as in `applied`; the others get the static merge.
 
         Raises
         ------
@@ -137,7 +139,8 @@ class Gating:
             if name not in self._prototypes:
                 self._prototypes[name] = _prototypes(self._gated, name).to(device, self._dtype)
             own = self._gated.gates[name].to(device, self._dtype)
-            gates[name] = _by_token(self._prototypes[name], own, temperature, top_k)
+            gate = _by_token(self._prototypes[name], own, temperature, top_k)
+            gates[name] = gate if known is None else _where(known.to(device), gate)
         with self._use(gates):
             yield
 
@@ -195,6 +198,21 @@ def _by_token(prototypes: Tensor, own: Tensor, temperature: float, top_k: int | 
             least = logits.topk(top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
         return components * (logits.softmax(-1).to(own.dtype) @ own)
+
+    return apply
+
+
+def _where(known: Tensor, gate: Gate) -> Gate:
+    """Gate the rows that are known."""
+
+    def apply(components: Tensor) -> Tensor:
+        if components.ndim != 3 or components.shape[0] % len(known):
+            raise ValueError(
+                f"a batch must have a multiple of the {len(known)} routed rows, got components of "
+                f"shape {tuple(components.shape)}"
+            )
+        rows = known.repeat_interleave(components.shape[0] // len(known))
+        return torch.where(rows[:, None, None], gate(components), components)
 
     return apply
 

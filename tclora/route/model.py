@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
+from tclora.library.records import ModelIdentity
 from tclora.model.locate import (
     choose_dtype,
     default_device,
@@ -22,9 +23,10 @@ from tclora.model.locate import (
     model_digest,
 )
 from tclora.model.tokens import collate, encode
+from tclora.registry import load_plugins
 from tclora.route.gating import Gating
-from tclora.route.router import Routing
-from tclora.route.storage import ModelIdentity, RoutedLibrary, read_library
+from tclora.route.routing import Routing
+from tclora.route.storage import RoutedLibrary, read_library
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,12 +46,15 @@ class Completion:
         Routing weight of every cluster.
     known : bool
         Whether the prompt was routed; if not, the static merge answered.
+    by_token : bool
+        Whether every token chose its clusters itself, whatever the weights.
     """
 
     text: str
     tokens: tuple[int, ...]
     weights: dict[str, float]
     known: bool
+    by_token: bool = False
 
 
 class RoutedModel:
@@ -87,12 +92,9 @@ class RoutedModel:
     def routed(self, routing: Routing) -> AbstractContextManager[None]:
         """Gate the rows of `model`'s batches by a routing while the context lasts.
 
-        A batch must hold the routing's prompts in their order, or a multiple of them (beams); one
-        routed prompt alone serves every row. Backward passes belong inside the context too.
+        See `Routing.context`. Backward passes belong inside the context too.
         """
-        return self.gating.applied(
-            torch.from_numpy(routing.weights), torch.from_numpy(routing.known)
-        )
+        return routing.context(self.gating)
 
     @contextmanager
     def routed_per_token(
@@ -192,7 +194,8 @@ class RoutedModel:
         answer = answer[: ends[0] + 1] if ends else answer
         text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
         known = bool(routing.known[row])
-        return Completion(text, tuple(answer), self.weights_of(routing, row), known)
+        by_token = routing.by_token is not None
+        return Completion(text, tuple(answer), self.weights_of(routing, row), known, by_token)
 
 
 def load(
@@ -200,6 +203,7 @@ def load(
     base: str | Path | PreTrainedModel | None = None,
     *,
     embedder: str | None = None,
+    router: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
 ) -> RoutedModel:
@@ -214,6 +218,8 @@ def load(
         are wrapped in place); the one the library was made with by default.
     embedder : str, optional
         Path, id or built-in name of the embedding model; the library's own by default.
+    router : str, optional
+        Registered name of another router to make of the library's own; see `read_library`.
     device : str, optional
         For models loaded here; a GPU if there is one.
     dtype : str
@@ -226,11 +232,12 @@ def load(
     Raises
     ------
     LibraryError
-        If the library is incomplete or corrupt.
+        If the library is incomplete or corrupt, or its router needs a plugin.
     ModelError
         If base or embedding model cannot be found or are not those the library was made with.
     """
-    read = read_library(library)
+    load_plugins()
+    read = read_library(library, router=router)
     device = device or default_device()
     if isinstance(base, PreTrainedModel):
         location = str(base.config.name_or_path)

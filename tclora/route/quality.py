@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from tclora.cluster.rows import NOISE
+from tclora.cluster.centroids import NOISE
 
 _BINS = 10
 

@@ -1,253 +1,168 @@
-"""Text routing: from the embedding of a prompt to the weights of the clusters.
+"""Routers: what sends prompts to clusters, by registered name, and the file that keeps one.
 
-Symbols: N prompts, D embedding width, K clusters, s (N, K) cosine similarities to the centroids.
+A router is a class with `fit`, `route`, `save` and `load`, registered under a name::
+
+    @routers.register("mine")
+    class Mine: ...
+
+Symbols: N prompts, D embedding width, K clusters.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from tclora.cluster.centroids import Labels
 from tclora.cluster.embed import Embeddings
-from tclora.cluster.rows import NOISE, Labels, assign, centroids
-
-Mode = Literal["nearest", "softmax", "membership"]
-Array = NDArray[np.float32]
-_TEMPERATURES = (1e-3, 1.0)  # bounds of the calibration
-_FOLDS = 5
-_EXEMPLARS, _NEIGHBOURS, _DENSITY_ROWS = 16, 5, 2000
-_NEAR = 1e-3  # distances below count as this one
-_ROUNDING = 1e-4  # an embedding differs by less between batches and machines
+from tclora.errors import LibraryError
+from tclora.registry import VARIABLE, Registry
+from tclora.route.routing import Routing
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Where prompts go.
+class FitOptions(TypedDict, total=False):
+    """What the configuration says to every router; each takes what it needs.
 
     Attributes
     ----------
-    weights : ndarray of float32, shape (N, K)
-        Not negative, rows of sum 1.
-    known : ndarray of bool, shape (N,)
-        Whether the prompt is near enough to its nearest cluster; others get the static merge.
-    similarity : ndarray of float32, shape (N,)
-        Cosine similarity to the nearest centroid.
-    """
-
-    weights: Array
-    known: NDArray[np.bool_]
-    similarity: Array
-
-    @property
-    def coverage(self) -> float:
-        """Share of the prompts that are routed (0–1)."""
-        return float(self.known.mean())
-
-
-@dataclass(frozen=True)
-class Router:
-    """Weighs clusters by the similarity of a prompt to their centroids.
-
-    Attributes
-    ----------
-    centroids : ndarray of float32, shape (K, D)
-        Unit-norm centroids.
-    thresholds : ndarray of float32, shape (K,)
-        Least cosine similarity to a centroid at which its cluster knows a prompt.
-    temperature : float
-        Temperature of the softmax over cosine similarities.
-    exemplars : ndarray of float32, shape (K, E, D)
-        The rows in the densest part of each cluster; repeated where a cluster has fewer than E.
-    mode : {"nearest", "softmax", "membership"}
-        The nearest cluster alone; a softmax over similarities to centroids; or, for clusters of any
-        shape, weights in inverse proportion to the distance to each cluster's nearest exemplar.
     top_k : int or None
-        A mixture of at most this many clusters; all if None.
-
-    Notes
-    -----
-    "membership" is the distance-based soft clustering of HDBSCAN, whose exemplars are the points of
-    highest density.
+        Mix at most this many clusters.
+    coverage : float
+        Share of each cluster's rows that are to be known at least (0–1).
+    seed : int
+        Seed of anything random.
     """
 
-    centroids: Array
-    thresholds: Array
-    temperature: float
-    exemplars: Array
-    mode: Mode = "nearest"
-    top_k: int | None = None
+    top_k: int | None
+    coverage: float
+    seed: int
 
-    def route(self, vectors: Embeddings) -> Routing:
-        """Route prompts by their embeddings.
+
+@dataclass(frozen=True)
+class RouterState:
+    """A router as plain values.
+
+    Attributes
+    ----------
+    arrays : Mapping[str, ndarray]
+        Its arrays by name.
+    settings : Mapping
+        Everything else, as JSON can hold it.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    settings: Mapping[str, Any]
+
+
+class Router(Protocol):
+    """Sends prompts to clusters by their embeddings."""
+
+    @classmethod
+    def fit(cls, vectors: Embeddings, labels: Labels, **options: Unpack[FitOptions]) -> Self:
+        """Calibrate a router on the rows that were clustered.
 
         Parameters
         ----------
         vectors : ndarray of float32, shape (N, D)
-            Unit-norm embeddings by the model that made the centroids.
+            Unit-norm embeddings of the training prompts.
+        labels : ndarray of int64, shape (N,)
+            Their clusters, 0 … K-1; -1 for rows that belong to none.
+        **options
+            See `FitOptions`.
+        """
+
+    def route(self, vectors: Embeddings) -> Routing:
+        """Route prompts by their embeddings, shape (N, D), by the model that was fitted on."""
+
+    def save(self) -> RouterState:
+        """Return the router as plain values."""
+
+    @classmethod
+    def load(cls, state: RouterState) -> Self:
+        """Return the router that `save` gave.
 
         Raises
         ------
-        ValueError
-            If the width is not the centroids'.
+        LibraryError
+            If the values are another router's and lack what this one needs.
         """
-        if vectors.ndim != 2 or vectors.shape[1] != self.centroids.shape[1]:
-            raise ValueError(
-                f"vectors must have shape (N, {self.centroids.shape[1]}), got {vectors.shape}"
-            )
-        nearest, highest = assign(vectors, self.centroids)
-        if self.mode == "nearest":
-            weights = np.eye(len(self.centroids), dtype=np.float32)[nearest]
-        elif self.mode == "softmax":
-            weights = self.probabilities(vectors, self.top_k)
-        else:
-            weights = self._memberships(vectors)
-        return Routing(weights, highest >= self.thresholds[nearest], highest)
-
-    def probabilities(self, vectors: Embeddings, top_k: int | None = None) -> Array:
-        """Return softmax(s / T) of the similarities s, over the `top_k` nearest or all clusters."""
-        logits = (vectors @ self.centroids.T).astype(np.float64) / self.temperature
-        return np.asarray(softmax(_strongest(logits, top_k, -np.inf), axis=1), dtype=np.float32)
-
-    def _memberships(self, vectors: Embeddings) -> Array:
-        similarity = np.einsum("nd,ked->nke", vectors, self.exemplars).max(axis=2)  # (N, K)
-        distance = np.sqrt(np.maximum(2 - 2 * similarity.astype(np.float64), _NEAR**2))
-        weights = _strongest(1 / distance, self.top_k, 0.0)
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def _strongest(
-    scores: NDArray[np.float64], top_k: int | None, absent: float
-) -> NDArray[np.float64]:
-    """Keep the `top_k` highest scores of each row, replace the others."""
-    if top_k is None or top_k >= scores.shape[1]:
-        return scores
-    below = np.argsort(-scores, axis=1, kind="stable")[:, top_k:]
-    kept = scores.copy()
-    np.put_along_axis(kept, below, absent, axis=1)
-    return kept
+routers: Registry[type[Router]] = Registry("router")
 
 
 def fit_router(
-    vectors: Embeddings,
-    labels: Labels,
-    *,
-    mode: Mode = "nearest",
-    top_k: int | None = None,
-    coverage: float = 0.99,
-    seed: int = 0,
+    vectors: Embeddings, labels: Labels, *, router: str = "nearest", **options: Unpack[FitOptions]
 ) -> Router:
-    """Calibrate a router on the rows that were clustered.
+    """Calibrate a router by its registered name; see `Router.fit`.
 
-    Parameters
-    ----------
-    vectors : ndarray of float32, shape (N, D)
-        Unit-norm embeddings of the training prompts.
-    labels : ndarray of int64, shape (N,)
-        Their clusters, 0 … K-1; -1 for rows that belong to none.
-    mode, top_k
-        See `Router`.
-    coverage : float
-        Share of each cluster's rows that its threshold lets through at least (0–1).
-    seed : int
-        Seed of the folds.
-
-    Returns
-    -------
-    Router
-
-    Notes
-    -----
-    Thresholds and temperature come from similarities to centroids that were computed without the
-    row itself (cross-fitting), so that they hold for new prompts.
+    Raises
+    ------
+    ValueError
+        If no router has this name.
     """
-    kept = labels != NOISE
-    vectors, labels = vectors[kept], labels[kept]
-    centres = centroids(vectors, labels)
-    similarity = _held_out_similarity(vectors, labels, centres, seed)
-    thresholds = [
-        _threshold(similarity[labels == k, k], similarity[labels != k, k], coverage)
-        for k in range(len(centres))
-    ]
-    return Router(
-        centroids=centres,
-        thresholds=np.array(thresholds, dtype=np.float32),
-        temperature=calibrate_temperature(similarity, labels),
-        exemplars=np.stack([_densest(vectors[labels == k]) for k in range(len(centres))]),
-        mode=mode,
-        top_k=top_k,
+    return routers[router].fit(vectors, labels, **options)
+
+
+def derive(router: Router, name: str) -> Router:
+    """Return another router on the stored values of one.
+
+    Raises
+    ------
+    ValueError
+        If no router has this name.
+    LibraryError
+        If it needs values that this one does not have.
+    """
+    return routers[name].load(router.save())
+
+
+def save_router(router: Router, path: Path) -> None:
+    """Write a router with its registered name to a safetensors file."""
+    state = router.save()
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in state.arrays.items()},
+        path,
+        metadata={
+            "router": routers.name_of(type(router)),
+            "module": type(router).__module__,
+            "settings": json.dumps(dict(state.settings)),
+        },
     )
 
 
-def _threshold(own: Array, others: Array, coverage: float) -> float:
-    """Return the least similarity at which a cluster knows a prompt.
-
-    It lies halfway between the cluster's own farthest rows and the nearest rows of other clusters,
-    or at its own farthest ones where those overlap; a share of 1 - coverage counts as outliers.
-    """
-    lowest = float(np.quantile(own, 1 - coverage, method="lower"))
-    if not len(others):
-        return lowest - _ROUNDING
-    nearest = float(np.quantile(others, coverage, method="higher"))
-    return min(lowest, (lowest + nearest) / 2) - _ROUNDING
-
-
-def _densest(vectors: Embeddings) -> Array:
-    """Return the rows nearest to their neighbours, shape (E, D), the densest ones again if few."""
-    if len(vectors) > _DENSITY_ROWS:  # all pairs are compared
-        rows = np.random.default_rng(0).choice(len(vectors), size=_DENSITY_ROWS, replace=False)
-        vectors = vectors[rows]
-    similarity = np.sort(vectors @ vectors.T, axis=1)[:, ::-1]
-    core = similarity[:, min(_NEIGHBOURS, len(vectors) - 1)]  # to the k-th neighbour
-    order = np.argsort(-core, kind="stable")
-    return np.asarray(vectors[np.resize(order, _EXEMPLARS)], dtype=np.float32)
-
-
-def _held_out_similarity(vectors: Embeddings, labels: Labels, centres: Array, seed: int) -> Array:
-    """Return (N, K) similarities, each row's to centroids of the other folds' rows."""
-    rng = np.random.default_rng(seed)
-    fold = np.empty(len(labels), dtype=np.int64)
-    for k in range(len(centres)):  # every fold gets its share of every cluster
-        members = np.flatnonzero(labels == k)
-        fold[rng.permutation(members)] = np.arange(len(members)) % _FOLDS
-    similarity = np.empty((len(labels), len(centres)), dtype=np.float32)
-    for part in range(_FOLDS):
-        rest = fold != part
-        fitted = centres.copy()
-        present = np.unique(labels[rest])  # a cluster of one row has no other
-        for k in present:
-            fitted[k] = _centroid(vectors[rest & (labels == k)])
-        similarity[~rest] = vectors[~rest] @ fitted.T
-    return similarity
-
-
-def _centroid(vectors: Embeddings) -> Array:
-    mean = vectors.mean(axis=0)
-    return np.asarray(mean / np.linalg.norm(mean), dtype=np.float32)
-
-
-def calibrate_temperature(similarity: Array, labels: Labels) -> float:
-    """Return the temperature at which softmax(s / T) gives the labels the highest likelihood.
+def load_router(path: Path, name: str | None = None) -> Router:
+    """Read a router.
 
     Parameters
     ----------
-    similarity : ndarray, shape (N, K)
-        Cosine similarities.
-    labels : ndarray of int64, shape (N,)
-        True clusters, 0 … K-1.
+    path : Path
+        What `save_router` wrote.
+    name : str, optional
+        Another router to make of its values; the stored one by default.
 
-    Notes
-    -----
-    The likelihood is convex in 1/T; where every row is nearest to its own centroid by a margin, T
-    ends at the lower bound.
+    Raises
+    ------
+    ValueError
+        If no router has the name asked for.
+    LibraryError
+        If the stored router is not registered here, which names the module that registers it, or
+        the one asked for cannot be made of its values.
     """
-    rows = np.arange(len(labels))
-
-    def loss(log_temperature: float) -> float:
-        logits = similarity.astype(np.float64) / np.exp(log_temperature)
-        return -float(log_softmax(logits, axis=1)[rows, labels].mean())
-
-    bounds = tuple(float(np.log(bound)) for bound in _TEMPERATURES)
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+    with safe_open(path, framework="np") as file:
+        stored = file.metadata() or {}
+    settings = json.loads(stored["settings"])
+    earlier = settings.pop("mode", None)  # its place in libraries of version 0.1.0
+    own = stored.get("router", earlier)
+    if name is None and own not in routers:
+        raise LibraryError(
+            f"{path}: its router {own!r} is registered by module {stored.get('module')!r}, which "
+            f"is not loaded; install its package or name the module in ${VARIABLE}"
+        )
+    return routers[name or own].load(RouterState(load_file(path), settings))

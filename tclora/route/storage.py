@@ -11,42 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from tclora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from tclora.errors import LibraryError
 from tclora.files import atomic_path, sha256_file, write_json
+from tclora.library.layout import Layout, RoutedLayout
+from tclora.library.manifest import check_listed, read_manifest
+from tclora.library.places import heal
+from tclora.library.records import ModelIdentity
 from tclora.route.gates import GatedAdapter
-from tclora.route.router import Router
-
-FOLDER = "routed"  # below a library directory
-INFO_FILE = "routed.json"
-GATES_FILE = "gates.safetensors"
-ROUTER_FILE = "router.safetensors"
-_ARRAYS = ("centroids", "thresholds", "exemplars")
-_FILES = (CONFIG_FILE, WEIGHTS_FILE, GATES_FILE, ROUTER_FILE)
-
-
-class ModelIdentity(BaseModel):
-    """Which model something was made with.
-
-    Attributes
-    ----------
-    id : str
-        As configured: a built-in name, a folder or a hub id.
-    digest : str
-        Of its files, or of hub id and commit; see `tclora.model.locate.model_digest`.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    digest: str
+from tclora.route.router import Router, load_router, save_router
 
 
 class RoutedInfo(BaseModel):
@@ -150,58 +127,70 @@ class RoutedLibrary:
 def write_library(folder: Path, gated: GatedAdapter, router: Router, info: RoutedInfo) -> None:
     """Write a routed library, atomically."""
     with atomic_path(folder) as fresh:
+        files = RoutedLayout(fresh)
         write_adapter(gated.adapter, fresh)
         gates = {name: gate.contiguous() for name, gate in gated.gates.items()}
-        save_file(gates, fresh / GATES_FILE, metadata={"names": json.dumps(gated.names)})
-        arrays = {name: getattr(router, name) for name in _ARRAYS}
-        settings = {
-            "temperature": router.temperature, "mode": router.mode, "top_k": router.top_k,
-        }  # fmt: skip
-        save_arrays(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-            fresh / ROUTER_FILE,
-            metadata={"settings": json.dumps(settings)},
-        )
-        digests = {name: sha256_file(fresh / name) for name in _FILES}
-        write_json(fresh / INFO_FILE, info.model_dump() | {"digests": digests})
+        save_file(gates, files.gates, metadata={"names": json.dumps(gated.names)})
+        save_router(router, files.router)
+        digests = {file.name: sha256_file(file) for file in _contents(fresh)}
+        write_json(files.info, info.model_dump() | {"digests": digests})
 
 
-def read_library(path: str | Path) -> RoutedLibrary:
+def read_library(path: str | Path, *, router: str | None = None) -> RoutedLibrary:
     """Read a routed library, from its own folder or from the library directory that holds it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder.
+    router : str, optional
+        Registered name of another router to make of the stored one's values.
 
     Raises
     ------
     LibraryError
-        If a file is missing, corrupt or of another version; the message names it.
+        If a file is missing, corrupt, of another version or, in a library directory, of another
+        run, which the message names; or if the router is not registered here, or cannot be made of
+        the stored values.
+    ValueError
+        If no router has the name asked for.
     """
-    folder = Path(path)
-    if not (folder / INFO_FILE).exists() and (folder / FOLDER).is_dir():
-        folder = folder / FOLDER
-    info = _read_info(folder)
-    with safe_open(folder / GATES_FILE, framework="pt") as file:
+    folder, info = _open(Path(path))
+    files = RoutedLayout(folder)
+    with safe_open(files.gates, framework="pt") as file:
         names = tuple(json.loads((file.metadata() or {})["names"]))
-    with safe_open(folder / ROUTER_FILE, framework="np") as file:
-        settings = json.loads((file.metadata() or {})["settings"])
     found = read_adapter(folder, info.method)
     adapter = Adapter(found.name, dict(found.modules), found.base_model)
-    gated = GatedAdapter(adapter, load_file(folder / GATES_FILE), names)
-    arrays = load_arrays(folder / ROUTER_FILE)
-    router = Router(
-        centroids=arrays["centroids"],
-        thresholds=arrays["thresholds"],
-        exemplars=arrays["exemplars"],
-        **settings,
-    )
-    return RoutedLibrary(folder, gated, router, info)
+    gated = GatedAdapter(adapter, load_file(files.gates), names)
+    return RoutedLibrary(folder, gated, load_router(files.router, router), info)
+
+
+def _contents(folder: Path) -> list[Path]:
+    """Return the files that ``routed.json`` holds digests of."""
+    files = RoutedLayout(folder)
+    return [folder / CONFIG_FILE, folder / WEIGHTS_FILE, files.gates, files.router]
+
+
+def _open(path: Path) -> tuple[Path, RoutedInfo]:
+    """Find the routed folder and check its files, by its own record and by the library's."""
+    heal(path)
+    library = Layout(path)
+    if RoutedLayout(path).info.exists() or not library.routed.folder.is_dir():
+        return path, _read_info(path)
+    folder = library.routed.folder
+    info = _read_info(folder)
+    if library.manifest.exists():  # else the library is unfinished
+        check_listed(path, read_manifest(path), folder)
+    return folder, info
 
 
 def _read_info(folder: Path) -> RoutedInfo:
     """Read ``routed.json`` and check all files against it."""
-    path = folder / INFO_FILE
+    path = RoutedLayout(folder).info
     if not path.is_file():
         raise LibraryError(
-            f"{folder} holds no routed library: it has no {INFO_FILE}; name a library directory "
-            "of a run with route.enabled, or its folder routed/"
+            f"{folder} holds no routed library: it has no {path.name}; name a library directory "
+            f"of a run with route.enabled, or its folder {Layout(folder).routed.folder.name}"
         )
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -213,12 +202,12 @@ def _read_info(folder: Path) -> RoutedInfo:
         raise LibraryError(
             f"{path}: schema_version must be 1, got {info.schema_version}; run the pipeline again"
         )
-    for name in _FILES:
-        if not (folder / name).is_file():
-            raise LibraryError(f"{folder / name} is missing; run the pipeline again")
-        if sha256_file(folder / name) != digests.get(name):
+    for file in _contents(folder):
+        if not file.is_file():
+            raise LibraryError(f"{file} is missing; run the pipeline again")
+        if sha256_file(file) != digests.get(file.name):
             raise LibraryError(
-                f"{folder / name} is corrupt or was changed: its digest is not the one in "
-                f"{INFO_FILE}; run the pipeline again"
+                f"{file} is corrupt or was changed: its digest is not the one in {path.name}; "
+                "run the pipeline again"
             )
     return info

@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -20,7 +19,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 
 from tclora.route.model import RoutedModel
-from tclora.route.router import Routing
+from tclora.route.routing import Routing
 from tclora.serve.engine import Engine, Piece
 from tclora.serve.engine import Request as Generation
 
@@ -183,8 +182,7 @@ def _generation(
     stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Generation(
         tokens=tokens,
-        weights=torch.from_numpy(routing.weights[0]),
-        known=bool(routing.known[0]),
+        routing=routing,
         on_piece=answer.put,
         max_tokens=min(wanted, room),
         temperature=asked.temperature if asked.temperature >= _COLDEST else 0.0,
@@ -207,7 +205,11 @@ def _tokens(model: RoutedModel, messages: list[Message]) -> tuple[int, ...]:
 
 
 def _routing_body(model: RoutedModel, routing: Routing) -> dict[str, Any]:
-    return {"known": bool(routing.known[0]), "weights": model.weights_of(routing, 0)}
+    return {
+        "known": bool(routing.known[0]),
+        "weights": model.weights_of(routing, 0),
+        "by_token": routing.by_token is not None,
+    }
 
 
 async def _pieces(answer: Answer, generation: Generation, limits: Limits) -> AsyncIterator[Piece]:

@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tclora.model.tokens import TokenRow, collate
 from tclora.route.model import RoutedModel
+from tclora.route.routing import Routing, together
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class Request:
     ----------
     tokens : tuple of int
         The prompt in its template.
-    weights, known
-        Its routing: weights of shape (K,), and whether it is routed at all.
+    routing : Routing
+        Its own, of one prompt.
     on_piece : callable
         Called in the engine's thread with every piece; the last has a finish or an error.
     max_tokens : int
@@ -81,8 +82,7 @@ class Request:
     """
 
     tokens: tuple[int, ...]
-    weights: Tensor
-    known: bool
+    routing: Routing
     on_piece: Callable[[Piece], None]
     max_tokens: int = 64
     temperature: float = 0.0
@@ -175,11 +175,7 @@ class Engine:
         padded = collate(rows, range(len(rows)), tokenizer.pad_token_id, prompts_only=True)
         sampled = any(request.temperature > 0 for request in batch)
         generate: Any = model.generate
-        routed = self.model.gating.applied(
-            torch.stack([request.weights for request in batch]),
-            torch.tensor([request.known for request in batch]),
-        )
-        with routed:
+        with self.model.routed(together([request.routing for request in batch])):
             generate(
                 input_ids=padded.input_ids.to(model.device),
                 attention_mask=padded.attention_mask.to(model.device),

@@ -76,11 +76,13 @@ class Stack:
 
     def left(self, U: Tensor) -> Tensor:
         """B[k]ᵀ U, shape (M, K, r, R)."""
-        return (self._columns.mT @ U).unflatten(1, self.A.shape[1:3])
+        products: Tensor = (self._columns.mT @ U).unflatten(1, self.A.shape[1:3])
+        return products
 
     def right(self, V: Tensor) -> Tensor:
         """A[k] V, shape (M, K, r, R)."""
-        return (self._rows @ V).unflatten(1, self.A.shape[1:3])
+        products: Tensor = (self._rows @ V).unflatten(1, self.A.shape[1:3])
+        return products
 
     def mttkrp_u(self, right: Tensor, C: Tensor) -> Tensor:
         """Σ_k 𝒳[k] V diag(C[k]), shape (M, m, R)."""

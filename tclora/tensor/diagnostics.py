@@ -3,17 +3,21 @@
 Symbols: K adapters, R the CP rank.
 """
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from tclora.tensor.als import CPSolution
 from tclora.tensor.library import CPFactors, LibraryFactors
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _COLUMNS = ["module", "component", "energy", "energy_share", "spread", "top", "top_share"]
 
 
-def component_diagnostics(factors: LibraryFactors) -> pd.DataFrame:
+def component_diagnostics(factors: LibraryFactors) -> "pd.DataFrame":
     """Describe every component of every module.
 
     Parameters
@@ -28,6 +32,8 @@ def component_diagnostics(factors: LibraryFactors) -> pd.DataFrame:
         cluster's own, to K, shared evenly), and the cluster of the largest loading, `top`, with
         its share of the energy.
     """
+    import pandas as pd
+
     parts = [_describe(module, cp, factors.names) for module, cp in factors.modules.items()]
     return pd.concat(parts, ignore_index=True)[_COLUMNS]
 
@@ -85,7 +91,9 @@ def core_consistency(B: Tensor, A: Tensor, solution: CPSolution) -> Tensor:
     return 100 * (1 - (core - ideal).square().sum((1, 2, 3)) / rank)
 
 
-def _describe(module: str, cp: CPFactors, names: tuple[str, ...]) -> pd.DataFrame:
+def _describe(module: str, cp: CPFactors, names: tuple[str, ...]) -> "pd.DataFrame":
+    import pandas as pd
+
     squared = cp.C.double().square()  # (K, R)
     energy = squared.sum(0)
     total = float(energy.sum())

@@ -6,9 +6,8 @@ Symbols: K adapters, d_out × d_in a module, r_k the LoRA ranks, R the CP rank.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,6 +19,9 @@ from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
 from tclora.tensor.reference import cp_parafac
 from tclora.tensor.sidebyside import side_by_side
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def explained_variance_curve(
     tol: float = 1e-4,
     seed: int = 0,
     progress: Progress | None = None,
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Measure how much of the adapters' energy joint factors keep at each CP rank.
 
     Parameters
@@ -151,7 +153,7 @@ def explained_variance_curve(
     return _with_overall(rows)
 
 
-def smallest_ranks(curve: pd.DataFrame, explained_variance: float) -> dict[str, int]:
+def smallest_ranks(curve: "pd.DataFrame", explained_variance: float) -> dict[str, int]:
     """Choose CP ranks by the explained variance they reach.
 
     Parameters
@@ -264,8 +266,10 @@ def _expand(
         yield module, CPFactors(U, V, solution.C[i], fit, energy)
 
 
-def _with_overall(rows: Sequence[_Point]) -> pd.DataFrame:
+def _with_overall(rows: Sequence[_Point]) -> "pd.DataFrame":
     """Sort rows (module, rank, explained variance, energy) and add the energy-weighted total."""
+    import pandas as pd
+
     frame = pd.DataFrame(rows, columns=["module", "rank", "explained_variance", "energy"])
     frame = frame.sort_values(["module", "rank"], ignore_index=True)
     lost = (1 - frame["explained_variance"]) * frame["energy"]

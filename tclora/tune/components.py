@@ -7,14 +7,18 @@ Symbols: K adapters, R the CP rank, d_out × d_in a module.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
+from tclora.jobs.call import EventCallback
 from tclora.model.attach import attached
+from tclora.model.base import Base
 from tclora.model.loss import response_nll
+from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 from tclora.tensor.library import LibraryFactors
 
@@ -22,7 +26,7 @@ Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Refit:
     """The outcome of a fit.
 
     Attributes
@@ -40,7 +44,7 @@ class Calibration:
     losses: tuple[float, ...]
 
 
-def calibrate_components(
+def fit_components(
     model: PreTrainedModel,
     adapter: Adapter,
     batches: Sequence[Batch],
@@ -48,7 +52,7 @@ def calibrate_components(
     n_steps: int = 20,
     learning_rate: float = 0.05,
     progress: Progress | None = None,
-) -> Calibration:
+) -> Refit:
     """Fit one factor per component of a merged adapter, starting from 1.
 
     Parameters
@@ -58,7 +62,7 @@ def calibrate_components(
     adapter : Adapter
         Any merge; column ρ of each B is scaled by the fitted factor.
     batches : sequence of Batch
-        Calibration rows of all clusters, in equal shares.
+        Sample rows of all clusters, in equal shares.
     n_steps : int
         Steps of Adam, each over all batches.
     learning_rate : float
@@ -68,7 +72,7 @@ def calibrate_components(
 
     Returns
     -------
-    Calibration
+    Refit
     """
     gates = {
         module: torch.ones(factors.rank, device=model.device)
@@ -86,29 +90,29 @@ def calibrate_components(
     )
     fitted = dict(zip(gates, best, strict=True))
     modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
-    return Calibration(replace(adapter, modules=modules), {}, losses)
+    return Refit(replace(adapter, modules=modules), {}, losses)
 
 
-def calibrate_loadings(
+def fit_loadings(
     model: PreTrainedModel,
     factors: LibraryFactors,
     batches: Sequence[Batch],
     *,
     n_steps: int = 20,
     learning_rate: float = 0.05,
-) -> Calibration:
+) -> Refit:
     """Fit one weight λ_k per cluster in U diag(Σ_k λ_k C[k]) Vᵀ, starting from 1 / K.
 
     Parameters
     ----------
     model, batches, n_steps, learning_rate
-        As in `calibrate_components`.
+        As in `fit_components`.
     factors : LibraryFactors
         Joint factors of the clusters.
 
     Returns
     -------
-    Calibration
+    Refit
         Its loadings are what the method ``tc-lora-calibrated`` takes.
     """
     K = len(factors.names)
@@ -126,7 +130,7 @@ def calibrate_loadings(
     )
     merged = factors.adapter({m: best @ loading for m, loading in C.items()})
     loadings = dict(zip(factors.names, best.tolist(), strict=True))
-    return Calibration(merged, loadings, losses)
+    return Refit(merged, loadings, losses)
 
 
 def _fit(
@@ -174,3 +178,49 @@ def _require_grad(tensors: Sequence[Tensor], needed: bool) -> None:
 
 def _scaled(factors: LoraFactors, gate: Tensor) -> LoraFactors:
     return LoraFactors(factors.B * gate.to(factors.B), factors.A)
+
+
+def refit_components(
+    *,
+    name: str,
+    base: Base,
+    sample: Sample,
+    adapter: Path,
+    n_steps: int,
+    target: Path,
+    on_event: EventCallback = lambda _: None,
+) -> list[float]:
+    """Fit the component weights of a merge on rows of every cluster; the job of a run.
+
+    Parameters
+    ----------
+    name : str
+        The merge method, for messages.
+    base : Base
+        The base model.
+    sample : Sample
+        The rows.
+    adapter : Path
+        PEFT directory of the merge.
+    n_steps : int
+        Steps of Adam.
+    target : Path
+        PEFT directory of the result.
+    on_event : callable
+        Called with ``step`` and ``loss`` before each step.
+
+    Returns
+    -------
+    list of float
+        Mean response NLL (nats per token) before each step.
+    """
+    loaded = base.load()
+    found = fit_components(
+        loaded.model,
+        read_adapter(adapter),
+        sample.together(loaded),
+        n_steps=n_steps,
+        progress=lambda step, loss: on_event({"step": step, "loss": loss}),
+    )
+    write_adapter(found.adapter, target)
+    return list(found.losses)

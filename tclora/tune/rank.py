@@ -4,18 +4,25 @@ Symbols: K clusters, R the CP rank; recovery is (base − routed) / (base − ow
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter
+from tclora.config import SolverConfig
 from tclora.errors import LibraryError
+from tclora.files import write_json
+from tclora.jobs.call import EventCallback
 from tclora.merge import merge
+from tclora.merge.inputs import MergeInputs
 from tclora.model.attach import attached
+from tclora.model.base import Base
 from tclora.model.loss import response_nll
+from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 from tclora.route.gates import fit_gates
 from tclora.tensor import factorise
@@ -108,8 +115,8 @@ class RoutedRecovery:
         The merge whose factors are gated.
     statistics : ActivationStatistics, optional
         For methods that use them, and for the gates.
-    n_starts, n_iter : int
-        Effort of the factorisation, for methods on CP factors; see `tclora.tensor.factorise`.
+    solver : SolverConfig, optional
+        Effort of the factorisation, for methods on CP factors.
     seed : int
         Seed of factorisation and merge.
     """
@@ -122,11 +129,10 @@ class RoutedRecovery:
         *,
         method: str = "tc-lora",
         statistics: ActivationStatistics | None = None,
-        n_starts: int = 4,
-        n_iter: int = 200,
+        solver: SolverConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._factorise = partial(factorise, adapters, n_starts=n_starts, n_iter=n_iter, seed=seed)
+        self._factorise = partial(factorise, adapters, **dict(solver or SolverConfig()), seed=seed)
         self._model = model
         self._adapters = adapters
         self._batches = batches
@@ -169,3 +175,61 @@ class RoutedRecovery:
                 total += float(response_nll(self._model, batch).sum())
                 tokens += batch.supervised
         return total / tokens
+
+
+def choose_rank(
+    *,
+    base: Base,
+    sample: Sample,
+    given: MergeInputs,
+    method: str,
+    solver: SolverConfig,
+    recovery: float,
+    target: Path,
+    on_event: EventCallback = lambda _: None,
+) -> RankSearch:
+    """Find the smallest CP rank with a wanted recovery; the job of a run.
+
+    Parameters
+    ----------
+    base : Base
+        The base model.
+    sample : Sample
+        The rows.
+    given : MergeInputs
+        What is merged.
+    method : str
+        The merge whose factors are gated.
+    solver : SolverConfig, optional
+        Effort of the factorisation.
+    recovery : float
+        Recovery to reach (fraction).
+    target : Path
+        JSON file of the outcome.
+    on_event : callable
+        Called with ``rank`` and its ``recovery`` after each.
+
+    Returns
+    -------
+    RankSearch
+    """
+    loaded = base.load()
+    adapters = given.adapters_in_memory()
+    measure = RoutedRecovery(
+        loaded.model,
+        adapters,
+        sample.batches(loaded),
+        method=method,
+        statistics=given.read_statistics(),
+        solver=solver,
+        seed=given.seed,
+    )
+
+    def reported(rank: int) -> float:
+        found = measure(rank)
+        on_event({"rank": rank, "recovery": found})
+        return found
+
+    outcome = find_rank(reported, adapters, recovery)
+    write_json(target, asdict(outcome))
+    return outcome

@@ -1,4 +1,4 @@
-"""Calibration rows for adapters that tclora did not train, and the statistics collected on them.
+"""Sample rows for adapters that tclora did not train, and the statistics collected on them.
 
 A file serves one adapter (``NAME=FILE``), or several if its column ``adapter`` names each row's.
 """
@@ -20,10 +20,10 @@ from tclora.model.tokens import Batch, batches, encode_frame
 COLUMN = "adapter"
 
 
-def read_calibration(
+def read_sample_files(
     sources: Sequence[str], names: Sequence[str], limit: int = 64
 ) -> dict[str, pd.DataFrame]:
-    """Read the calibration rows of every adapter.
+    """Read the sample rows of every adapter.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ def read_calibration(
         rows = _by_adapter(source) if whole else {name: _canonical(path)}
         if unknown := sorted(set(rows) - set(names)):
             raise DataError(
-                f"calibration {source!r}: adapters must be of {', '.join(names)}, got "
+                f"sample {source!r}: adapters must be of {', '.join(names)}, got "
                 f"{', '.join(unknown)}"
             )
         for adapter, frame in rows.items():
             parts[adapter].append(frame)
     if missing := [name for name, frames in parts.items() if not frames]:
         raise DataError(
-            f"calibration must have rows for every adapter, has none for {', '.join(missing)}; "
+            f"sample must have rows for every adapter, has none for {', '.join(missing)}; "
             "give NAME=FILE, or a column 'adapter'"
         )
     return {name: pd.concat(frames).head(limit) for name, frames in parts.items()}
@@ -99,7 +99,7 @@ def collect_all(
     return ActivationStatistics.load(*files)
 
 
-def calibration_batches(
+def sample_batches(
     tokenizer: PreTrainedTokenizerBase,
     rows: Mapping[str, pd.DataFrame],
     *,

@@ -1,21 +1,27 @@
-"""The scale λ of a merge chosen by the base model's loss on calibration rows.
+"""The scale λ of a merge chosen by the base model's loss on sample rows.
 
 Methods that add updates up (task arithmetic, TIES, TSV-M and others) depend on λ more than on
 anything else, so that they can be compared at a scale chosen in the same way for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from tclora.adapter import Adapter
+from tclora.files import write_json
+from tclora.jobs.call import EventCallback
 from tclora.merge.engine import merge
+from tclora.merge.inputs import MergeInputs
 from tclora.merge.registry import get
 from tclora.model.attach import attached
+from tclora.model.base import Base
 from tclora.model.loss import response_nll
+from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 
 GRID = (0.2, 0.4, 0.7, 1.0)
@@ -30,7 +36,7 @@ class ScaleSearch:
     scale : float
         The scale with the lowest loss.
     losses : Mapping[float, float]
-        Scale → mean response NLL (nats per token) on the calibration rows.
+        Scale → mean response NLL (nats per token) on the sample rows.
     """
 
     scale: float
@@ -64,7 +70,7 @@ def tune_scale(
     method : str
         A method with a scale.
     batches : sequence of Batch
-        Calibration rows of all clusters, in equal shares.
+        Sample rows of all clusters, in equal shares.
     scales : sequence of float
         The grid.
     progress : callable, optional
@@ -95,3 +101,53 @@ def tune_scale(
         if progress:
             progress(scale, losses[scale])
     return ScaleSearch(min(losses, key=losses.__getitem__), losses)
+
+
+def choose_scale(
+    *,
+    name: str,
+    base: Base,
+    sample: Sample,
+    given: MergeInputs,
+    scales: list[float],
+    target: Path,
+    on_event: EventCallback = lambda _: None,
+) -> ScaleSearch:
+    """Choose the scale of one method on rows of every cluster; the job of a run.
+
+    Parameters
+    ----------
+    name : str
+        The merge method.
+    base : Base
+        The base model.
+    sample : Sample
+        The rows.
+    given : MergeInputs
+        What is merged.
+    scales : list of float
+        The grid.
+    target : Path
+        JSON file of the outcome.
+    on_event : callable
+        Called with ``scale`` and ``loss`` after each.
+
+    Returns
+    -------
+    ScaleSearch
+    """
+    loaded = base.load()
+    found = tune_scale(
+        loaded.model,
+        given.adapters_in_memory(),
+        name,
+        sample.together(loaded),
+        scales,
+        progress=lambda scale, loss: on_event({"scale": scale, "loss": loss}),
+        factors=given.read_factors(),
+        statistics=given.read_statistics(),
+        rank=given.rank,
+        seed=given.seed,
+    )
+    write_json(target, asdict(found))
+    return found

@@ -8,8 +8,11 @@ import yaml
 from typer.testing import CliRunner
 
 from tclora.config import Config, config_keys, load_config
+from tclora.errors import LibraryError
+from tclora.library.manifest import write_manifest
 from tclora.model.locate import BUILTIN_BASE
 from tclora_cli.main import app
+from tests.library.examples import describe
 
 DEMO = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 
@@ -36,7 +39,6 @@ def test_the_schema_describes_every_section():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--set", "trian.epochs=1"], "did you mean 'train'"),
         (["config", "--set", "train.epoch=1"], "did you mean 'train.epochs'"),
         (["config", "none.yaml"], "'none.yaml' does not exist"),
         (["report", "."], "is not a tclora library"),
@@ -44,12 +46,12 @@ def test_the_schema_describes_every_section():
 )
 def test_errors_a_user_can_repair_end_with_one_message(tmp_path, arguments, message):
     done = subprocess.run(
-        [sys.executable, "-c", "from tclora_cli.main import main; main()", *arguments],
+        [sys.executable, "-m", "tclora_cli", *arguments],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
-    assert done.stderr.startswith("error:")
+    assert message in done.stderr  # plain text, whatever the terminal's width
+    assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -74,12 +76,26 @@ def test_doctor_names_what_is_missing(tmp_path):
 def test_the_ui_needs_a_store(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr("os.execvp", None)  # a server must not take this process over
-    result = invoke("ui", "--output", str(tmp_path))
-    assert result.exit_code == 2
-    assert "holds no MLflow store yet" in " ".join(result.output.split())
+    with pytest.raises(LibraryError, match="holds no MLflow store yet; run the pipeline first"):
+        app(["ui", "--output", str(tmp_path)], standalone_mode=False)
+
+
+def test_verify_names_the_file_that_differs(tmp_path):
+    for name in ("adapters/one", "adapters/two", "clusters"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = ("adapters", "clusters")
+    write_manifest(tmp_path, describe(), names)
+    whole = invoke("verify", str(tmp_path))
+    assert (whole.exit_code, whole.stdout) == (0, "whole: 3 files\n")
+    (tmp_path / "clusters").write_text("other")
+    broken = invoke("verify", str(tmp_path))
+    assert broken.exit_code == 1
+    assert "clusters differs" in broken.stdout
+    assert "adapters" not in broken.stdout
 
 
 def test_help_lists_the_commands():
     result = invoke("--help")
-    for command in ("run", "report", "ui", "config", "doctor"):
+    for command in ("run", "report", "verify", "ui", "config", "doctor"):
         assert command in result.stdout

@@ -11,10 +11,10 @@ from tclora.adapter import Adapter, LoraFactors, locate_adapter, read_adapter, w
 from tclora.errors import AdapterError, DataError
 from tclora.merge import merge, methods
 from tclora.model.tokens import batches, encode
-from tclora.tune.rows import read_calibration
+from tclora.tune.rows import read_sample_files
 from tclora.tune.scale import tune_scale
+from tclora_cli.folders import read_adapters
 from tclora_cli.main import app
-from tclora_cli.merging import read_adapters
 
 NAMES = ("sums", "words")
 ROWS = {
@@ -39,7 +39,7 @@ def folders(tmp_path, tiny_model_dir):
 
 
 @pytest.fixture
-def calibration(tmp_path):
+def sample(tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [
         json.dumps({"adapter": name, "prompt": prompt, "response": response}) + "\n"
@@ -95,11 +95,9 @@ def test_an_output_that_is_more_than_an_adapter_is_not_replaced(folders, tmp_pat
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_calibration_rows_inform_the_merge(
-    folders, calibration, tmp_path, tiny_model, tokenizer, named
-):
+def test_sample_rows_inform_the_merge(folders, sample, tmp_path, tiny_model, tokenizer, named):
     """The same statistics collected by hand give the same merge; both forms of files do."""
-    sources = [str(calibration)]
+    sources = [str(sample)]
     if named:
         sources = []
         for name, rows in ROWS.items():
@@ -107,7 +105,7 @@ def test_calibration_rows_inform_the_merge(
             pairs = [{"prompt": p, "response": r} for p, r in rows]
             file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
             sources.append(f"{name}={file}")
-    flags = [part for source in sources for part in ("--calibration", source)]
+    flags = [part for source in sources for part in ("--sample", source)]
     result = invoke("merge", *folders, "-o", tmp_path / "out", "--rank", 2,
                     "--template", "plain", *flags)  # fmt: skip
     assert result.exit_code == 0
@@ -127,12 +125,10 @@ def test_calibration_rows_inform_the_merge(
     assert not torch.allclose(wanted.modules[module].delta(), blind.modules[module].delta())
 
 
-def test_the_scale_is_chosen_on_calibration_rows(
-    folders, calibration, tmp_path, tiny_model, tokenizer
-):
+def test_the_scale_is_chosen_on_sample_rows(folders, sample, tmp_path, tiny_model, tokenizer):
     flags = ["--template", "plain", "--scales", 0.01, "--scales", 3]
     result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
-                    "--calibration", calibration, *flags)  # fmt: skip
+                    "--sample", sample, *flags)  # fmt: skip
     pairs = [pair for rows in ROWS.values() for pair in rows]
     encoded = encode(tokenizer, *zip(*pairs, strict=True), template="plain")
     adapters, rows = read_adapters(folders), list(batches(encoded, pad_id=0))
@@ -142,14 +138,13 @@ def test_the_scale_is_chosen_on_calibration_rows(
     assert_same(read_adapter(tmp_path / "out"), wanted)
 
 
-def test_scales_that_cannot_be_chosen_are_refused(folders, calibration, tmp_path):
+def test_scales_that_cannot_be_chosen_are_refused(folders, sample, tmp_path):
     def ask(*arguments):
         return invoke("merge", *folders, "-o", tmp_path / "out", "--scales", 0.4, *arguments)
 
-    found = ask("--method", "ties")
-    assert found.exit_code == 2
-    assert "--scales needs --calibration" in found.output
-    rows = ("--calibration", calibration)
+    with pytest.raises(AdapterError, match="--scales needs --sample"):
+        ask("--method", "ties")
+    rows = ("--sample", sample)
     with pytest.raises(AdapterError, match="--scales needs a method with a scale, uniform has"):
         ask("--method", "uniform", *rows)
     with pytest.raises(AdapterError, match="exclude each other"):
@@ -157,19 +152,19 @@ def test_scales_that_cannot_be_chosen_are_refused(folders, calibration, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_calibration_must_serve_every_adapter_and_no_other(calibration, tmp_path):
-    assert set(read_calibration([str(calibration)], NAMES)) == set(NAMES)
+def test_sample_must_serve_every_adapter_and_no_other(sample, tmp_path):
+    assert set(read_sample_files([str(sample)], NAMES)) == set(NAMES)
     with pytest.raises(DataError, match=r"adapters must be of sums, got words"):
-        read_calibration([str(calibration)], ["sums"])
+        read_sample_files([str(sample)], ["sums"])
     with pytest.raises(DataError, match="has none for prose"):
-        read_calibration([str(calibration)], [*NAMES, "prose"])
+        read_sample_files([str(sample)], [*NAMES, "prose"])
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"prompt": "a", "response": "b"}\n')
     with pytest.raises(DataError, match="must have a column 'adapter'"):
-        read_calibration([str(plain)], NAMES)
+        read_sample_files([str(plain)], NAMES)
     plain.write_text('{"prompt": "a", "response": "b", "adapter": null}\n')
     with pytest.raises(DataError, match="row 1: 'adapter' must name an adapter"):
-        read_calibration([str(plain)], NAMES)
+        read_sample_files([str(plain)], NAMES)
 
 
 def test_methods_are_listed_for_people_and_programs():

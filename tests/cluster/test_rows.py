@@ -2,15 +2,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from tclora.cluster.rows import (
-    NOISE,
-    agreement,
-    assign,
-    centroids,
-    cluster_rows,
-    map_2d,
-    silhouette,
-)
+from tclora.cluster.centroids import NOISE, assign, centroids
+from tclora.cluster.quality import agreement, map_2d, silhouette
+from tclora.cluster.registry import clusterers
+from tclora.cluster.rows import cluster_rows
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
 
@@ -132,8 +127,9 @@ def test_no_candidate_for_k_is_an_error():
 
 
 def test_auto_is_for_kmeans_alone():
-    with pytest.raises(ValueError, match="k must be a number with method: random"):
-        config("random", k="auto")
+    (problem,) = clusterers["random"].check(config("random", k="auto"))
+    assert "cluster.k must be a number with cluster.method: random" in problem
+    assert [clusterers[name].check(config(name)) for name in clusterers] == [[]] * len(clusterers)
 
 
 def test_one_cluster_is_allowed():
@@ -185,11 +181,36 @@ def test_task_labels_as_clusters():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "missing"), [(None, 1), (["a"] * 3 + [None], 1), ([None, float("nan"), "a", "b"], 2)]
+    ("tasks", "missing"), [(None, 4), (["a"] * 3 + [None], 1), ([None, float("nan"), "a", "b"], 2)]
 )
 def test_clusters_by_task_need_every_label(tasks, missing):
     with pytest.raises(DataError, match=f"every training row, {missing} lack one"):
         cluster_rows(scattered(4), config("task"), tasks=tasks)
+
+
+def test_held_out_rows_go_where_their_clusterer_says():
+    vectors, truth = blobs()
+    tasks = [f"task {t}" for t in truth]
+    seen = np.arange(len(truth)) % 4 > 0
+    known = [task for task, row in zip(tasks, seen, strict=True) if row]
+    new = vectors[~seen]
+    near = cluster_rows(vectors[seen], config(), tasks=known)
+    assert (near.assign(new) == assign(new, near.centroids)[0]).all()
+    by_task = cluster_rows(vectors[seen], config("task"), tasks=known)
+    elsewhere = np.roll(new, 1, axis=0)  # the label counts, not the text
+    labels = [task for task, row in zip(tasks, seen, strict=True) if not row]
+    own = dict(zip(known, by_task.labels.tolist(), strict=True))
+    assert by_task.assign(elsewhere, labels).tolist() == [own[task] for task in labels]
+    unlabelled = by_task.assign(new, ["unheard of"] * len(new))
+    assert (unlabelled == assign(new, by_task.centroids)[0]).all()
+    random = cluster_rows(vectors[seen], config("random"), seed=3)
+    assert np.ptp(np.bincount(random.assign(new))) <= 1
+    assert (random.assign(new) == random.assign(np.roll(new, 1, axis=0))).all()
+
+
+def test_an_unknown_clusterer_is_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"got 'kmean'; did you mean kmeans\?"):
+        cluster_rows(blobs()[0], config("kmean"))
 
 
 @pytest.mark.parametrize("method", ["kmeans", "hdbscan"])

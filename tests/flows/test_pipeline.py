@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import tclora
-from flows.pipeline import pipeline
+from flows.pipeline import pipeline, step_named
 from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
 from tclora.library.manifest import read_manifest, verify
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("prefect_server", "environment"),
     pytest.mark.timeout(900),  # a dozen jobs, each of which loads torch and transformers
 ]
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 ALWAYS = {"library.json", "report.html"}  # written by every run: they name the run
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "house", "music", "paper", "light")
 
@@ -56,24 +57,29 @@ def alpaca_rows():
         }  # fmt: skip
 
 
+def write_rows(folder, rows):
+    file = folder / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("project")
-    lines = "".join(json.dumps(row) + "\n" for row in alpaca_rows())
-    (folder / "mine.jsonl").write_text(lines)
+    data = write_rows(folder, alpaca_rows())
     return {
         "name": "mine",
         "output": str(folder / "runs"),
         "base_model": str(tiny_model_dir),
-        "data": {"path": str(folder / "mine.jsonl"), "test_fraction": 0.2},
+        "data": {"path": str(data), "test_fraction": 0.2},
         "cluster": {"k": 2, "min_rows": 4},
         "train": {
             "r": 2, "alpha": 4, "lr": 2e-2, "batch_size": 8, "epochs": 2, "template": "plain",
             "target_modules": ["q_proj", "v_proj", "down_proj"], "dtype": "float32",
         },
         "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
-        "evaluate": {"max_new_tokens": 4, "resamples": 100},
-        "merge": {"methods": ["tc-lora", "uniform"], "refine_steps": 2},
+        "evaluate": {"max_new_tokens": 4, "resamples": 100, "cross_rows": 3},
+        "merge": {"methods": ["tc-lora", "uniform"], "refit_steps": 2},
         "resources": {"jobs": 2},
     }  # fmt: skip
 
@@ -81,13 +87,14 @@ def settings(tmp_path_factory, tiny_model_dir):
 @pytest.fixture(scope="module")
 def failed(settings, environment, prefect_server):
     """A first run in which one training job cannot write its adapter; then the cause is gone."""
-    library = Path(settings["output"]) / "mine"
-    obstacle = library / "adapters" / "cluster-1"
+    staging = Path(settings["output"]) / ".mine.staging"
+    obstacle = staging / "adapters" / "cluster-1"
     obstacle.parent.mkdir(parents=True)
     obstacle.write_text("a file where the adapter's folder should be")
     with pytest.raises(JobError) as caught:
         pipeline(settings)
-    stamps = stamps_of(library)
+    assert not (staging.parent / "mine").exists()
+    stamps = stamps_of(staging)
     obstacle.unlink()
     return str(caught.value), stamps
 
@@ -150,17 +157,20 @@ def test_a_failed_run_is_marked_in_mlflow(failed, finished):
 def test_the_library_is_complete(library):
     assert verify(library) == []
     manifest = read_manifest(library)
-    assert set(manifest["digests"]) >= {
-        "adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "centroids.safetensors",
-        "clusters.parquet", "evaluation/items.parquet", "evaluation/recovery.parquet",
-        "evaluation/summary.parquet", "explained_variance.parquet", "factors.safetensors",
-        "merged/tc-lora", "merged/uniform", "routed", "routing.parquet",
-        "training/cluster-0.json", "training/cluster-1.json",
-        "training/joint.json",
+    folders = ("adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "merged/tc-lora",
+               "merged/uniform", "routed")  # fmt: skip
+    assert set(manifest.digests) == {
+        *(f"{folder}/{file}" for folder in folders for file in ADAPTER_FILES),
+        "centroids.safetensors", "clusters.parquet", "evaluation/cross.parquet",
+        "evaluation/items.parquet",
+        "evaluation/recovery.parquet", "evaluation/summary.parquet", "explained_variance.parquet",
+        "factors.safetensors", "routed/gates.safetensors", "routed/routed.json",
+        "routed/router.safetensors", "routing.parquet", "training/cluster-0.json",
+        "training/cluster-1.json", "training/joint.json",
     }  # fmt: skip
-    assert manifest["clustering"]["k"] == 2
-    assert manifest["profile"]["rows_test"] == 11
-    assert manifest["factors"]["rank"] == 2
+    assert manifest.clustering.k == 2
+    assert manifest.profile["rows_test"] == 11
+    assert manifest.factors.rank == 2
     report = (library / "report.html").read_text()
     assert "tc-lora" in report
     assert "http://" not in report.replace("http://www.w3.org", "")
@@ -265,7 +275,7 @@ def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
 
 
 def test_the_primary_merge_has_its_component_weights_refitted(library):
-    before = read_adapter(library / "work" / "unrefined" / "tc-lora").modules
+    before = read_adapter(library / "work" / "unrefitted" / "tc-lora").modules
     after = read_adapter(library / "merged" / "tc-lora").modules
     changed = 0
     for name, (B, A) in after.items():
@@ -274,9 +284,9 @@ def test_the_primary_merge_has_its_component_weights_refitted(library):
         assert torch.allclose(B, before[name].B * scaled, atol=1e-6)  # a factor per component
         changed += int(not torch.allclose(scaled, torch.ones(1)))
     assert changed > 0
-    notes = read_manifest(library)["merges"]["tc-lora"]["notes"]
+    notes = read_manifest(library).merges["tc-lora"].notes
     assert "component weights refitted in 2 steps on 8 rows per cluster" in notes
-    assert not (library / "work" / "unrefined" / "uniform").exists()
+    assert not (library / "work" / "unrefitted" / "uniform").exists()
 
 
 def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
@@ -296,7 +306,7 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
     flow_run_id = parent.data.tags["prefect.flow_run_id"]
     with get_client(sync_client=True) as api:
         assert api.read_flow_run(flow_run_id).name == parent.data.tags["prefect.flow_run_name"]
-    assert read_manifest(library)["links"]["mlflow_run"]
+    assert read_manifest(library).links["mlflow_run"]
     children = {
         run.info.run_name
         for run in client.search_runs(
@@ -346,40 +356,40 @@ def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
         library, settings, factorise={"rank": 1}, merge={"methods": ["tc-lora"]}
     )
     manifest = read_manifest(library)
-    assert manifest["factors"]["rank"] == 1
-    assert set(manifest["merges"]) == {"tc-lora"}
+    assert manifest.factors.rank == 1
+    assert set(manifest.merges) == {"tc-lora"}
     assert not (library / "merged" / "uniform").exists()
     assert {"factors.safetensors", "work/items/tc-lora.parquet"} < written
     assert not [name for name in written if name.startswith(("adapters/", "training/"))]
     assert not [name for name in written if "uniform" in name or "base" in name]
     back, _ = written_by(library, settings)  # as it was
     assert not [name for name in back if name.startswith(("adapters/", "training/"))]
-    assert read_manifest(library)["digests"].keys() > manifest["digests"].keys()
+    assert read_manifest(library).digests.keys() > manifest.digests.keys()
 
 
 def test_a_deleted_adapter_alone_is_trained_again(library, settings):
-    before = read_manifest(library)["digests"]
+    before = read_manifest(library).digests
     shutil.rmtree(library / "adapters" / "cluster-0")
     written, _ = written_by(library, settings)
-    files = ("adapter_config.json", "adapter_model.safetensors")
     assert written == ALWAYS | {"training/cluster-0.json"} | {
-        f"adapters/cluster-0/{file}" for file in files
+        f"adapters/cluster-0/{file}" for file in ADAPTER_FILES
     }
-    after = read_manifest(library)["digests"]
-    assert after["adapters/cluster-0"] == before["adapters/cluster-0"]
+    after = read_manifest(library).digests
+    weights = "adapters/cluster-0/adapter_model.safetensors"
+    assert after[weights] == before[weights]
 
 
 def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
-    before = read_manifest(library)["digests"]
+    before = read_manifest(library).digests
     weights = library / "merged" / "uniform" / "adapter_model.safetensors"
     with weights.open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\xff\xff\xff\xff")
-    assert verify(library) == ["merged/uniform differs from its digest in library.json"]
+    (problem,) = verify(library)
+    assert problem.startswith("merged/uniform/adapter_model.safetensors differs from its digest")
     written, _ = written_by(library, settings)
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    assert written == ALWAYS | {f"merged/uniform/{file}" for file in files}
-    assert read_manifest(library)["digests"] == before
+    assert written == ALWAYS | {f"merged/uniform/{file}" for file in ADAPTER_FILES}
+    assert read_manifest(library).digests == before
 
 
 def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
@@ -389,14 +399,17 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
     assert found["reached"]
     assert found["curve"][str(found["rank"])] >= 0.9
     assert all(share < 0.9 for rank, share in found["curve"].items() if int(rank) < found["rank"])
-    assert read_manifest(library)["factors"]["rank"] == found["rank"]
+    assert read_manifest(library).factors.rank == found["rank"]
     run = MlflowClient(outcome["mlflow_uri"]).get_run(outcome["mlflow_run"])
     assert run.data.params["factorise.target_recovery"] == "0.9"
 
 
 def test_scales_are_tuned_on_the_calibration_rows(library, settings):
     merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
-    pipeline(settings | {"merge": merging}, until="merge")
+    before = stamps_of(library)
+    staging = Path(pipeline(settings | {"merge": merging}, until="merge")["library"])
+    assert stamps_of(library) == before
+    library = staging
     found = json.loads((library / "work" / "scales" / "task-arithmetic.json").read_text())
     losses = {float(scale): loss for scale, loss in found["losses"].items()}
     assert losses.keys() == {0.1, 0.8}
@@ -408,12 +421,15 @@ def test_scales_are_tuned_on_the_calibration_rows(library, settings):
         assert torch.allclose(factors.delta(), wanted[name].delta(), atol=1e-6)
 
 
-@pytest.mark.parametrize(("until", "file"), [("read", "examples"), ("embed", "embeddings")])
-def test_a_run_can_stop_early(settings, tmp_path, until, file):
-    pipeline(settings | {"output": str(tmp_path)}, until=until)
-    names = {path.stem for path in (tmp_path / "mine" / "work").rglob("*") if path.is_file()}
-    assert file in names
-    assert names <= {"examples", "embeddings"}
+def test_a_run_can_stop_early(settings, tmp_path):
+    outcome = pipeline(settings | {"output": str(tmp_path)}, until="prepare")
+    assert outcome["until"] == "prepare"
+    assert not (tmp_path / "mine").exists()
+    names = {path.stem for path in Path(outcome["library"]).rglob("*") if path.is_file()}
+    assert names == {
+        "examples", "embeddings", "clusters", "centroids", "cluster-0", "cluster-1", "joint",
+        "evaluation",
+    }  # fmt: skip
 
 
 def test_problems_are_found_before_anything_is_done(settings, tmp_path):
@@ -433,6 +449,11 @@ def test_problems_are_found_before_anything_is_done(settings, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_stage_is_refused(settings):
-    with pytest.raises(ValueError, match=r"until must be one of read, embed, .*, got 'tea'"):
+def test_an_unknown_step_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"until must be one of prepare, train, .*, got 'tea'"):
         pipeline(settings, until="tea")
+
+
+@pytest.mark.parametrize(("former", "step"), [("cluster", "prepare"), ("report", "publish")])
+def test_stages_of_the_previous_version_name_their_step(former, step):
+    assert step_named(former) == step

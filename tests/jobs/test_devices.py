@@ -43,12 +43,14 @@ def kill_soon(process):
 @pytest.mark.parametrize("holder", ["lock"], indirect=True)
 def test_a_lock_excludes_another_process_until_it_is_killed(holder):
     path, process = holder
-    started = kill_soon(process)
-    with exclusive(path) as waited:
+    started, told = kill_soon(process), []
+    with exclusive(path, on_wait=told.append):
         assert time.monotonic() - started > 0.4
-        assert waited > 0.4
-    with exclusive(path) as waited:  # free now
-        assert waited < 0.4
+    (holder_seen,) = told
+    assert holder_seen["pid"] == process.pid
+    assert 0 < holder_seen["seconds"] < 60
+    with exclusive(path, on_wait=told.append):  # free now
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("holder", ["gpu"], indirect=True)

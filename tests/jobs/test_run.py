@@ -1,85 +1,23 @@
-import json
+"""Jobs in processes of their own: real ones, killed, too long, failing, interrupted."""
+
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import pytest
-import torch
-from peft import PeftModel
-from transformers import LlamaForCausalLM
 
-from tclora.adapter import Adapter, LoraFactors, write_adapter
-from tclora.config import EvaluateConfig, TrainConfig
-from tclora.errors import JobError
-from tclora.jobs.run import Base, EvaluateJob, TrainJob, run_job
-from tclora.model.tokens import encode
-from tests.reference import row_nll
-
-ENV = {"OMP_NUM_THREADS": "1"}
-CONFIG = {"r": 2, "alpha": 4, "lr": 1e-2, "batch_size": 2, "template": "plain"}
-TWELVE_STEPS = {"epochs": 4, "checkpoint_steps": 3}
-ENDLESS = {"epochs": 10_000}
+from tclora.errors import JobError, NonFiniteLossError
+from tclora.jobs.call import Call
+from tclora.jobs.run import LocalExecutor
+from tests.jobs import functions
+from tests.jobs.functions import Point
 
 
-@pytest.fixture(scope="module")
-def frame():
-    prompts = [f"say {word}" for word in ("one", "two", "three", "four", "five", "six")]
-    responses = [prompt.removeprefix("say ") for prompt in prompts]
-    return pd.DataFrame(
-        {
-            "id": [f"id{i}" for i in range(6)], "prompt": prompts, "response": responses,
-            "answer": responses, "scorer": "exact", "metadata": None, "split": "test",
-            "task": [None, "t"] * 3, "cluster": [1, 0, 1, 0, 2, 0],
-        }
-    )  # fmt: skip
-
-
-def base_of(location):
-    return Base.of(str(location), "digest", TrainConfig(**CONFIG))
-
-
-def make_job(folder, tiny_model_dir, frame, **changes):
-    frame[["prompt", "response"]].to_parquet(folder / "rows.parquet")
-    values = {
-        "name": "cluster-1",
-        "rows": folder / "rows.parquet", "target": folder / "adapter", "seed": 0,
-        "init_seed": 0, "checkpoint": folder / "checkpoint",
-        "train": TrainConfig(**CONFIG | changes.pop("train", {})),
-    }  # fmt: skip
-    base = base_of(changes.pop("base_location", tiny_model_dir))
-    return TrainJob(**values | changes, base=base)
-
-
-@pytest.fixture
-def train_job(tmp_path, tiny_model_dir, frame):
-    return partial(make_job, tmp_path, tiny_model_dir, frame)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model_dir, frame):
-    """A finished training of twelve steps: the job, its events and its result."""
-    job = make_job(tmp_path_factory.mktemp("job"), tiny_model_dir, frame, train=TWELVE_STEPS)
-    events = []
-    return job, events, run_job(job, env=ENV, on_event=events.append)
-
-
-@pytest.fixture
-def poisoned_dir(tmp_path, tiny_model, tokenizer):
-    """A model whose loss is NaN."""
-    with torch.no_grad():
-        tiny_model.lm_head.weight[:] = float("nan")
-    tiny_model.save_pretrained(tmp_path / "poisoned")
-    tokenizer.save_pretrained(tmp_path / "poisoned")
-    return tmp_path / "poisoned"
-
-
-def running_jobs(thread):
+def children(thread):
     """Process ids of the jobs a thread has started; servers of other tests are children too."""
     found = Path(f"/proc/{os.getpid()}/task/{thread}/children").read_text().split()
     return [
@@ -87,136 +25,128 @@ def running_jobs(thread):
     ]
 
 
-def test_a_training_job_reports_its_steps_and_leaves_a_stock_adapter(finished, tiny_model):
-    job, events, result = finished
-    assert [event["step"] for event in events] == list(range(12))
-    assert list(result["history"]) == events
-    assert result["steps"] == 12
-    adapted = PeftModel.from_pretrained(tiny_model, job.target)
-    assert adapted.peft_config["default"].r == 2
-    assert job.checkpoint.exists()  # until the whole run is published
+@pytest.fixture
+def executor():
+    return LocalExecutor()
 
 
-def test_a_killed_job_names_the_cause_and_resumes_at_its_checkpoint(finished, train_job):
-    job = train_job(train=TWELVE_STEPS)
-
-    def kill(event):
-        if event["step"] == 7:
-            os.kill(running_jobs(threading.get_native_id())[0], signal.SIGKILL)
-
-    with pytest.raises(JobError, match=r"job cluster-1 was killed .*lack of memory"):
-        run_job(job, env=ENV, on_event=kill)
-    assert not job.target.exists()
-    assert len(json.loads((job.checkpoint / "history.json").read_text())) >= 6
-    again = run_job(job, env=ENV)
-    whole, _, result = finished
-    assert again["steps"] == result["steps"]
-    name = "adapter_model.safetensors"
-    assert (job.target / name).read_bytes() == (whole.target / name).read_bytes()
-
-
-def make_adapters(folder, tiny_model_dir, names):
-    """Adapters with clear effects, each its own."""
-    paths = {}
-    for number, name in enumerate(names):
-        generator = torch.Generator().manual_seed(number)
-        factors = LoraFactors(
-            torch.randn(32, 2, generator=generator), torch.randn(2, 32, generator=generator)
-        )
-        adapter = Adapter(name, {"model.layers.0.self_attn.q_proj": factors}, str(tiny_model_dir))
-        write_adapter(adapter, folder / name)
-        paths[name] = folder / name
-    return paths
-
-
-def evaluate_job(tmp_path, tiny_model_dir, frame, adapters, **evaluate):
-    frame.to_parquet(tmp_path / "rows.parquet")
-    return EvaluateJob(
-        name="method", base=base_of(tiny_model_dir), rows=tmp_path / "rows.parquet",
-        target=tmp_path / "items.parquet", adapters=adapters,
-        evaluate=EvaluateConfig(**{"generate": False} | evaluate),
-    )  # fmt: skip
-
-
-def reference(tiny_model_dir, tokenizer, frame, path_of):
-    """NLL of each row by its own stock PEFT model."""
-    values = []
-    for row in frame.itertuples():
-        model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
-        if path_of(row):
-            model = PeftModel.from_pretrained(model, path_of(row))
-        (tokens,) = encode(tokenizer, [row.prompt], [row.response], template="plain")
-        values.append(row_nll(model.eval(), tokens))
-    return values
-
-
-def test_rows_are_measured_with_their_clusters_adapter(tmp_path, tiny_model_dir, tokenizer, frame):
-    adapters = make_adapters(tmp_path / "adapters", tiny_model_dir, ["0", "1"])
+def test_a_function_comes_back_with_its_typed_result(executor, tmp_path):
+    (tmp_path / "a.txt").write_text("seven!!")
+    given = {"name": "one", "points": {"p": Point(x=1, y=2.5)}, "file": tmp_path / "a.txt"}
     events = []
-    job = evaluate_job(tmp_path, tiny_model_dir, frame, adapters, generate=True, max_new_tokens=3)
-    result = run_job(job, env=ENV, on_event=events.append)
-    assert result == {"rows": 5}  # no adapter for cluster 2
-    assert [event["rows"] for event in events] == [3, 5]
-    items = pd.read_parquet(tmp_path / "items.parquet").set_index("id")
-    assert sorted(items.index) == ["id0", "id1", "id2", "id3", "id5"]
-    assert set(items["method"]) == {"method"}
-    assert items["generated"].notna().all()
-    wanted = reference(tiny_model_dir, tokenizer, frame, lambda row: adapters.get(str(row.cluster)))
-    kept = items.loc[frame["id"].drop(4)]
-    assert kept["nll"].tolist() == pytest.approx(wanted[:4] + wanted[5:], rel=1e-5)
-    assert kept["prompt"].tolist() == frame["prompt"].drop(4).tolist()
-    assert kept["cluster"].tolist() == [1, 0, 1, 0, 0]
-    assert kept["tokens"].tolist() == [len(r) + 1 for r in frame["response"].drop(4)]
+    found = executor.run_isolated(functions.describe, **given, on_event=events.append)
+    assert found == functions.describe(**given)
+    assert isinstance(found, functions.Description)
+    assert found.total == {"p": 3.5}
+    assert found.pid is None or found.pid > 0
+    assert events == [{"step": 0}, {"step": 1}]
 
 
-def test_a_job_ended_from_outside_names_the_signal(train_job):
-    native = threading.get_native_id()
-
-    def end():
-        os.kill(running_jobs(native)[0], signal.SIGTERM)
-
-    timer = threading.Timer(0.5, end)
-    timer.start()
-    with pytest.raises(JobError, match="job cluster-1 was ended by SIGTERM"):
-        run_job(train_job(train=ENDLESS), env=ENV)
+def test_it_runs_in_another_process(executor):
+    assert executor.run_isolated(functions.own_pid) != os.getpid()
 
 
-def test_a_job_that_takes_too_long_is_stopped(train_job):
+def test_what_it_prints_is_no_message(executor):
+    assert executor.run_isolated(functions.chatty, text='{"result": 5}\n') == 3
+
+
+def test_arguments_are_checked_before_anything_starts(executor):
+    with pytest.raises(TypeError, match="missing a required argument: 'text'"):
+        executor.run_isolated(functions.chatty)
+    with pytest.raises(ValueError, match="text"):
+        executor.run_isolated(functions.chatty, text=["no", "text"])
+    with pytest.raises(TypeError, match="must be given by keyword"):
+        executor.run_isolated(functions.chatty, "text")
+    with pytest.raises(TypeError, match="at the top level of its module"):
+        Call.of(lambda: 1, {})
+
+
+def test_a_domain_error_comes_back_with_its_message(executor):
+    message = "job fail late: NonFiniteLossError: loss became nan at step 0"
+    with pytest.raises(JobError, match=message):
+        executor.run_isolated(functions.fail, name="late")
+    with pytest.raises(NonFiniteLossError):
+        functions.fail(name="late")
+
+
+def test_any_other_error_shows_its_traceback(executor):
+    with pytest.raises(JobError, match=r"(?s)exit code 1; it said last:.*ZeroDivisionError"):
+        executor.run_isolated(functions.divide, by=0)
+
+
+def test_a_killed_job_names_the_cause(executor):
+    def kill(event):
+        os.kill(event["pid"], signal.SIGKILL)
+
+    with pytest.raises(JobError, match=r"job endless was killed .*lack of memory"):
+        executor.run_isolated(functions.endless, on_event=kill)
+
+
+def test_a_job_ended_from_outside_names_the_signal(executor):
+    with pytest.raises(JobError, match="job endless was ended by SIGTERM"):
+        executor.run_isolated(
+            functions.endless, on_event=lambda event: os.kill(event["pid"], signal.SIGTERM)
+        )
+
+
+def test_a_job_that_takes_too_long_is_stopped():
     started = time.monotonic()
     with pytest.raises(JobError, match="its time limit of 1 s"):
-        run_job(train_job(train=ENDLESS), env=ENV, timeout=1)
+        LocalExecutor(timeout=1).run_isolated(functions.endless)
     assert time.monotonic() - started < 20
 
 
-def test_a_loss_that_is_not_finite_comes_back_with_its_message(train_job, poisoned_dir, tmp_path):
-    """Also where something prints to standard output before the job begins."""
-    (tmp_path / "sitecustomize.py").write_text("print('[1] hello from a library')\n")
-    job = train_job(base_location=poisoned_dir)
-    message = "job cluster-1: NonFiniteLossError: loss became nan at step 0"
-    with pytest.raises(JobError, match=message):
-        run_job(job, env=ENV | {"PYTHONPATH": str(tmp_path)})
-
-
-def test_an_exception_of_the_callback_ends_the_job(train_job):
+def test_an_exception_of_the_callback_ends_the_job(executor):
     seen = []
 
     def fail(event):
-        seen.extend(running_jobs(threading.get_native_id()))
+        seen.append(event["pid"])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(train_job(train=ENDLESS), env=ENV, on_event=fail)
+        executor.run_isolated(functions.endless, on_event=fail)
     assert seen
-    assert not running_jobs(threading.get_native_id())
+    assert not children(threading.get_native_id())
 
 
-def test_a_job_dies_with_its_parent(train_job, tmp_path):
+def test_a_stopped_executor_ends_its_jobs_and_starts_none(executor):
+    begun = threading.Event()
+    outcome = []
+
+    def work():
+        try:
+            executor.run_isolated(functions.endless, on_event=lambda _: begun.set())
+        except JobError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(60)
+    executor.shared_by(2).stop()  # the same processes, however the cores are shared
+    thread.join(20)
+    assert "was killed" in outcome[0]
+    with pytest.raises(JobError, match="was not started: the run was interrupted"):
+        executor.run_isolated(functions.own_pid)
+
+
+def test_a_job_alone_gets_all_cores_and_beside_others_its_share(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    executor = LocalExecutor.of(4)
+    threads = "OMP_NUM_THREADS"
+    assert executor.run_isolated(functions.variable, name=threads) == "8"
+    assert executor.shared_by(2).run_isolated(functions.variable, name=threads) == "4"
+    assert executor.shared_by(9).run_isolated(functions.variable, name=threads) == "2"
+
+
+def test_a_job_dies_with_its_parent(tmp_path):
     """A parent that is killed can only be noticed by its closed pipe."""
-    spec = tmp_path / "job.json"
-    spec.write_text(train_job(train=ENDLESS).model_dump_json())
+    spec = tmp_path / "call.json"
+    spec.write_text(Call.of(functions.endless, {}).model_dump_json())
     command = [sys.executable, "-m", "tclora.jobs.worker", str(spec)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=0.5)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert b"pid" in process.stdout.readline()
         process.stdin.close()
         assert process.wait(timeout=30) == 1

@@ -33,7 +33,7 @@ def test_an_unknown_option_is_refused_with_a_suggestion(adapters):
 
 
 def test_a_name_can_be_registered_once():
-    with pytest.raises(ValueError, match="'uniform', which is registered already"):
+    with pytest.raises(ValueError, match="'uniform', which is taken already"):
         register("uniform", summary="", paper="")
 
 

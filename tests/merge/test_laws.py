@@ -150,6 +150,46 @@ def test_rank_is_honoured_and_reported(method, rank, adapters):
     assert full.rank >= merged.rank or method in ITERATIVE or method == "svd"
 
 
+def disturbed(adapters):
+    """Return the adapters with a relative noise of 1e-12 in every factor."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(x):
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + 1e-12 * x.norm() / noise.norm().clamp_min(1e-300) * noise
+
+    return [
+        Adapter(
+            a.name,
+            {m: LoraFactors(noisy(f.B), noisy(f.A)) for m, f in a.modules.items()},
+            a.base_model,
+        )
+        for a in adapters
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 1, 3, 5, 9])
+def test_rounding_of_the_input_is_not_amplified(method, rank, adapters):
+    one, two = (run(some, method, rank=rank) for some in (adapters, disturbed(adapters)))
+    assert_same_updates(two.adapter, one.adapter, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_rounding_is_not_amplified_where_updates_are_degenerate(method, rank, adapters):
+    """One input factor for all, as in training with a frozen A, and an update of lower rank."""
+    A = adapters[0].modules
+    some = [
+        Adapter(a.name, {m: LoraFactors(f.B, A[m].A) for m, f in a.modules.items()}, a.base_model)
+        for a in adapters
+    ]
+    for factors in some[1].modules.values():
+        factors.B[:, 2] = factors.B[:, 1]
+    one, two = (run(each, method, rank=rank) for each in (some, disturbed(some)))
+    assert_same_updates(two.adapter, one.adapter, 1e-6)
+
+
 @pytest.fixture(scope="module")
 def tiny_llama():
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,8 +4,7 @@ import shutil
 import pytest
 import torch
 
-from tclora.config import parse_config
-from tclora.errors import ConfigError, ModelError
+from tclora.errors import ModelError
 from tclora.model.locate import (
     BUILTIN_BASE,
     BUILTIN_EMBEDDER,
@@ -17,7 +16,6 @@ from tclora.model.locate import (
     locate_embedder,
     model_digest,
 )
-from tclora.preflight import check
 
 
 @pytest.fixture
@@ -96,33 +94,3 @@ def test_the_packaged_base_model_is_converted_once():
     with torch.no_grad():
         best = model(ids).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
-
-
-def configuration(tiny_model_dir, **sections):
-    values = {"base_model": str(tiny_model_dir), "train": {"template": "plain"}}
-    return parse_config(values | sections)
-
-
-def test_a_fitting_configuration_passes(tiny_model_dir):
-    models = check(configuration(tiny_model_dir))
-    assert models.base == str(tiny_model_dir)
-    assert models.base_digest == model_digest(models.base)
-    assert models.embedder_digest == model_digest(locate_embedder(BUILTIN_EMBEDDER))
-
-
-def test_preflight_reports_every_problem(folder, tmp_path):
-    (folder / "chat_template.jinja").unlink()
-    config = configuration(
-        folder,
-        train={"target_modules": "query", "template": "chat"},
-        merge={"methods": ["tc-lora", "magic", "more magic"]},
-        embed={"model": str(tmp_path / "none")},
-        evaluate={"harness": ["humaneval"]},
-    )
-    with pytest.raises(ConfigError, match="cannot start, 6 problem") as caught:
-        check(config)
-    for wanted in (
-        "merge.methods: 'magic' must be one of", "'more magic'", "train.target_modules 'query'",
-        "train.template must be 'plain'", "embed.model: ", "humaneval run code",
-    ):  # fmt: skip
-        assert wanted in str(caught.value)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tclora.config import Config
+from tclora.files import sha256_path
 
 K = 6
 TRAIN_TASKS = (
@@ -22,6 +23,7 @@ COMPOSITION_TASK = "dates + units"
 ANSWER = "42 <i>units</i>"
 HELD_OUT = ("test", "ood", "composition")
 COLUMNS = ["id", "prompt", "task", "split", "cluster", "similarity", "x", "y"]
+UNLISTED = ("library.json", "report.html")
 SCRIPT = "<script>alert('prompt')</script>"
 MERGES = {"tc-lora": 0.94, "regmean": 0.91, "uniform": 0.57, "ties": 0.44, "task-arithmetic": -0.9}
 METHODS = ("base", "own", "joint", *MERGES)
@@ -45,8 +47,20 @@ def build_library(folder: Path, *, labelled: bool = True) -> Path:
     for name in [*(f"cluster-{k}" for k in range(K - 1)), "joint"]:
         log = _log(rng, 240 if name == "joint" else 60)
         (folder / f"training/{name}.json").write_text(json.dumps(log))
+    for k in range(K):
+        (folder / f"adapters/cluster-{k}").mkdir(parents=True)
+        (folder / f"adapters/cluster-{k}/adapter_config.json").write_text("{}")
     (folder / "library.json").write_text(json.dumps(_manifest()))
+    seal(folder)
     return folder
+
+
+def seal(folder: Path) -> None:
+    """List the files of a library as they are now, as a run would that had written them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    digests = {name: sha256_path(folder / name) for name in names if name not in UNLISTED}
+    edit_manifest(folder, digests=digests)
 
 
 def edit_manifest(folder: Path, **changes) -> None:
@@ -172,7 +186,7 @@ def _manifest():
     training["joint"] = _job(steps=240, supervised_tokens=324000, seconds=1873.0, rows=360)
     config = Config.model_validate({"name": "demo", "merge": {"methods": list(MERGES)}})
     adapter = 19_537_920
-    storage = {"separate adapters": K * adapter, "factors": adapter + 84_000}
+    storage = {"separate_adapters": K * adapter, "factors": adapter + 84_000}
     merges = {
         name: {
             "rank": 96 if name == "ties" else 16,
@@ -183,7 +197,6 @@ def _manifest():
         }
         for name in MERGES
     }
-    storage |= {f"merged {name}": merge["bytes"] for name, merge in merges.items()}
     profile = {
         "rows_train": 360.0,
         "rows_test": 72.0,
@@ -200,7 +213,7 @@ def _manifest():
         "truncated_rows": 1.0,
     }
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "demo <run>",
         "created": "2025-01-02T03:04:05+00:00",
         "config": config.model_dump(mode="json"),
@@ -229,14 +242,11 @@ def _manifest():
                 {"low": 0.9, "n": 60, "confidence": 0.99, "accuracy": 1.0},
             ],
             "method": "tc-lora",
-            "mode": "nearest",
+            "router": "nearest",
+            "by_token": False,
         },
         "storage": storage,
         "links": {"mlflow_run": "https://mlflow.example/runs/1", "prefect_flow_run": None},
         "versions": {"tclora": "0.1.0", "torch": "2.6.0"},
-        "digests": {
-            "clusters.parquet": "ef" * 32,
-            "adapters/cluster-0": "01" * 32,
-            "routing.parquet": "23" * 32,
-        },
+        "digests": {},
     }

@@ -8,7 +8,7 @@ from tclora.errors import LibraryError
 from tclora.report import figures
 from tclora.report.palette import DARK, LIGHT, css_variables
 from tclora.report.svg import inline_svg
-from tests.report.library import build_library
+from tests.report.library import build_library, seal
 
 NAMES = [
     "cluster_map",
@@ -41,6 +41,7 @@ def test_figures_without_data_are_left_out(library):
     path = library / "explained_variance.parquet"
     curve = pd.read_parquet(path)
     curve[curve["module"] != "overall"].to_parquet(path)
+    seal(library)
     assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage", "routing"]
 
 
@@ -52,6 +53,7 @@ def test_rows_without_tasks_are_drawn(tmp_path):
 def test_a_single_step_of_training_is_drawn(library):
     log = [{"step": 0, "loss": 2.0, "lr": 0.0, "grad_norm": 1.0, "tokens": 9, "seconds": 0.1}]
     (library / "training/cluster-0.json").write_text(json.dumps(log))
+    seal(library)
     assert "loss_curves" in figures(library)
 
 

@@ -10,7 +10,7 @@ from tclora.library.contents import read_contents
 from tclora.report import write_report
 from tclora.report.examples import MAX_TASKS
 from tclora.report.render import render
-from tests.report.library import SCRIPT, build_library, edit_manifest
+from tests.report.library import SCRIPT, build_library, edit_manifest, seal
 
 MAX_BYTES = 3_000_000
 N_FIGURES = 7
@@ -39,7 +39,8 @@ class Elements(HTMLParser):
 
 
 def written(library):
-    """Return the report without its figures, which take most of the time."""
+    """Return the report of what is there, without its figures, which take most of the time."""
+    seal(library)
     return render(read_contents(library), {})
 
 
@@ -148,6 +149,7 @@ def test_bare_library_is_reported(library):
     for file in [*(library / "evaluation").iterdir(), *(library / "training").iterdir()]:
         file.unlink()
     edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
+    seal(library)
     page = write_report(library).read_text(encoding="utf-8")
     assert page.count("<svg") == 4
     assert "Recovery was not measured" in page
@@ -178,7 +180,7 @@ def test_items_without_answer_or_score_are_shown(library):
 
 def test_harness_results_are_listed(library):
     row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
-    pd.DataFrame([row]).to_parquet(library / "evaluation/harness.parquet")
+    pd.DataFrame([row]).to_parquet(library / "evaluation/lm_eval.parquet")
     assert "arc&lt;easy&gt;" in written(library)
 
 
@@ -190,15 +192,31 @@ def test_missing_mandatory_file_is_named(library, name):
 
 
 def test_listed_file_is_mandatory(library):
-    edit_manifest(library, digests={"evaluation/recovery.parquet": "00" * 32})
     (library / "evaluation/recovery.parquet").unlink()
-    with pytest.raises(LibraryError, match=r"recovery\.parquet does not exist"):
+    with pytest.raises(LibraryError, match=r"evaluation/recovery\.parquet is missing; put it back"):
         write_report(library)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["clusters.parquet", "evaluation/items.parquet", "routing.parquet", "training/cluster-0.json"],
+)
+def test_a_file_of_another_run_is_refused(library, name):
+    with (library / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(LibraryError, match=rf"{name} differs .*; put it back, or run the pipeline"):
+        write_report(library)
+
+
+def test_a_file_that_is_not_listed_is_not_read(library):
+    row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
+    pd.DataFrame([row]).to_parquet(library / "evaluation/lm_eval.parquet")
+    assert read_contents(library).lm_eval.empty
+
+
 def test_manifest_of_another_schema_is_refused(library):
-    edit_manifest(library, schema=2)
-    with pytest.raises(LibraryError, match="schema must be 1, got 2"):
+    edit_manifest(library, schema=3)
+    with pytest.raises(LibraryError, match="schema must be 1 or 2, got 3"):
         write_report(library)
 
 
@@ -213,6 +231,8 @@ def test_incomplete_manifest_is_refused(library):
 @pytest.mark.parametrize("name", ["library.json", "clusters.parquet"])
 def test_unreadable_file_is_named(library, name):
     (library / name).write_text("not what it should be")
+    if name != "library.json":
+        seal(library)
     with pytest.raises(LibraryError, match=re.escape(name)):
         write_report(library)
 
@@ -220,6 +240,7 @@ def test_unreadable_file_is_named(library, name):
 def test_missing_column_is_named(library):
     path = library / "clusters.parquet"
     pd.read_parquet(path).drop(columns="similarity").to_parquet(path)
+    seal(library)
     with pytest.raises(LibraryError, match=r"clusters\.parquet.*similarity"):
         write_report(library)
 
@@ -235,7 +256,22 @@ def test_the_routing_of_every_task_is_shown(library):
     assert row.endswith('--share:1.000">100</td>')  # all of it to the static merge
 
 
+def test_the_router_is_named_and_gates_by_token_are_told(library):
+    page = write_report(library).read_text()
+    assert "Router: nearest." in page
+    assert "Every token chooses" not in page
+    manifest = json.loads((library / "library.json").read_text())
+    edit_manifest(library, routed=manifest["routed"] | {"router": "mine", "by_token": True})
+    page = write_report(library).read_text()
+    assert "Router: mine." in page
+    assert "Every token chooses its gate" in page
+    del manifest["routed"]["router"]  # as version 0.1.0 wrote it
+    edit_manifest(library, routed=manifest["routed"] | {"mode": "softmax"})
+    assert "Router: softmax." in write_report(library).read_text()
+
+
 def test_a_library_without_router_says_so(library):
-    edit_manifest(library, routed=None, digests={"clusters.parquet": "ef" * 32})
+    edit_manifest(library, routed=None)
     (library / "routing.parquet").unlink()
+    seal(library)
     assert "the library has no router" in write_report(library).read_text()

@@ -71,6 +71,27 @@ def test_per_token_routing_generates_too(library):
     assert out.shape[0] == 4
 
 
+def test_the_per_token_router_gates_known_prompts_by_token(library):
+    routed = tclora.load(library, dtype="float32", router="per-token")
+    found = routed.generate(NEW_PROMPTS, max_new_tokens=8)
+    assert [c.known for c in found] == [True, True, True, False]
+    assert all(c.by_token for c in found)
+    inputs = routed.encode(NEW_PROMPTS)
+    with torch.inference_mode():
+        static = routed.model(**inputs).logits[:, -1]
+        with routed.routed_per_token():
+            wanted = routed.model(**inputs).logits[:, -1]
+        with routed.routed(routed.route(NEW_PROMPTS)):
+            logits = routed.model(**inputs).logits[:, -1]
+    assert torch.allclose(logits[:3], wanted[:3], atol=1e-5)
+    assert torch.allclose(logits[3], static[3], atol=1e-5)
+    assert (wanted - static).abs().max() > 0.1
+    alone = [routed.generate([p], max_new_tokens=8)[0] for p in NEW_PROMPTS]
+    assert [c.tokens for c in found] == [c.tokens for c in alone]
+    beams = routed.generate(NEW_PROMPTS, max_new_tokens=3, num_beams=2)
+    assert len(beams) == len(NEW_PROMPTS)
+
+
 def test_another_base_or_embedding_model_is_refused(library, tmp_path, tokenizer, tiny_model):
     other = tmp_path / "other"
     with torch.no_grad():

@@ -3,7 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tclora.route import calibrate_temperature, fit_router
+from tclora.errors import LibraryError
+from tclora.route import RouterState, derive, fit_router, routers
+from tclora.route.router import load_router, save_router
+from tclora.route.routers.nearest import Nearest
+from tclora.route.text import calibrate_temperature
+
+TEXT_ROUTERS = ("membership", "nearest", "per-token", "softmax")
 
 
 def blobs(k=3, n=40, d=8, spread=0.15, seed=0):
@@ -18,12 +24,17 @@ def fitted(**options):
     return vectors, labels, fit_router(vectors, labels, **options)
 
 
+def few(router, top_k):
+    """The same router with mixtures of fewer clusters."""
+    return type(router)(replace(router.clusters, top_k=top_k))
+
+
 def test_a_prompt_goes_to_its_nearest_centroid():
     vectors, labels, router = fitted()
     routing = router.route(vectors)
     assert (routing.weights.argmax(1) == labels).all()
     assert set(np.unique(routing.weights)) == {0.0, 1.0}
-    assert routing.similarity == pytest.approx((vectors @ router.centroids.T).max(1))
+    assert routing.similarity == pytest.approx((vectors @ router.clusters.centroids.T).max(1))
 
 
 @pytest.mark.parametrize("coverage", [1.0, 0.8])
@@ -41,10 +52,10 @@ def test_thresholds_let_the_asked_share_of_new_rows_through(coverage):
 def test_thresholds_lie_halfway_to_the_other_clusters():
     vectors, labels = blobs(spread=0.05)
     router = fit_router(vectors, labels, coverage=1.0)
-    similarity = vectors @ router.centroids.T
+    similarity = vectors @ router.clusters.centroids.T
     for k in range(3):
         own, others = similarity[labels == k, k].min(), similarity[labels != k, k].max()
-        assert router.thresholds[k] == pytest.approx((own + others) / 2, abs=0.01)
+        assert router.clusters.thresholds[k] == pytest.approx((own + others) / 2, abs=0.01)
     overlapping = blobs(spread=0.6)
     router = fit_router(*overlapping, coverage=0.9)
     assert router.route(overlapping[0]).coverage > 0.8
@@ -61,13 +72,14 @@ def test_a_prompt_far_from_every_cluster_is_not_known():
 
 def test_a_mixture_weighs_by_similarity_and_keeps_the_strongest():
     vectors, labels = blobs(spread=0.6)  # clusters that overlap
-    router = fit_router(vectors, labels, mode="softmax")
-    between = (router.centroids[0] + 0.9 * router.centroids[1])[None]
+    router = fit_router(vectors, labels, router="softmax")
+    centroids = router.clusters.centroids
+    between = (centroids[0] + 0.9 * centroids[1])[None]
     between /= np.linalg.norm(between)
     (weights,) = router.route(between).weights
     assert weights.sum() == pytest.approx(1)
     assert weights[0] > weights[1] > weights[2] > 0
-    (kept,) = replace(router, top_k=2).route(between).weights
+    (kept,) = few(router, 2).route(between).weights
     assert kept[2] == 0
     assert kept[:2] == pytest.approx(weights[:2] / weights[:2].sum(), rel=1e-4)
 
@@ -81,13 +93,13 @@ def test_membership_follows_the_shape_of_a_cluster():
     vectors = np.concatenate([ring, blob]).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     labels = np.repeat([0, 1], [400, 40])
-    router = fit_router(vectors, labels, mode="membership")
+    router = fit_router(vectors, labels, router="membership")
     weights = router.route(vectors).weights
     assert weights.sum(axis=1) == pytest.approx(1)
     assert (weights[400:].argmax(axis=1) == 1).all()
-    nearest = (replace(router, mode="nearest").route(vectors).weights.argmax(1) == labels).mean()
+    nearest = (derive(router, "nearest").route(vectors).weights.argmax(1) == labels).mean()
     assert (weights.argmax(1) == labels).mean() > nearest + 0.1
-    (alone,) = replace(router, top_k=1).route(vectors[:1]).weights
+    (alone,) = few(router, 1).route(vectors[:1]).weights
     assert sorted(alone.tolist()) == [0, 1]
 
 
@@ -102,7 +114,9 @@ def test_the_temperature_is_the_most_likely_one():
 
 
 def test_the_temperature_tells_sure_clusters_from_overlapping_ones():
-    temperatures = [fit_router(*blobs(spread=spread)).temperature for spread in (0.15, 0.5)]
+    temperatures = [
+        fit_router(*blobs(spread=spread)).clusters.temperature for spread in (0.15, 0.5)
+    ]
     assert temperatures[1] > 2 * temperatures[0]
 
 
@@ -110,7 +124,7 @@ def test_a_cluster_of_one_row_is_kept():
     vectors, labels = blobs(n=10)
     vectors, labels = vectors[:21], labels[:21]
     router = fit_router(vectors, labels)
-    assert np.isfinite(router.thresholds).all()
+    assert np.isfinite(router.clusters.thresholds).all()
     assert router.route(vectors[20:]).weights.tolist() == [[0, 0, 1]]
 
 
@@ -118,11 +132,50 @@ def test_noise_belongs_to_no_cluster():
     vectors, labels = blobs()
     noisy = np.where(np.arange(len(labels)) % 10 == 0, -1, labels)
     clean, dirty = fit_router(vectors[noisy >= 0], noisy[noisy >= 0]), fit_router(vectors, noisy)
-    assert (dirty.centroids == clean.centroids).all()
-    assert (dirty.thresholds == clean.thresholds).all()
+    assert (dirty.clusters.centroids == clean.clusters.centroids).all()
+    assert (dirty.clusters.thresholds == clean.clusters.thresholds).all()
 
 
-def test_vectors_of_another_width_are_refused():
-    _, _, router = fitted()
+@pytest.mark.parametrize("name", TEXT_ROUTERS)
+def test_vectors_of_another_width_are_refused(name):
+    _, _, router = fitted(router=name)
     with pytest.raises(ValueError, match=r"shape \(N, 8\), got \(2, 5\)"):
         router.route(np.zeros((2, 5), np.float32))
+
+
+@pytest.mark.parametrize("name", routers)
+def test_every_router_gives_weights_and_comes_back_from_its_file(name, tmp_path):
+    vectors, _, router = fitted(router=name, top_k=2)
+    save_router(router, tmp_path / "router.safetensors")
+    found = load_router(tmp_path / "router.safetensors")
+    assert type(found) is routers[name]
+    here, there = router.route(vectors), found.route(vectors)
+    assert here.weights.dtype == np.float32
+    assert here.weights.sum(axis=1) == pytest.approx(1)
+    assert (here.weights >= 0).all()
+    assert (here.weights == there.weights).all()
+    assert (here.known == there.known).all()
+    assert here.by_token == there.by_token
+    assert (here.by_token is not None) == (name == "per-token")
+
+
+@pytest.mark.parametrize("name", TEXT_ROUTERS)
+@pytest.mark.parametrize("other", TEXT_ROUTERS)
+def test_text_routers_are_made_of_each_others_values(name, other, tmp_path):
+    vectors, labels, router = fitted(router=name, top_k=2)
+    save_router(router, tmp_path / "router.safetensors")
+    wanted = fit_router(vectors, labels, router=other, top_k=2).route(vectors)
+    found = load_router(tmp_path / "router.safetensors", other).route(vectors)
+    assert (found.weights == wanted.weights).all()
+    assert found.by_token == wanted.by_token
+
+
+def test_a_router_without_the_values_of_another_cannot_become_it():
+    state = RouterState({"centroids": np.eye(3, dtype=np.float32)}, {"temperature": 0.1})
+    with pytest.raises(LibraryError, match="stored thresholds, exemplars, top_k, which this"):
+        Nearest.load(state)
+
+
+def test_an_unknown_router_is_named_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"router must be a registered name, got 'near.*nearest"):
+        fitted(router="nearst")

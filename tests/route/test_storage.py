@@ -3,10 +3,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tclora.adapter import read_adapter
 from tclora.errors import LibraryError
-from tclora.route import read_library
+from tclora.files import sha256_file
+from tclora.route import read_library, routers
 from tests.merge.examples import assert_same_updates
 from tests.route.conftest import CLUSTERS
 
@@ -16,14 +18,46 @@ def test_what_is_written_comes_back(library, gated, router):
         found = read_library(path)
         assert found.gated.names == CLUSTERS
         assert found.info.clusters == CLUSTERS
-        assert (found.router.centroids == router.centroids).all()
-        assert (found.router.thresholds == router.thresholds).all()
-        assert (found.router.temperature, found.router.mode, found.router.top_k) == (
-            router.temperature, "nearest", None,
-        )  # fmt: skip
+        assert type(found.router) is type(router)
+        ours, theirs = found.router.clusters, router.clusters
+        assert (ours.centroids == theirs.centroids).all()
+        assert (ours.thresholds == theirs.thresholds).all()
+        assert (ours.temperature, ours.top_k) == (theirs.temperature, None)
         for module, gate in gated.gates.items():
             assert torch.equal(found.gated.gates[module], gate)
         assert_same_updates(found.gated.adapter, gated.adapter)
+
+
+def rewritten(library, metadata):
+    """Give the router's file other metadata, as another version or machine wrote it."""
+    folder = library / "routed"
+    arrays = load_file(folder / "router.safetensors")
+    save_file(arrays, folder / "router.safetensors", metadata=metadata)
+    info = json.loads((folder / "routed.json").read_text())
+    info["digests"]["router.safetensors"] = sha256_file(folder / "router.safetensors")
+    (folder / "routed.json").write_text(json.dumps(info))
+
+
+def test_the_router_of_the_previous_version_is_read(library):
+    settings = {"temperature": 0.25, "mode": "softmax", "top_k": 2}
+    rewritten(library, {"settings": json.dumps(settings)})
+    found = read_library(library).router
+    assert type(found) is routers["softmax"]
+    assert (found.clusters.temperature, found.clusters.top_k) == (0.25, 2)
+
+
+def test_a_router_of_a_missing_plugin_names_its_module(library):
+    rewritten(library, {"router": "oracle", "module": "my.oracle", "settings": "{}"})
+    with pytest.raises(LibraryError, match=r"'oracle' is registered by module 'my\.oracle'.*\$TC"):
+        read_library(library)
+    with pytest.raises(LibraryError, match="must have stored temperature"):
+        read_library(library, router="nearest")
+
+
+def test_another_router_is_made_of_the_stored_one(library):
+    assert type(read_library(library, router="per-token").router) is routers["per-token"]
+    with pytest.raises(ValueError, match="got 'pertoken'; did you mean per-token"):
+        read_library(library, router="pertoken")
 
 
 def test_stock_peft_loads_the_static_merge(library, gated, tiny_model):

@@ -1,11 +1,13 @@
 import queue
 import threading
 
+import numpy as np
 import pytest
 import torch
 
 import tclora
 from tclora.model.tokens import encode
+from tclora.route import Routing
 from tclora.serve.engine import Engine, Request, _Answer, _RowSampling
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import FAR, PROMPTS
@@ -33,10 +35,7 @@ class Client:
         routing = model.route([prompt])
         self.pieces = []
         self.done = threading.Event()
-        self.request = Request(
-            tokens=row.prompt, weights=torch.from_numpy(routing.weights[0]),
-            known=bool(routing.known[0]), on_piece=self.take, **options,
-        )  # fmt: skip
+        self.request = Request(tokens=row.prompt, routing=routing, on_piece=self.take, **options)
 
     def take(self, piece):
         self.pieces.append(piece)
@@ -61,6 +60,15 @@ def test_requests_that_wait_together_get_what_each_gets_alone(engine, model):
     assert [client.answer() for client in clients] == [answer.text for answer in wanted]
     for client, answer in zip(clients, wanted, strict=True):
         assert client.pieces[-1].tokens == len(answer.tokens)
+
+
+def test_tokens_route_themselves_in_a_batch_too(library):
+    by_token = tclora.load(library, dtype="float32", router="per-token")
+    wanted = [by_token.generate([prompt], max_new_tokens=8)[0] for prompt in ALL]
+    engine = Engine(by_token, max_batch=8)
+    found = [client.answer() for client in asked(engine, ALL, max_tokens=8)]
+    engine.close()
+    assert found == [answer.text for answer in wanted]
 
 
 def test_rows_of_a_batch_have_lengths_of_their_own(engine):
@@ -163,8 +171,9 @@ def test_more_requests_than_may_wait_are_refused(model):
 
 def test_each_row_is_sampled_at_its_own_temperature_and_nucleus():
     def request(temperature, top_p=1.0):
-        return Request((1,), torch.ones(1), True, print, temperature=temperature, top_p=top_p)
+        return Request((1,), routing, print, temperature=temperature, top_p=top_p)
 
+    routing = Routing(np.ones((1, 1), np.float32), np.array([True]), np.ones(1, np.float32))
     scores = torch.tensor([[0.0, 2.0, 1.0, -5.0]]).repeat(4, 1)
     batch = [request(0), request(1), request(0.5), request(1, 0.8)]
     odds = _RowSampling(batch)(torch.zeros(4, 1), scores).softmax(1)

@@ -2,7 +2,7 @@ import pytest
 
 from tclora.model.tokens import batches, encode
 from tclora.tune.rank import RoutedRecovery, smallest_rank
-from tests.route.conftest import PROMPTS
+from tests.route.conftest import PROMPTS, adapters  # noqa: F401
 
 
 @pytest.mark.parametrize("needed", [1, 3, 8, 13, 40])
@@ -32,7 +32,7 @@ def test_the_step_bounds_the_effort():
         smallest_rank(float, 1.0, low=5, high=4)
 
 
-def test_routed_recovery_is_whole_where_the_rank_is(tiny_model, tokenizer, adapters):
+def test_routed_recovery_is_whole_where_the_rank_is(tiny_model, tokenizer, adapters):  # noqa: F811
     """Responses the adapters themselves prefer: own adapters beat the base, rank 9 is exact."""
     rows = {
         name: encode(tokenizer, prompts, ["ok"] * 3, template="plain")

@@ -4,10 +4,20 @@ from tclora.merge.methods import (
     activation,
     cp,
     dense,
+    interference,
     leastsquares,
     linear,
     spectral,
     subspace,
 )
 
-__all__ = ["activation", "cp", "dense", "leastsquares", "linear", "spectral", "subspace"]
+__all__ = [
+    "activation",
+    "cp",
+    "dense",
+    "interference",
+    "leastsquares",
+    "linear",
+    "spectral",
+    "subspace",
+]

@@ -55,7 +55,7 @@ def tc_lora_consensus(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
 
 @register(
     "tc-lora-calibrated",
-    summary="joint CP factors, clusters weighed by numbers fitted on calibration rows, rank R",
+    summary="joint CP factors, clusters weighed by numbers fitted on sample rows, rank R",
     paper=PAPER,
     exact=False,
     needs="factors",
@@ -63,11 +63,11 @@ def tc_lora_consensus(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
 def tc_lora_calibrated(
     stack: ModuleStack, *, loadings: Mapping[str, float] | None = None
 ) -> LoraFactors:
-    """Return U diag(Σ_k λ_k C[k]) Vᵀ with λ_k as given; see `calibrate_loadings`."""
+    """Return U diag(Σ_k λ_k C[k]) Vᵀ with λ_k as given; see `fit_loadings`."""
     if loadings is None or set(loadings) != set(stack.names):
         raise ValueError(
             f"loadings must name every adapter ({', '.join(stack.names)}), got {loadings!r}; "
-            "fit them with calibrate_loadings"
+            "fit them with fit_loadings"
         )
     cp = stack.joint()
     return cp.weighted(cp.C.new_tensor([loadings[name] for name in stack.names]) @ cp.C)

@@ -102,7 +102,8 @@ def _combine(stack: ModuleStack, combine: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _average(stack: ModuleStack, blocks: Tensor) -> Tensor:
-    return torch.tensordot(stack.weights.to(blocks), blocks, dims=1)
+    mean: Tensor = torch.tensordot(stack.weights.to(blocks), blocks, dims=1)
+    return mean
 
 
 def _blocks(stack: ModuleStack) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Merges that minimise a quadratic interference in closed form: RegMean and WUDI.
+"""The regression mean of the updates on the clusters' own inputs.
 
 Symbols: K adapters, d_out × d_in a module, G_k (d_in, d_in) the Gram matrix of cluster k's inputs.
 """
@@ -7,27 +7,10 @@ import torch
 from torch import Tensor
 
 from tclora.adapter import LoraFactors
-from tclora.merge.methods.spans import SPAN_TOLERANCE
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
 from tclora.merge.truncate import Truncated, from_svd
 from tclora.tensor.lowrank import product_energy, slice_svd
-
-
-@register(
-    "wudi",
-    summary="the update that least disturbs what each adapter reads, in closed form",
-    paper="Cheng et al. 2025, Whoever Started the Interference Should End It, arXiv 2503.08099",
-)
-def wudi(stack: ModuleStack) -> LoraFactors:
-    """Return the minimiser of Σ_k ‖(Δ − Δ_k) Δ_kᵀ‖² / ‖Δ_k‖², which the paper nears by Adam."""
-    core = stack.core
-    cores = core.B @ core.A  # (K, m, n)
-    norms = cores.square().sum((1, 2))
-    grams = cores.mT @ cores / torch.where(norms > 0, norms, 1)[:, None, None]
-    inverse = torch.linalg.pinv(grams.sum(0), rtol=SPAN_TOLERANCE, hermitian=True)
-    merged = (cores @ grams).sum(0) @ inverse
-    return LoraFactors(core.left @ merged, core.right.mT)
 
 
 def truncate_in_metric(

@@ -42,7 +42,8 @@ def reduced_core(stack: ModuleStack) -> ReducedCore:
     """
     core = stack.core
     U, S, V = slice_svd(core.B, core.A)  # (K, m, q), (K, q), (K, n, q)
-    root = S.sqrt()[:, None]
+    # Rounding is cut before the square root would lift it above the tolerance.
+    root = torch.where(SPAN_TOLERANCE * S.amax(1, keepdim=True) < S, S, 0).sqrt()[:, None]
     left, right = _span(U * root), _span(V * root)
     cores = (left.mT @ core.B) @ (core.A @ right)
     return ReducedCore(core.left @ left, core.right @ right, cores)
@@ -51,7 +52,8 @@ def reduced_core(stack: ModuleStack) -> ReducedCore:
 def _span(blocks: Tensor) -> Tensor:
     """Return an orthonormal basis (d, rank) of the columns of all blocks (K, d, q)."""
     U, S, _ = torch.linalg.svd(blocks.transpose(0, 1).flatten(1), full_matrices=False)
-    return U[:, significant(S)]
+    basis: Tensor = U[:, significant(S)]
+    return basis
 
 
 def significant(S: Tensor) -> Tensor:
@@ -63,4 +65,5 @@ def nearest_orthonormal(columns: Tensor) -> Tensor:
     """Return the polar factor of columns (d, q), on their span where they are dependent."""
     U, S, Vh = torch.linalg.svd(columns, full_matrices=False)
     kept = significant(S)
-    return U[:, kept] @ Vh[kept]
+    polar: Tensor = U[:, kept] @ Vh[kept]
+    return polar

@@ -4,7 +4,11 @@ The published forms work on full-rank matrices. On low-rank updates they would a
 null-space singular vectors, which rounding chooses; here every step is restricted to the span,
 whose dimension is at most Σ r_k, and equals the published result where the updates fill the space.
 
-Symbols: K adapters, d_out × d_in a module, m × n the core that holds all updates.
+Isotropic merges choose their R directions before they flatten: a flat spectrum has no order, and to
+truncate it would let rounding choose.
+
+Symbols: K adapters, d_out × d_in a module, m × n the core that holds all updates, R the rank asked
+for.
 """
 
 import torch
@@ -46,12 +50,13 @@ def _side_by_side(blocks: Tensor) -> Tensor:
 
 @register(
     "iso-c",
-    summary="sum of the updates with all its singular values (on the span) set to their mean",
+    summary="sum of the updates, its R leading singular values (or all) set to their mean",
     paper=_ISO,
 )
 def iso_c(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
-    """Return λ s̄ U Vᵀ for the SVD U S Vᵀ of Σ_k Δ_k."""
-    U, S, V = slice_svd(*stack.concatenated(stack.weights.new_ones(len(stack.factors))))
+    """Return λ s̄ U_R V_Rᵀ for the leading R singular triplets of Σ_k Δ_k, on the span without R."""
+    sum_ = stack.concatenated(stack.weights.new_ones(len(stack.factors)))
+    U, S, V = (part[..., : stack.rank] for part in slice_svd(*sum_))
     kept = significant(S)
     mean = S[kept].mean() if kept.any() else S.new_zeros(())
     return LoraFactors(scale * mean * U[:, kept], V[:, kept].mT)
@@ -63,10 +68,15 @@ def iso_c(stack: ModuleStack, *, scale: float = 1.0) -> LoraFactors:
     paper=_ISO,
 )
 def iso_cts(stack: ModuleStack, *, common_fraction: float = 0.8, scale: float = 1.0) -> LoraFactors:
-    """Return λ s̄ Ũ Ṽᵀ over the leading common directions and each update's own remainder."""
+    """Return λ s̄ Ũ Ṽᵀ over R leading directions, common ones and each update's own remainder.
+
+    Without R there are as many directions as the updates span.
+    """
     check_fraction("common_fraction", common_fraction)
     reduced = reduced_core(stack)
-    common, own = _split(min(reduced.cores.shape[1:]), len(reduced.cores), common_fraction)
+    total = min(reduced.cores.shape[1:])
+    total = total if stack.rank is None else min(total, stack.rank)
+    common, own = _split(total, len(reduced.cores), common_fraction)
     U, S, Vh = torch.linalg.svd(reduced.cores.sum(0), full_matrices=False)
     common = min(common, int(significant(S).sum()))
     shared = U[:, :common]

@@ -7,14 +7,15 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from tclora.adapter import read_adapter
-from tclora.config import TrainConfig
+from tclora.config import AdapterConfig
 from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode
-from tclora.train import attach_lora, linear_layer_names, total_steps, train_adapter
+from tclora.train.loop import Checkpoint, total_steps, train_adapter
+from tclora.train.lora import attach_lora, linear_layer_names
 
-FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6, "template": "plain"}
+FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6}
 IDS = torch.tensor([[20, 30, 40, 50, 60]])
 
 
@@ -32,7 +33,7 @@ def train(tiny_model_dir, rows, tmp_path):
     def run(name="adapter", *, on=rows, model=None, options=None, **changes):
         target = tmp_path / name
         model = model or LlamaForCausalLM.from_pretrained(tiny_model_dir)
-        config = TrainConfig(**FAST | changes)
+        config = AdapterConfig(**FAST | changes)
         result = train_adapter(
             model, on, config, target, base_model=str(tiny_model_dir), **options or {}
         )
@@ -81,7 +82,7 @@ class StopHereError(Exception):
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"freeze_a": True}], ids=str)
 def test_a_resumed_training_ends_with_the_same_bytes(train, tmp_path, changes):
-    whole, target = train("whole", checkpoint_steps=2, **changes)
+    whole, target = train("whole", **changes)
     checkpoint = tmp_path / "checkpoint"
 
     def interrupt(record):
@@ -89,13 +90,13 @@ def test_a_resumed_training_ends_with_the_same_bytes(train, tmp_path, changes):
             raise StopHereError
 
     with pytest.raises(StopHereError):
-        train("cut", checkpoint_steps=2, **changes,
-              options={"checkpoint": checkpoint, "on_step": interrupt})  # fmt: skip
+        train("cut", **changes,
+              options={"checkpoint": Checkpoint(checkpoint, 2), "on_step": interrupt})  # fmt: skip
     assert len(json.loads((checkpoint / "history.json").read_text())) == 4
     assert not (tmp_path / "cut").exists()
     seen = []
-    resumed, again = train("cut", checkpoint_steps=2, **changes,
-                           options={"checkpoint": checkpoint, "on_step": seen.append})  # fmt: skip
+    options = {"checkpoint": Checkpoint(checkpoint, 2), "on_step": seen.append}
+    resumed, again = train("cut", **changes, options=options)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (again / name).read_bytes() == (target / name).read_bytes()
     assert len(json.loads((checkpoint / "history.json").read_text())) == resumed.steps
@@ -135,7 +136,7 @@ def read_a(folder):
 
 def initial_a(tiny_model_dir, seed):
     model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
-    attach_lora(model, TrainConfig(**FAST), seed)
+    attach_lora(model, AdapterConfig(**FAST), seed)
     return {
         name: layer.lora_A["default"].weight.detach()
         for name, layer in model.named_modules()
@@ -252,7 +253,7 @@ def test_every_row_is_seen_once_per_epoch(train, rows):
     ],
 )
 def test_total_steps(n, changes, wanted):
-    assert total_steps(n, TrainConfig(**changes)) == wanted
+    assert total_steps(n, AdapterConfig(**changes)) == wanted
 
 
 def test_warm_up_and_decay(train):

@@ -1,6 +1,5 @@
-"""What can be checked before anything expensive starts: models, layers, methods, templates."""
+"""The models of a run: where they are, and whether layers, templates and packages fit."""
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tclora.config import Config
 from tclora.errors import ConfigError, ModelError
-from tclora.evaluate.lm_eval import executes_code
-from tclora.merge import methods
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
-from tclora.train import attach_lora
+from tclora.preflight.methods import lm_eval_problems, method_problems, variant_problems
+from tclora.train.lora import attach_lora
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,16 @@ class Models:
     embedder_digest: str
 
 
-def check(config: Config) -> Models:
+def check_models(config: Config) -> Models:
     """Find the models and check that the configuration fits them.
 
     Raises
     ------
     ConfigError
-        With every problem found: unknown models or merge methods, a LoRA target that matches no
-        layer, a missing chat template, missing packages.
+        With every problem found: unknown models, methods, routers or clusterers, a LoRA target
+        that matches no layer, a missing chat template, missing packages.
     """
-    problems: list[str] = []
-    problems += _method_problems(config) + _harness_problems(config)
+    problems = method_problems(config) + lm_eval_problems(config) + variant_problems(config)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)
@@ -59,41 +56,6 @@ def check(config: Config) -> Models:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"the run cannot start, {len(problems)} problem(s):\n{listing}")
     return Models(base, model_digest(base), embedder, model_digest(embedder))
-
-
-def _method_problems(config: Config) -> list[str]:
-    known = [info.name for info in methods()]
-    unknown = [name for name in config.merge.methods if name not in known]
-    problems = [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
-    needing = {info.name for info in methods() if info.needs == "statistics"}
-    uninformed = [name for name in config.merge.methods if name in needing]
-    if uninformed and not config.merge.calibration_rows:
-        problems.append(
-            f"merge.calibration_rows must be above 0 for {', '.join(uninformed)}, which need "
-            "activation statistics, got 0"
-        )
-    ranked = {info.name for info in methods() if info.needs}
-    if config.factorise.target_recovery is not None and config.merge.primary not in ranked:
-        problems.append(
-            f"factorise.target_recovery needs a merge.primary whose rank is the CP rank, of "
-            f"{sorted(ranked)}, got {config.merge.primary!r}"
-        )
-    return problems
-
-
-def _harness_problems(config: Config) -> list[str]:
-    if not config.evaluate.harness:
-        return []
-    problems = []
-    if importlib.util.find_spec("lm_eval") is None:
-        problems.append("evaluate.harness needs lm-eval: pip install tclora[harness]")
-    executing = [task for task in config.evaluate.harness if executes_code(task)]
-    if executing and not config.evaluate.allow_code_execution:
-        problems.append(
-            f"evaluate.harness: {', '.join(executing)} run code written by the model; "
-            "set evaluate.allow_code_execution: true to let them"
-        )
-    return problems
 
 
 def _target_problems(adapted: PeftModel, config: Config) -> list[str]:

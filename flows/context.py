@@ -1,0 +1,67 @@
+"""What all flows of a run share, and what each of them hands on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tasks.artifact import Artifact, Artifacts
+from tasks.merging import Rows
+from tasks.where import Where
+from tclora.config import Config
+from tclora.model.base import Base
+from tclora.preflight import Models
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run: its configuration, its models, and where its stages work."""
+
+    config: Config
+    models: Models
+    where: Where
+
+    @property
+    def base(self) -> Base:
+        """The base model as the stages see it."""
+        train = self.config.train
+        return Base(
+            location=self.models.base,
+            digest=self.models.base_digest,
+            dtype=train.dtype,
+            template=train.template,
+            max_tokens=train.max_tokens,
+        )
+
+    def rows(self, rows: Mapping[str, Artifact], count: int) -> Rows:
+        """Return so many rows of every cluster, to look at the base model's behaviour on."""
+        budget = self.config.train.tokens_per_forward
+        return Rows(self.base, dict(rows), count, budget, self.config.seed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Examples, their clusters, and the rows of each cluster, of all, and held out."""
+
+    examples: Artifact
+    embeddings: Artifact
+    clusters: Artifact
+    rows: Artifacts
+    joint_rows: Artifact | None
+    held_out: Artifact | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The clusters' adapters and, where asked for, one on all rows."""
+
+    adapters: Artifacts
+    joint: Artifact | None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Joint factors, merges, and the routed library, where there is one."""
+
+    factors: Artifact
+    explained_variance: Artifact
+    merges: Artifacts
+    routed: Artifact | None

@@ -1,0 +1,65 @@
+"""Every method measured on the held-out rows."""
+
+from prefect import flow, get_run_logger
+
+from flows.context import Context, Merged, Prepared, Trained
+from flows.parallel import collect, parallel_flow
+from tasks.artifact import Artifact, Artifacts
+from tasks.evaluation import cross, measure_routed, summarise_items
+from tasks.evaluation import evaluate as evaluate_stage
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.evaluate.method import ALL
+from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
+
+
+@flow(name="evaluate-library", validate_parameters=False)
+def evaluate(
+    context: Context, prepared: Prepared, trained: Trained, merged: Merged
+) -> Artifact | None:
+    """Measure base, own adapters, joint, merges and the routed library; None without rows."""
+    if prepared.held_out is None:
+        get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
+        return None
+    cfg = context.config.evaluate
+    items = _measure(context, prepared.held_out, _methods(trained, merged), merged.routed)
+    crossed = _cross(context, prepared.held_out, trained) if cfg.cross_rows else None
+    return summarise_items(
+        items, crossed, cfg.only(IntervalConfig), context.config.seed, context.where
+    )
+
+
+def _cross(context: Context, rows: Artifact, trained: Trained) -> Artifact:
+    """Measure rows of every cluster under every cluster's adapter."""
+    cfg, where = context.config, context.where
+    adapters = {name: part.alone() for name, part in trained.adapters.items()}
+    measured = cfg.evaluate.only(MeasureConfig)
+    with where.progress.shown():
+        return cross(
+            rows, adapters, cfg.evaluate.cross_rows, cfg.seed, measured, context.base, where
+        )
+
+
+def _methods(trained: Trained, merged: Merged) -> dict[str, Artifacts]:
+    """Return the adapters of every method that is measured by adapters."""
+    own = {str(cluster_number(name)): part.alone() for name, part in trained.adapters.items()}
+    methods: dict[str, Artifacts] = {BASE: {}, OWN: own}
+    if trained.joint:
+        methods[JOINT] = {ALL: trained.joint.alone()}
+    return methods | {name: {ALL: part} for name, part in merged.merges.items()}
+
+
+@parallel_flow("measure-methods")
+def _measure(
+    context: Context, rows: Artifact, methods: dict[str, Artifacts], routed: Artifact | None
+) -> Artifacts:
+    """Measure all methods in parallel jobs."""
+    cfg, base = context.config.evaluate, context.base
+    measured, lm_eval = cfg.only(MeasureConfig), cfg.only(LmEvalConfig)
+    where = context.where.shared_by(len(methods) + bool(routed))
+    futures = {
+        name: evaluate_stage.submit(name, rows, adapters, measured, lm_eval, base, where)
+        for name, adapters in methods.items()
+    }
+    if routed:
+        futures[ROUTED] = measure_routed.submit(ROUTED, rows, routed, measured, base, where)
+    return collect("evaluate", futures, context)

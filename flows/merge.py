@@ -1,0 +1,119 @@
+"""From adapters to merges: statistics, CP rank, joint factors, scales, merges, routed library."""
+
+from prefect import flow
+
+from flows.context import Context, Merged, Prepared, Trained
+from flows.parallel import collect, parallel_flow
+from tasks.artifact import Artifact, Artifacts
+from tasks.merging import (
+    Given,
+    explained_variance,
+    factorise,
+    find_rank,
+    refit,
+    statistics,
+    tune_scale,
+)
+from tasks.merging import merge as merge_stage
+from tasks.routing import route
+from tasks.tracking import announce
+from tclora.config import RouterConfig, SolverConfig
+from tclora.merge import methods
+from tclora.route import ModelIdentity, RoutedInfo
+from tclora.tune.scale import is_scaled
+
+
+@flow(name="merge-library", validate_parameters=False)
+def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
+    """Factorise the adapters jointly, merge them by every method, make the routed library."""
+    cfg, where = context.config, context.where
+    # Loss curves hold times, so a repeated training has other ones; its adapter is the same.
+    adapters = {name: part.alone() for name, part in trained.adapters.items()}
+    informed = {method.name for method in methods() if method.needs} & set(cfg.merge.methods)
+    seen = bool(informed) or cfg.route.enabled
+    activations = _statistics(context, prepared, adapters) if seen else None
+    rank = _rank(context, prepared, Given(adapters, None, activations, None, cfg.seed))
+    solver = cfg.factorise.only(SolverConfig)
+    factors = factorise(adapters, rank, solver, cfg.seed, where)
+    variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed, where)
+    announce("factorise", factors.metrics)
+    blind = Given(adapters, None, None, None, cfg.seed)
+    full = Given(adapters, factors, activations, rank, cfg.seed)
+    given = {name: full if name in informed else blind for name in cfg.merge.methods}
+    scales = _scales(context, prepared, given)
+    merges = {
+        name: _merge(context, prepared, name, given[name], scales.get(name)) for name in given
+    }
+    routed = None
+    if cfg.route.enabled:
+        seeing = Given(adapters, None, activations, None, cfg.seed)
+        routed = route(
+            _routed_info(context, list(adapters)),
+            merges[cfg.merge.primary],
+            seeing,
+            prepared.embeddings,
+            prepared.clusters,
+            cfg.route.only(RouterConfig),
+            where,
+        )
+    return Merged(factors, variance, merges, routed)
+
+
+def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Artifact | None:
+    """Collect activation statistics, unless the configuration forgoes them."""
+    count = context.config.merge.sample_rows
+    if not count:
+        return None
+    return statistics(adapters, context.rows(prepared.rows, count), context.where)
+
+
+def _rank(context: Context, prepared: Prepared, given: Given) -> int:
+    """Return the configured CP rank, or the smallest that reaches the wanted recovery."""
+    cfg = context.config.factorise
+    if cfg.target_recovery is None:
+        return cfg.rank
+    rows = context.rows(prepared.rows, cfg.recovery_rows)
+    primary, solver = context.config.merge.primary, cfg.only(SolverConfig)
+    found = find_rank(given, primary, solver, cfg.target_recovery, rows, context.where)
+    return int(found.info["rank"])
+
+
+@parallel_flow("tune-scales")
+def _scales(context: Context, prepared: Prepared, given: dict[str, Given]) -> dict[str, float]:
+    """Choose the scale of every method that has one, where the configuration asks for it."""
+    cfg = context.config.merge
+    scaled = [name for name in given if cfg.scales and is_scaled(name)]
+    where = context.where.shared_by(len(scaled))
+    rows = context.rows(prepared.rows, cfg.sample_rows)
+    futures = {
+        name: tune_scale.submit(name, given[name], cfg.scales, rows, where) for name in scaled
+    }
+    found = collect("tune-scale", futures, context)
+    return {name: part.info["scale"] for name, part in found.items()}
+
+
+def _merge(
+    context: Context, prepared: Prepared, method: str, given: Given, scale: float | None
+) -> Artifact:
+    """Merge by one method; the primary merge's component weights are refitted if asked for."""
+    cfg, where = context.config.merge, context.where
+    refitted = method == cfg.primary and bool(cfg.refit_steps and cfg.sample_rows)
+    merged = merge_stage(method, given, scale, refitted, where)
+    if not refitted:
+        return merged
+    with where.progress.shown():
+        rows = context.rows(prepared.rows, cfg.sample_rows)
+        return refit(method, merged, cfg.refit_steps, rows, where)
+
+
+def _routed_info(context: Context, adapters: list[str]) -> RoutedInfo:
+    """Say which models the routed library belongs to."""
+    cfg, models = context.config, context.models
+    return RoutedInfo(
+        base_model=ModelIdentity(id=cfg.base_model, digest=models.base_digest),
+        embedding_model=ModelIdentity(id=cfg.embed.model, digest=models.embedder_digest),
+        template=cfg.train.template,
+        max_tokens=cfg.train.max_tokens,
+        method=cfg.merge.primary,
+        clusters=tuple(adapters),
+    )

@@ -1,0 +1,35 @@
+"""The library as a whole: manifest, report, MLflow."""
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.context import Context, Merged, Prepared, Trained
+from tasks.artifact import Artifact
+from tasks.publishing import Parts, link, log_library, write_library
+
+
+@flow(name="publish", validate_parameters=False)
+def publish(
+    context: Context,
+    prepared: Prepared,
+    trained: Trained,
+    merged: Merged,
+    evaluated: Artifact | None,
+) -> None:
+    """Write manifest and report, put the library in its place, log everything to MLflow."""
+    cfg, run = context.config, context.where.run
+    parts = Parts(
+        examples=prepared.examples,
+        clusters=prepared.clusters,
+        adapters=trained.adapters,
+        joint=trained.joint,
+        factors=merged.factors,
+        explained_variance=merged.explained_variance,
+        merges=merged.merges,
+        routed=merged.routed,
+        evaluation=evaluated,
+    )
+    links = {"mlflow_run": run.run_id, "prefect_flow_run": str(flow_run.parent_flow_run_id or "")}
+    library = write_library(cfg, context.models, parts, links, context.where)
+    log_library(run, cfg, parts, library)
+    link(run, cfg)

@@ -1,0 +1,123 @@
+"""Stages that measure: one method at a time, in jobs of their own, and the summary of all."""
+
+import pandas as pd
+
+from tasks.artifact import Artifact, Artifacts, paths_of
+from tasks.keys import stage
+from tasks.where import Where
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.evaluate.cross import measure_cross
+from tclora.evaluate.method import ALL, evaluate_adapters, evaluate_routed
+from tclora.evaluate.recovery import recovery, summarise
+from tclora.files import atomic_path
+from tclora.jobs.call import Event, EventCallback
+from tclora.model.base import Base
+
+
+@stage("evaluate", "evaluate-{method}")
+def evaluate(
+    method: str,
+    rows: Artifact,
+    adapters: Artifacts,
+    config: MeasureConfig,
+    lm_eval: LmEvalConfig,
+    base: Base,
+    where: Where,
+) -> Artifact:
+    """Measure one method on the held-out rows.
+
+    `adapters` maps `ALL`, or a cluster's number, to an adapter; it is empty for the base model.
+    """
+    layout = where.layout
+    # A method that is a different adapter per row is no model lm-eval could be given.
+    asked = bool(lm_eval.lm_eval) and set(adapters) <= {ALL}
+    where.executor.run_isolated(
+        evaluate_adapters,
+        name=method,
+        base=base,
+        rows=rows.path,
+        adapters=paths_of(adapters),
+        config=config,
+        target=layout.items(method),
+        lm_eval=lm_eval if asked else None,
+        lm_eval_target=layout.lm_eval(method) if asked else None,
+        on_event=_shown(method, where),
+    )
+    files = [layout.items(method), *([layout.lm_eval(method)] if asked else [])]
+    return Artifact.of(layout.root, *files)
+
+
+@stage("evaluate-routed", "evaluate-{method}")
+def measure_routed(
+    method: str, rows: Artifact, routed: Artifact, config: MeasureConfig, base: Base, where: Where
+) -> Artifact:
+    """Measure the routed library on the held-out rows, each prompt by its own route."""
+    library, routing = routed.paths
+    where.executor.run_isolated(
+        evaluate_routed,
+        name=method,
+        base=base,
+        rows=rows.path,
+        library=library,
+        routing=routing,
+        config=config,
+        target=where.layout.items(method),
+        on_event=_shown(method, where),
+    )
+    return Artifact.of(where.layout.root, where.layout.items(method))
+
+
+@stage("cross")
+def cross(
+    rows: Artifact,
+    adapters: Artifacts,
+    per_cluster: int,
+    seed: int,
+    config: MeasureConfig,
+    base: Base,
+    where: Where,
+) -> Artifact:
+    """Measure rows of every cluster under every cluster's adapter."""
+    file = where.layout.evaluation.table("cross")
+    where.executor.run_isolated(
+        measure_cross,
+        base=base,
+        rows=rows.path,
+        adapters=paths_of(adapters),
+        per_cluster=per_cluster,
+        seed=seed,
+        config=config,
+        target=file,
+        on_event=_shown("cross", where),
+    )
+    return Artifact.of(where.layout.root, file)
+
+
+@stage("summarise")
+def summarise_items(
+    items: Artifacts, crossed: Artifact | None, config: IntervalConfig, seed: int, where: Where
+) -> Artifact:
+    """Collect the measured items of all methods; summaries and recovery with intervals."""
+    layout = where.layout
+    table = pd.concat([pd.read_parquet(item.path) for item in items.values()], ignore_index=True)
+    options = {**dict(config), "seed": seed}
+    tables = {
+        "items": table,
+        "summary": summarise(table, **options),
+        "recovery": recovery(table, **options),
+    }
+    lm_eval = [path for item in items.values() for path in item.paths[1:]]
+    if lm_eval:
+        tables["lm_eval"] = pd.concat(map(pd.read_parquet, lm_eval), ignore_index=True)
+    for name, frame in tables.items():
+        with atomic_path(layout.evaluation.table(name)) as fresh:
+            frame.to_parquet(fresh)
+    files = [layout.evaluation.table(name) for name in tables]
+    return Artifact.of(layout.root, *files, *(crossed.paths if crossed else ()))
+
+
+def _shown(method: str, where: Where) -> EventCallback:
+    def on_event(event: Event) -> None:
+        where.progress.update(method, event["rows"], event["of"], "rows")
+
+    return on_event

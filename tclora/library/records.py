@@ -1,0 +1,334 @@
+"""What a library's manifest says, as typed records.
+
+Counts are rows, tokens or bytes as named; shares are fractions, 0 to 1; losses are nats per
+response token.
+"""
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+
+SCHEMA: Literal[2] = 2
+
+
+class Record(BaseModel):
+    """Frozen values without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelIdentity(Record):
+    """Which model something was made with.
+
+    Attributes
+    ----------
+    id : str
+        As configured: a built-in name, a folder or a hub id.
+    digest : str
+        Of its files, or of hub id and commit; see `tclora.model.locate.model_digest`.
+    """
+
+    id: str
+    digest: str
+
+
+class LocatedModel(ModelIdentity):
+    """A model and where it was found.
+
+    Attributes
+    ----------
+    location : str
+        Folder or hub id on the machine of the run.
+    """
+
+    location: str
+
+
+class Clustering(Record):
+    """How the training rows were clustered.
+
+    Attributes
+    ----------
+    method : str
+        The clusterer.
+    k : int
+        Number of clusters K.
+    silhouette, ari, nmi : float or None
+        Quality, and agreement with the rows' tasks; None where it is not defined.
+    notices : tuple of str
+        What the clusterer has to say.
+    sizes : tuple of int
+        Training rows per cluster.
+    dropped : int
+        Training rows in no cluster.
+    """
+
+    method: str
+    k: int
+    silhouette: float | None = None
+    ari: float | None = None
+    nmi: float | None = None
+    notices: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    dropped: int = 0
+
+
+class Training(Record):
+    """How one adapter was trained.
+
+    Attributes
+    ----------
+    rows, steps, supervised_tokens : int
+        Training rows, optimiser steps, tokens that entered the loss.
+    final_loss : float or None
+        Running loss at the end.
+    seconds : float
+        Duration (s).
+    status : str
+        "done", or what kept it from being so.
+    error : str or None
+        Message of the failure.
+    """
+
+    rows: int
+    steps: int
+    supervised_tokens: int
+    final_loss: float | None
+    seconds: float
+    status: str = "done"
+    error: str | None = None
+
+
+class Factors(Record):
+    """The joint factorisation.
+
+    Attributes
+    ----------
+    rank : int
+        CP rank R.
+    explained_variance : float
+        Share of the adapters' squared norm that the factors reproduce.
+    """
+
+    rank: int
+    explained_variance: float
+
+
+class Merge(Record):
+    """One merged adapter.
+
+    Attributes
+    ----------
+    rank : int
+        Its LoRA rank.
+    parameters, bytes : int
+        Its size.
+    truncation_loss : float
+        Share of the squared norm lost by truncation to the rank.
+    notes : str
+        What else was done.
+    losses : tuple of float
+        Loss on the sample rows before and after each step of refitting.
+    """
+
+    rank: int
+    parameters: int
+    bytes: int
+    truncation_loss: float
+    notes: str = ""
+    losses: tuple[float, ...] = ()
+
+
+class CalibrationBin(Record):
+    """Prompts whose routing confidence lies in one tenth.
+
+    Attributes
+    ----------
+    low : float
+        Lower end of the tenth.
+    n : int
+        Prompts in it.
+    confidence, accuracy : float
+        Mean confidence, and share that was routed rightly.
+    """
+
+    low: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+class Routed(Record):
+    """The routed library.
+
+    Attributes
+    ----------
+    method : str
+        The merge it gates.
+    router : str
+        Registered name of the router; "mode" in libraries of the previous version.
+    by_token : bool
+        Whether every token chooses its clusters itself.
+    bytes_share : float
+        Its bytes over those of the separate adapters.
+    temperature : float or None
+        Of the probabilities of a text router; None for a router without one.
+    accuracy, calibration_error : float or None
+        On held-out in-domain prompts, where there are any with a known cluster.
+    coverage_test, coverage_ood, coverage_composition : float or None
+        Share of a split's prompts that are near enough to a cluster to be routed.
+    calibration_curve : tuple of CalibrationBin
+        Confidence against accuracy.
+    """
+
+    method: str
+    router: str = Field(validation_alias=AliasChoices("router", "mode"))
+    by_token: bool = False
+    bytes_share: float
+    temperature: float | None = None
+    accuracy: float | None = None
+    calibration_error: float | None = None
+    coverage_test: float | None = None
+    coverage_ood: float | None = None
+    coverage_composition: float | None = None
+    calibration_curve: tuple[CalibrationBin, ...] = ()
+
+    @property
+    def coverage(self) -> dict[str, float]:
+        """Split → its coverage, where it was measured."""
+        splits = {
+            "test": self.coverage_test,
+            "ood": self.coverage_ood,
+            "composition": self.coverage_composition,
+        }
+        return {split: share for split, share in splits.items() if share is not None}
+
+
+class Storage(Record):
+    """Bytes on disk of the forms of the library; those of a merge are in its own record.
+
+    Attributes
+    ----------
+    separate_adapters, factors, routed : int or None
+        One adapter per cluster, the joint factors, the routed library.
+    """
+
+    separate_adapters: int | None = None
+    factors: int | None = None
+    routed: int | None = None
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class DataSettings(_Settings):
+    """Where the rows came from; see `tclora.config.DataConfig`."""
+
+    path: str
+    test_path: str | None = None
+    ood_path: str | None = None
+    composition_path: str | None = None
+
+
+class TrainSettings(_Settings):
+    """How prompts were encoded and adapters shaped; see `tclora.config.TrainConfig`."""
+
+    r: int
+    template: str
+    max_tokens: int
+
+
+class MergeSettings(_Settings):
+    """Which merge the run was for; see `tclora.config.MergeConfig`."""
+
+    primary: str
+    sample_rows: int = Field(validation_alias=AliasChoices("sample_rows", "calibration_rows"))
+
+
+class EvaluateSettings(_Settings):
+    """How intervals were made; see `tclora.config.EvaluateConfig`."""
+
+    confidence: float
+
+
+class Settings(_Settings):
+    """The settings that readers of a library use, whatever else the run's version knew."""
+
+    seed: int
+    data: DataSettings
+    train: TrainSettings
+    merge: MergeSettings
+    evaluate: EvaluateSettings
+
+
+class Description(Record):
+    """What a run says about its library.
+
+    Attributes
+    ----------
+    name : str
+        Of the run.
+    config : dict
+        The whole configuration as it was, JSON; what readers need of it is in `settings`.
+    base_model, embedding_model
+        What it was made with.
+    profile : dict of str to float
+        Numbers of the data; see `tclora.data.examples.profile`.
+    clustering, factors, storage
+        See there.
+    training : dict of str to Training
+        By adapter name.
+    merges : dict of str to Merge
+        By method.
+    routed : Routed or None
+        None where no routed library was made.
+    links : dict of str to str or None
+        Where the run was tracked.
+    """
+
+    name: str
+    config: dict[str, Any]
+    base_model: LocatedModel
+    embedding_model: ModelIdentity
+    profile: dict[str, float]
+    clustering: Clustering
+    training: dict[str, Training]
+    factors: Factors
+    merges: dict[str, Merge]
+    routed: Routed | None = None
+    storage: Storage
+    links: dict[str, str | None] = {}
+
+    @field_validator("config")
+    @classmethod
+    def _check_settings(cls, config: dict[str, Any]) -> dict[str, Any]:
+        Settings.model_validate(config)
+        return config
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that readers use."""
+        return Settings.model_validate(self.config)
+
+
+class Manifest(Description):
+    """What ``library.json`` says.
+
+    Attributes
+    ----------
+    schema_version : int
+        Of the file; a previous one is brought to this one when it is read.
+    created : str
+        Time of writing (ISO 8601, UTC).
+    versions : dict of str to str
+        Package → version.
+    digests : dict of str to str
+        Name below the library → SHA-256 of the file. Libraries of schema 1 list folders too; see
+        `tclora.files.sha256_path`.
+    """
+
+    schema_version: Literal[2] = Field(SCHEMA, alias="schema")
+    created: str
+    versions: dict[str, str]
+    digests: dict[str, str]

@@ -1,0 +1,69 @@
+"""The base model as the jobs of a run see it: which one it is, and how rows become its tokens."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tclora.model.locate import choose_dtype, default_device, load_base_model, load_tokenizer
+from tclora.model.tokens import TokenRow, encode_frame
+
+
+class Base(BaseModel):
+    """Which base model, and how it reads examples.
+
+    Attributes
+    ----------
+    location : str
+        Path or hub id.
+    digest : str
+        Its identity; see `tclora.model.locate.model_digest`.
+    dtype : {"auto", "bfloat16", "float32"}
+        Type of its weights.
+    template : {"chat", "plain"}
+        How a prompt is written; see `tclora.model.tokens.encode`.
+    max_tokens : int
+        Longest example (tokens).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    location: str
+    digest: str
+    dtype: str
+    template: Literal["chat", "plain"]
+    max_tokens: int
+
+    def load(self) -> "LoadedBase":
+        """Load model and tokenizer on this process's device."""
+        device = default_device()
+        model = load_base_model(self.location, choose_dtype(self.dtype, device), device)
+        return LoadedBase(self, model, load_tokenizer(self.location))
+
+
+class LoadedBase(NamedTuple):
+    """A loaded base model with its tokenizer."""
+
+    base: Base
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token."""
+        return int(self.tokenizer.pad_token_id)
+
+    def encode(self, rows: Path | pd.DataFrame) -> list[TokenRow]:
+        """Return examples, or those of a Parquet file (columns prompt, response), as tokens."""
+        frame = rows if isinstance(rows, pd.DataFrame) else read_rows(rows)
+        return encode_frame(
+            self.tokenizer, frame, template=self.base.template, max_tokens=self.base.max_tokens
+        )
+
+
+def read_rows(file: Path, columns: Iterable[str] = ("prompt", "response")) -> pd.DataFrame:
+    """Read columns of a Parquet file of examples."""
+    return pd.read_parquet(file, columns=list(columns))

@@ -1,0 +1,1 @@
+"""Training LoRA adapters: the loop of one adapter, and the engines that train several."""

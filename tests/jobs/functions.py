@@ -1,0 +1,60 @@
+"""Functions for jobs of the tests; a fresh process imports them by name."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from tclora.errors import NonFiniteLossError
+
+
+class Point(BaseModel):
+    x: int
+    y: float
+
+
+@dataclass(frozen=True)
+class Description:
+    total: Mapping[str, float]
+    length: int
+    path: Path
+    pid: int | None = None
+
+
+def describe(
+    *, name: str, points: dict[str, Point], file: Path, on_event: Any = lambda _: None
+) -> Description:
+    for step in range(2):
+        on_event({"step": step})
+    total = {key: point.x + point.y for key, point in points.items()}
+    return Description(total, len(file.read_text()) + len(name), file)
+
+
+def own_pid() -> int:
+    return os.getpid()
+
+
+def chatty(*, text: str) -> int:
+    print(text, flush=True)  # noqa: T201
+    return 3
+
+
+def variable(*, name: str) -> str:
+    return os.environ[name]
+
+
+def fail(*, name: str) -> None:
+    raise NonFiniteLossError("loss became nan at step 0")
+
+
+def divide(*, by: int) -> float:
+    return 1 / by
+
+
+def endless(*, on_event: Any = lambda _: None) -> None:
+    on_event({"pid": os.getpid()})
+    time.sleep(600)

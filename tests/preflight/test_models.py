@@ -1,0 +1,53 @@
+import shutil
+
+import pytest
+
+from tclora.config import parse_config
+from tclora.errors import ConfigError
+from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder, model_digest
+from tclora.preflight import check
+
+
+@pytest.fixture
+def folder(tiny_model_dir, tmp_path):
+    return shutil.copytree(tiny_model_dir, tmp_path / "model")
+
+
+def configuration(tiny_model_dir, **sections):
+    values = {"base_model": str(tiny_model_dir), "train": {"template": "plain"}}
+    return parse_config(values | sections)
+
+
+def test_a_fitting_configuration_passes(tiny_model_dir):
+    models = check(configuration(tiny_model_dir))
+    assert models.base == str(tiny_model_dir)
+    assert models.base_digest == model_digest(models.base)
+    assert models.embedder_digest == model_digest(locate_embedder(BUILTIN_EMBEDDER))
+
+
+def test_settings_that_do_not_suit_a_clusterer_are_refused(tiny_model_dir):
+    config = configuration(tiny_model_dir, cluster={"method": "random", "k": "auto"})
+    with pytest.raises(ConfigError, match=r"cluster\.k must be a number with cluster\.method"):
+        check(config)
+
+
+def test_preflight_reports_every_problem(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    config = configuration(
+        folder,
+        train={"target_modules": "query", "template": "chat"},
+        merge={"methods": ["tc-lora", "magic", "more magic"]},
+        embed={"model": str(tmp_path / "none")},
+        evaluate={"lm_eval": ["humaneval"]},
+        cluster={"method": "k-means"},
+        route={"router": "softmx"},
+    )
+    with pytest.raises(ConfigError, match="cannot start, 8 problem") as caught:
+        check(config)
+    for wanted in (
+        "merge.methods: 'magic' must be one of", "'more magic'", "train.target_modules 'query'",
+        "train.template must be 'plain'", "embed.model: ", "humaneval run code",
+        "cluster.method: clusterer must be a registered name, got 'k-means'; did you mean kmeans",
+        "route.router: router must be a registered name, got 'softmx'; did you mean softmax?",
+    ):  # fmt: skip
+        assert wanted in str(caught.value)

@@ -1,7 +1,7 @@
 """What the report reads from a library directory, checked before anything is drawn.
 
 Only what the manifest lists is read, and only if it is what the manifest says. Clusters and
-explained variance are mandatory; evaluation, training logs and routing may be missing.
+explained variance are mandatory; evaluation, training logs, routing and diagnostics may be missing.
 """
 
 import json
@@ -33,6 +33,13 @@ _EVALUATION = {
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
+_DIAGNOSTICS = {
+    "components": ["module", "energy", "spread", "shared"],
+    "consistency": ["module", "core_rank", "core_consistency"],
+    "pairs": [
+        "first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict",
+    ],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,9 @@ class Contents:
     routing : DataFrame
         Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
         there is no routed library.
+    components, consistency, pairs : DataFrame
+        What components hold, how unique they are, and the interference of every two clusters, as
+        `LibraryDiagnostics` has them; empty where it was not measured.
     """
 
     manifest: Manifest
@@ -65,6 +75,9 @@ class Contents:
     recovery: pd.DataFrame
     lm_eval: pd.DataFrame
     routing: pd.DataFrame
+    components: pd.DataFrame
+    consistency: pd.DataFrame
+    pairs: pd.DataFrame
 
     @property
     def training_rows(self) -> pd.DataFrame:
@@ -106,6 +119,7 @@ def read_contents(library: Path) -> Contents:
         losses=_read_losses(reader, layout),
         **{kind: reader.optional(tables.table(kind), _EVALUATION[kind]) for kind in _EVALUATION},
         routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
+        **{t: reader.optional(layout.diagnostics(t), _DIAGNOSTICS[t]) for t in _DIAGNOSTICS},
     )
 
 

@@ -6,7 +6,7 @@
     clusters.parquet              centroids.safetensors        routing.parquet
     factors.safetensors           explained_variance.parquet
     adapters/NAME/                training/NAME.json           merged/METHOD/
-    routed/                       evaluation/TABLE.parquet
+    routed/                       evaluation/TABLE.parquet     diagnostics/TABLE.parquet
     work/                         what later stages of a run read; not part of the product
 
 What lies inside an adapter's folder is PEFT's format; see `tclora.adapter`.
@@ -111,6 +111,10 @@ class Layout:
     def evaluation(self) -> "EvaluationLayout":
         """Tables of the evaluation."""
         return EvaluationLayout(self.root / "evaluation")
+
+    def diagnostics(self, table: str) -> Path:
+        """Table of the adapters' common structure: "components", "consistency" or "pairs"."""
+        return self.root / "diagnostics" / f"{table}.parquet"
 
     @property
     def work(self) -> Path:

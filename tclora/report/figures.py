@@ -15,6 +15,7 @@ from tclora.report.canvas import STYLE
 from tclora.report.curves import explained_variance, loss_curves
 from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map
+from tclora.report.structure import interference_maps, shared_energy
 
 _DRAWINGS = {
     "cluster_map": cluster_map,
@@ -23,6 +24,8 @@ _DRAWINGS = {
     "explained_variance": explained_variance,
     "recovery": recovery,
     "storage": storage,
+    "shared_energy": shared_energy,
+    "interference": interference_maps,
     "routing": routing,
 }
 
@@ -39,7 +42,7 @@ def figures(library: Path) -> dict[str, Figure]:
     -------
     dict of str to Figure
         Of ``cluster_map``, ``cluster_sizes``, ``loss_curves``, ``explained_variance``,
-        ``recovery``, ``storage``, ``routing``.
+        ``recovery``, ``storage``, ``shared_energy``, ``interference``, ``routing``.
 
     Raises
     ------

@@ -14,7 +14,9 @@ from tclora.tensor.library import CPFactors, LibraryFactors
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS = ["module", "component", "energy", "energy_share", "spread", "top", "top_share"]
+_COLUMNS = [
+    "module", "component", "energy", "energy_share", "spread", "shared", "top", "top_share",
+]  # fmt: skip
 
 
 def component_diagnostics(factors: LibraryFactors) -> "pd.DataFrame":
@@ -29,8 +31,9 @@ def component_diagnostics(factors: LibraryFactors) -> "pd.DataFrame":
     DataFrame
         One row per module and component: `energy` Σ_k C[k, ρ]², its share of the module's
         component energy, `spread` over clusters (participation ratio (Σ c²)² / Σ c⁴ from 1, one
-        cluster's own, to K, shared evenly), and the cluster of the largest loading, `top`, with
-        its share of the energy.
+        cluster's own, to K, shared evenly), the fraction of its energy that counts as `shared`,
+        (spread − 1) / (K − 1), and the cluster of the largest loading, `top`, with its share of
+        the energy.
     """
     import pandas as pd
 
@@ -41,16 +44,11 @@ def component_diagnostics(factors: LibraryFactors) -> "pd.DataFrame":
 def shared_share(factors: LibraryFactors) -> float:
     """Return the share of component energy that is shared rather than one cluster's own (0–1).
 
-    Notes
-    -----
-    A component of spread s counts (s − 1) / (K − 1) of its energy as shared; 0 for one adapter.
+    0 for one adapter; see `component_diagnostics`.
     """
-    K = len(factors.names)
     frame = component_diagnostics(factors)
     total = frame["energy"].sum()
-    if K == 1 or not total:
-        return 0.0
-    return float(((frame["spread"] - 1) / (K - 1) * frame["energy"]).sum() / total)
+    return float((frame["shared"] * frame["energy"]).sum() / total) if total else 0.0
 
 
 def core_consistency(B: Tensor, A: Tensor, solution: CPSolution) -> Tensor:
@@ -99,13 +97,15 @@ def _describe(module: str, cp: CPFactors, names: tuple[str, ...]) -> "pd.DataFra
     total = float(energy.sum())
     shares = squared / torch.where(energy > 0, energy, 1)
     top_share, owner = shares.max(0)
+    spread = torch.where(energy > 0, 1 / shares.square().sum(0), 1.0)
     return pd.DataFrame(
         {
             "module": module,
             "component": range(cp.rank),
             "energy": energy.numpy(),
             "energy_share": (energy / total if total else energy).numpy(),
-            "spread": torch.where(energy > 0, 1 / shares.square().sum(0), 1.0).numpy(),
+            "spread": spread.numpy(),
+            "shared": ((spread - 1) / max(1, len(names) - 1)).numpy(),
             "top": [names[k] for k in owner.tolist()],
             "top_share": top_share.numpy(),
         }

@@ -6,6 +6,8 @@ bases.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,9 +18,11 @@ from tclora.adapter import Adapter
 from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.lowrank import slice_svd
+from tclora.tensor.sidebyside import side_by_side
 
 # Singular values below this share of the adapter's largest carry no direction.
 _TOLERANCE = 1e-10
+MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,6 @@ class Interference:
     output_overlap: pd.DataFrame
     sign_conflict: pd.DataFrame
     modules: pd.DataFrame
-
-
-_MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 def interference(
@@ -78,19 +79,31 @@ def interference(
     names = [adapter.name for adapter in adapters]
     paths = module_names(adapters)
     rows = []
-    for done, module in enumerate(paths, start=1):
-        factors = module_factors(adapters, module)
-        measured, weight = _measure(compress([f.B for f in factors], [f.A for f in factors]))
-        rows.append((module, measured, weight))
+    for module in side_by_side(partial(_of_module, adapters), paths):
+        rows.append(module)
         if progress:
-            progress(done, len(paths))
-    total = sum((weight for _, _, weight in rows), torch.zeros(len(names), len(names)).double())
+            progress(len(rows), len(paths))
+    total = sum((row.weight for row in rows), torch.zeros(len(names), len(names)).double())
     frames = {}
-    for measure in _MEASURES:
-        summed = sum((m[measure] * w for _, m, w in rows), torch.zeros_like(total))
+    for measure in MEASURES:
+        summed = sum((r.measured[measure] * r.weight for r in rows), torch.zeros_like(total))
         mean = torch.where(total > 0, summed / torch.where(total > 0, total, 1), 0.0)
         frames[measure] = pd.DataFrame(mean.numpy(), index=names, columns=names)
     return Interference(**frames, modules=_pairs(names, rows))
+
+
+class _Module(NamedTuple):
+    """K × K measures of one module and the weight ‖Δ_i‖ ‖Δ_j‖ of each pair."""
+
+    module: str
+    measured: dict[str, Tensor]
+    weight: Tensor
+
+
+def _of_module(adapters: Sequence[Adapter], module: str) -> _Module:
+    factors = module_factors(adapters, module)
+    core = compress([f.B for f in factors], [f.A for f in factors])
+    return _Module(module, *_measure(core))
 
 
 def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
@@ -114,20 +127,18 @@ def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
     }, weight
 
 
-def _pairs(
-    names: Sequence[str], rows: Sequence[tuple[str, dict[str, Tensor], Tensor]]
-) -> pd.DataFrame:
+def _pairs(names: Sequence[str], rows: Sequence[_Module]) -> pd.DataFrame:
     """List every module and pair once."""
     first, second = np.triu_indices(len(names), k=1)
     frames = [
         pd.DataFrame(
             {
-                "module": module,
+                "module": row.module,
                 "first": [names[i] for i in first.tolist()],
                 "second": [names[j] for j in second.tolist()],
-                **{m: measured[m][first, second].numpy() for m in _MEASURES},
+                **{m: row.measured[m][first, second].numpy() for m in MEASURES},
             }
         )
-        for module, measured, _ in rows
+        for row in rows
     ]
     return pd.concat(frames, ignore_index=True)

@@ -13,7 +13,7 @@ from tclora.report.render import render
 from tests.report.library import SCRIPT, build_library, edit_manifest, seal
 
 MAX_BYTES = 3_000_000
-N_FIGURES = 7
+N_FIGURES = 9
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -146,8 +146,9 @@ def test_rows_without_tasks_are_reported_by_cluster(tmp_path):
 
 
 def test_bare_library_is_reported(library):
-    for file in [*(library / "evaluation").iterdir(), *(library / "training").iterdir()]:
-        file.unlink()
+    for folder in ("evaluation", "training", "diagnostics"):
+        for file in (library / folder).iterdir():
+            file.unlink()
     edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
     seal(library)
     page = write_report(library).read_text(encoding="utf-8")

@@ -59,9 +59,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Merged:
-    """Joint factors, merges, and the routed library, where there is one."""
+    """Joint factors and what they tell, merges, and the routed library, where there is one."""
 
     factors: Artifact
     explained_variance: Artifact
+    diagnosis: Artifact
     merges: Artifacts
     routed: Artifact | None

@@ -7,6 +7,7 @@ from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
 from tasks.merging import (
     Given,
+    diagnose,
     explained_variance,
     factorise,
     find_rank,
@@ -36,7 +37,8 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     solver = cfg.factorise.only(SolverConfig)
     factors = factorise(adapters, rank, solver, cfg.seed, where)
     variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed, where)
-    announce("factorise", factors.metrics)
+    diagnosis = diagnose(adapters, factors, where)
+    announce("factorise", factors.metrics | diagnosis.metrics)
     blind = Given(adapters, None, None, None, cfg.seed)
     full = Given(adapters, factors, activations, rank, cfg.seed)
     given = {name: full if name in informed else blind for name in cfg.merge.methods}
@@ -56,7 +58,7 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
             cfg.route.only(RouterConfig),
             where,
         )
-    return Merged(factors, variance, merges, routed)
+    return Merged(factors, variance, diagnosis, merges, routed)
 
 
 def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Artifact | None:

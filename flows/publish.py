@@ -25,6 +25,7 @@ def publish(
         joint=trained.joint,
         factors=merged.factors,
         explained_variance=merged.explained_variance,
+        diagnosis=merged.diagnosis,
         merges=merged.merges,
         routed=merged.routed,
         evaluation=evaluated,

@@ -16,8 +16,9 @@ from tclora.merge import merge as merge_adapters
 from tclora.merge.inputs import MergeInputs
 from tclora.model.base import Base
 from tclora.model.sample import Sample, Use
-from tclora.tensor import explained_variance_curve
+from tclora.tensor import LibraryFactors, explained_variance_curve, shared_structure
 from tclora.tensor import factorise as factorise_adapters
+from tclora.tensor.interference import interference
 from tclora.tune.components import refit_components
 from tclora.tune.rank import choose_rank
 from tclora.tune.scale import choose_scale
@@ -147,6 +148,20 @@ def explained_variance(
     overall = curve[curve["module"] == "overall"].set_index("rank")["explained_variance"]
     metrics = {f"factors/explained_variance_R{rank}": value for rank, value in overall.items()}
     return Artifact.of(where.layout.root, where.layout.explained_variance, metrics=metrics)
+
+
+@stage("diagnose")
+def diagnose(adapters: Artifacts, factors: Artifact, where: Where) -> Artifact:
+    """Measure interference between the adapters, and what their joint factors share."""
+    layout = where.layout
+    read = [read_adapter(part.path, name) for name, part in adapters.items()]
+    shared = shared_structure(read, LibraryFactors.load(factors.path))
+    tables = {layout.interference: interference(read).pairs(), layout.shared_structure: shared}
+    for file, table in tables.items():
+        with atomic_path(file) as fresh:
+            table.to_parquet(fresh)
+    share = float((shared["shared"] * shared["energy"]).sum() / shared["energy"].sum())
+    return Artifact.of(layout.root, *tables, metrics={"factors/shared_energy": share})
 
 
 @stage("tune-scale", "tune-{method}")

@@ -50,6 +50,7 @@ class Parts:
     joint: Artifact | None
     factors: Artifact
     explained_variance: Artifact
+    diagnosis: Artifact
     merges: Artifacts
     routed: Artifact | None
     evaluation: Artifact | None
@@ -62,7 +63,9 @@ class Parts:
     @property
     def tables(self) -> list[Artifact]:
         """What belongs to the product beside adapters, merges and the routed library."""
-        parts = [self.clusters, self.factors, self.explained_variance, self.evaluation]
+        parts = [
+            self.clusters, self.factors, self.explained_variance, self.diagnosis, self.evaluation
+        ]  # fmt: skip
         return [part for part in parts if part]
 
     def product(self) -> Iterator[Path]:

@@ -12,8 +12,8 @@ from tclora.config import AdapterConfig
 from tclora.files import write_json
 from tclora.jobs.call import Event
 from tclora.model.base import Base
+from tclora.train.course import TrainingResult, total_steps
 from tclora.train.engines import AdapterRequest, train_adapters
-from tclora.train.loop import TrainingResult, total_steps
 
 PARENT = "mlflow_parent"  # the run that trained an adapter, in its artifact's info
 

@@ -50,6 +50,13 @@ _INEXPRESSIBLE = (
     "velora_config",
 )
 
+# Initialisations that take a part out of the base weights: the adapter fits only what is left.
+_CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+_CONVERT = (
+    "save it from the model it was trained in with save_pretrained(folder, "
+    "path_initial_model_for_weight_conversion=…), which makes it a plain LoRA of the original base"
+)
+
 
 class _FileModules(Mapping[str, LoraFactors]):
     """Factors read from a memory-mapped safetensors file when asked for, scaling folded in.
@@ -119,7 +126,8 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
     ------
     AdapterError
         If a file is missing or not safetensors, if the adapter is not a plain LoRA (DoRA, bias,
-        saved modules and other forms are named), or if a module lacks one of its factors.
+        saved modules and other forms are named), if it fits only a changed base (PiSSA, OLoRA,
+        CorDA, LoRA-GA, LoftQ), or if a module lacks one of its factors.
     """
     path = Path(path)
     config = _read_config(path)
@@ -158,7 +166,20 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file}: {', '.join(set_options)} cannot be expressed as a low-rank update B @ A; "
             "only plain LoRA adapters can be factorised and merged"
         )
+    _check_base(file, config.get("init_lora_weights"))
     return config
+
+
+def _check_base(file: Path, initialisation: object) -> None:
+    """Refuse an adapter whose initialisation changed the base weights it was trained on."""
+    name = str(initialisation).lower()
+    if name.startswith(_CHANGED_BASE):
+        # PEFT converts all of them but LoftQ, which quantised the base itself.
+        remedy = "train it again with another one" if name == "loftq" else _CONVERT
+        raise AdapterError(
+            f"{file}: init_lora_weights must leave the base weights as they are, got "
+            f"{initialisation!r}, whose adapter fits only the base weights it changed; {remedy}"
+        )
 
 
 def _module_ranks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -7,7 +7,13 @@ from tclora.errors import AdapterError
 
 
 def check_adapters(adapters: Sequence[Adapter]) -> None:
-    """Refuse an empty list of adapters, adapters without modules, and repeated names."""
+    """Refuse an empty list, repeated names, no modules at all, and factors that are not finite.
+
+    Raises
+    ------
+    AdapterError
+        Naming the adapter, and the module where there is one.
+    """
     names = [adapter.name for adapter in adapters]
     if not names:
         raise AdapterError("adapters must be at least one, got none")
@@ -17,6 +23,19 @@ def check_adapters(adapters: Sequence[Adapter]) -> None:
         )
     if not any(adapter.modules for adapter in adapters):
         raise AdapterError(f"adapters must update at least one module, got none in {names}")
+    for adapter in adapters:
+        check_finite(adapter)
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Refuse an adapter with a factor that holds NaN or infinity; reads every module once."""
+    for module in adapter.modules:
+        B, A = adapter.modules[module]
+        if not (B.isfinite().all() and A.isfinite().all()):
+            raise AdapterError(
+                f"{adapter.name}: factors of {module} must be finite, got NaN or infinity; "
+                "train it again with a smaller step or leave it out"
+            )
 
 
 def module_names(adapters: Sequence[Adapter]) -> list[str]:

@@ -1,7 +1,7 @@
 """What the report reads from a library directory, checked before anything is drawn.
 
 Only what the manifest lists is read, and only if it is what the manifest says. Clusters and
-explained variance are mandatory; evaluation, training logs, routing and diagnostics may be missing.
+explained variance are mandatory; evaluation, training logs and routing may be missing.
 """
 
 import json
@@ -33,13 +33,8 @@ _EVALUATION = {
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
-_DIAGNOSTICS = {
-    "components": ["module", "energy", "spread", "shared"],
-    "consistency": ["module", "core_rank", "core_consistency"],
-    "pairs": [
-        "first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict",
-    ],
-}  # fmt: skip
+_INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
+_SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +53,11 @@ class Contents:
         Adapter name → its training log; adapters without one are left out.
     items, summary, recovery, lm_eval : DataFrame
         The evaluation; empty where it was not done.
+    interference, shared_structure : DataFrame
+        What adapters do to each other and what their factors share; empty in earlier libraries.
     routing : DataFrame
         Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
         there is no routed library.
-    components, consistency, pairs : DataFrame
-        What components hold, how unique they are, and the interference of every two clusters, as
-        `LibraryDiagnostics` has them; empty where it was not measured.
     """
 
     manifest: Manifest
@@ -74,10 +68,9 @@ class Contents:
     summary: pd.DataFrame
     recovery: pd.DataFrame
     lm_eval: pd.DataFrame
+    interference: pd.DataFrame
+    shared_structure: pd.DataFrame
     routing: pd.DataFrame
-    components: pd.DataFrame
-    consistency: pd.DataFrame
-    pairs: pd.DataFrame
 
     @property
     def training_rows(self) -> pd.DataFrame:
@@ -117,9 +110,10 @@ def read_contents(library: Path) -> Contents:
         clusters=reader.table(layout.clusters, _CLUSTERS),
         explained_variance=reader.table(layout.explained_variance, _EXPLAINED),
         losses=_read_losses(reader, layout),
-        **{kind: reader.optional(tables.table(kind), _EVALUATION[kind]) for kind in _EVALUATION},
+        **{kind: reader.optional(getattr(tables, kind), _EVALUATION[kind]) for kind in _EVALUATION},
+        interference=reader.optional(layout.interference, _INTERFERENCE),
+        shared_structure=reader.optional(layout.shared_structure, _SHARED),
         routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
-        **{t: reader.optional(layout.diagnostics(t), _DIAGNOSTICS[t]) for t in _DIAGNOSTICS},
     )
 
 

@@ -6,7 +6,7 @@
     clusters.parquet              centroids.safetensors        routing.parquet
     factors.safetensors           explained_variance.parquet
     adapters/NAME/                training/NAME.json           merged/METHOD/
-    routed/                       evaluation/TABLE.parquet     diagnostics/TABLE.parquet
+    routed/                       evaluation/TABLE.parquet
     work/                         what later stages of a run read; not part of the product
 
 What lies inside an adapter's folder is PEFT's format; see `tclora.adapter`.
@@ -76,6 +76,16 @@ class Layout:
         return self.root / "explained_variance.parquet"
 
     @property
+    def interference(self) -> Path:
+        """How much every two cluster adapters get in each other's way."""
+        return self.root / "interference.parquet"
+
+    @property
+    def shared_structure(self) -> Path:
+        """Shared and cluster-specific energy of the joint factors, per module."""
+        return self.root / "shared_structure.parquet"
+
+    @property
     def routing(self) -> Path:
         """Where the held-out prompts are routed."""
         return self.root / "routing.parquet"
@@ -111,10 +121,6 @@ class Layout:
     def evaluation(self) -> "EvaluationLayout":
         """Tables of the evaluation."""
         return EvaluationLayout(self.root / "evaluation")
-
-    def diagnostics(self, table: str) -> Path:
-        """Table of the adapters' common structure: "components", "consistency" or "pairs"."""
-        return self.root / "diagnostics" / f"{table}.parquet"
 
     @property
     def work(self) -> Path:

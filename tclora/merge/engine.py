@@ -101,7 +101,7 @@ def merge(
     ValueError
         If the method, one of its options, the weights or the rank is not valid.
     AdapterError
-        If the adapters do not belong together.
+        If the adapters do not belong together, or a factor is not finite.
     """
     chosen = get(method)
     check_options(chosen.info, options)

@@ -2,7 +2,7 @@
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tclora.model.tokens import IGNORED, Batch
@@ -35,3 +35,44 @@ def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
+
+
+def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return what `response_nll` does, with logits at the supervised positions alone.
+
+    Where short and long responses share a batch, the columns of the longest are mostly no
+    response's, and a product with the whole vocabulary is what a position costs most.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM whose forward accepts ``logits_to_keep`` and whose output embeddings are a
+        module that its logits come from.
+    batch : Batch
+        Left-padded rows (T columns) with labels for the last S columns.
+
+    Returns
+    -------
+    Tensor
+        (rows, S) float32, nats; 0 where no response token stands.
+    """
+    device = model.device
+    labels = batch.labels.to(device)
+    kept = labels != IGNORED
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][kept].unsqueeze(0),)  # (rows, S, d) -> (1, supervised, d)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        logits = model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            position_ids=batch.position_ids.to(device),
+            logits_to_keep=labels.shape[1],
+            use_cache=False,
+        ).logits[0]  # (supervised, vocabulary)
+    finally:
+        handle.remove()
+    losses = nn.functional.cross_entropy(logits.float(), labels[kept], reduction="none")
+    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)

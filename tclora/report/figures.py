@@ -13,9 +13,9 @@ from tclora.library.contents import Contents, read_contents
 from tclora.report.bars import cluster_sizes, recovery, storage
 from tclora.report.canvas import STYLE
 from tclora.report.curves import explained_variance, loss_curves
+from tclora.report.interference import interference, shared_energy
 from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map
-from tclora.report.structure import interference_maps, shared_energy
 
 _DRAWINGS = {
     "cluster_map": cluster_map,
@@ -24,9 +24,9 @@ _DRAWINGS = {
     "explained_variance": explained_variance,
     "recovery": recovery,
     "storage": storage,
-    "shared_energy": shared_energy,
-    "interference": interference_maps,
     "routing": routing,
+    "interference": interference,
+    "shared_energy": shared_energy,
 }
 
 
@@ -42,7 +42,7 @@ def figures(library: Path) -> dict[str, Figure]:
     -------
     dict of str to Figure
         Of ``cluster_map``, ``cluster_sizes``, ``loss_curves``, ``explained_variance``,
-        ``recovery``, ``storage``, ``shared_energy``, ``interference``, ``routing``.
+        ``recovery``, ``storage``, ``routing``, ``interference``, ``shared_energy``.
 
     Raises
     ------

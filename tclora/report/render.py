@@ -25,6 +25,7 @@ from tclora.report.clusters import (
 from tclora.report.comparison import compare_recovery, compare_splits
 from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
+from tclora.report.interference import correlations, shared_facts
 from tclora.report.methods import merges, recoveries
 from tclora.report.overview import (
     data_profile,
@@ -36,7 +37,6 @@ from tclora.report.overview import (
 from tclora.report.palette import DARK, LIGHT, cluster_name
 from tclora.report.routing import routed_prompts, router_quality, short_destinations
 from tclora.report.scatter import MAP_POINTS, task_markers
-from tclora.report.structure import interference_correlations, structure_facts
 from tclora.report.svg import inline_svg
 
 _log = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ _TITLES = {
     "explained_variance": "Explained variance against the CP rank",
     "recovery": "Mean recovery per method with its interval and worst cluster",
     "storage": "Bytes of the separate adapters, the shared factors and each merge",
-    "shared_energy": "Energy of the components by layer, shared and clusters' own",
-    "interference": "Interference between every two clusters, by four measures",
     "routing": "Mean routing weights of the held-out prompts of every task",
+    "interference": "Share of every two adapters' interaction that cancels, cluster by cluster",
+    "shared_energy": "Share of the joint factors' energy that clusters share, by layer",
 }
 
 
@@ -106,11 +106,11 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         mean_recovery={m: v.value for m, v in recoveries(contents, "mean").items()},
         ordered_merges=[m for m in merges(contents) if m in contents.manifest.merges],
         lm_eval=contents.lm_eval.to_dict("records"),
-        structure=structure_facts(contents),
-        correlations=interference_correlations(contents),
         destinations=short_destinations(contents),
         routed_prompts=routed_prompts(contents),
         router_quality=router_quality(contents),
+        correlations=correlations(contents),
+        shared_facts=shared_facts(contents),
         examples=choose_examples(contents),
         judge=judge(contents),
         max_tasks=MAX_TASKS,

@@ -14,7 +14,7 @@ from torch import Tensor
 from tclora.activations.collect import ActivationStatistics
 from tclora.activations.metric import InputMetrics
 from tclora.adapter import Adapter, LoraFactors
-from tclora.adapter.union import check_adapters, module_factors, module_names
+from tclora.adapter.union import check_adapters, check_finite, module_factors, module_names
 from tclora.errors import AdapterError
 
 # Directions of the normal equations below this share of the largest carry no information.
@@ -112,7 +112,7 @@ def fit_gates(
     Raises
     ------
     AdapterError
-        If the merge does not have the adapters' modules.
+        If the merge does not have the adapters' modules, or a factor is not finite.
 
     Notes
     -----
@@ -121,6 +121,7 @@ def fit_gates(
     gated update is never farther from its own one, in its own input metric, than the static merge.
     """
     check_adapters(adapters)
+    check_finite(merged)
     names = module_names(adapters)
     if set(merged.modules) != set(names):
         raise AdapterError(

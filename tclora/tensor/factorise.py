@@ -84,7 +84,7 @@ def factorise(
     ValueError
         If `rank` is below 1 or `solver` is unknown.
     AdapterError
-        If there is no adapter, names repeat, or shapes disagree.
+        If there is no adapter, names repeat, shapes disagree, or a factor is not finite.
     """
     check_adapters(adapters)
     names = module_names(adapters)

@@ -6,8 +6,6 @@ bases.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +20,6 @@ from tclora.tensor.sidebyside import side_by_side
 
 # Singular values below this share of the adapter's largest carry no direction.
 _TOLERANCE = 1e-10
-MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,21 @@ class Interference:
     output_overlap: pd.DataFrame
     sign_conflict: pd.DataFrame
     modules: pd.DataFrame
+
+    def pairs(self) -> pd.DataFrame:
+        """Return one row per pair of adapters: first, second and the four measures."""
+        names = list(self.cosine.index)
+        first, second = np.triu_indices(len(names), k=1)
+        return pd.DataFrame(
+            {
+                "first": [names[i] for i in first.tolist()],
+                "second": [names[j] for j in second.tolist()],
+                **{m: getattr(self, m).to_numpy()[first, second] for m in MEASURES},
+            }
+        )
+
+
+MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 def interference(
@@ -79,31 +91,22 @@ def interference(
     names = [adapter.name for adapter in adapters]
     paths = module_names(adapters)
     rows = []
-    for module in side_by_side(partial(_of_module, adapters), paths):
-        rows.append(module)
+
+    def measure(module: str) -> tuple[dict[str, Tensor], Tensor]:
+        factors = module_factors(adapters, module)
+        return _measure(compress([f.B for f in factors], [f.A for f in factors]))
+
+    for module, (measured, weight) in zip(paths, side_by_side(measure, paths), strict=True):
+        rows.append((module, measured, weight))
         if progress:
             progress(len(rows), len(paths))
-    total = sum((row.weight for row in rows), torch.zeros(len(names), len(names)).double())
+    total = sum((weight for _, _, weight in rows), torch.zeros(len(names), len(names)).double())
     frames = {}
-    for measure in MEASURES:
-        summed = sum((r.measured[measure] * r.weight for r in rows), torch.zeros_like(total))
+    for name in MEASURES:
+        summed = sum((m[name] * w for _, m, w in rows), torch.zeros_like(total))
         mean = torch.where(total > 0, summed / torch.where(total > 0, total, 1), 0.0)
-        frames[measure] = pd.DataFrame(mean.numpy(), index=names, columns=names)
+        frames[name] = pd.DataFrame(mean.numpy(), index=names, columns=names)
     return Interference(**frames, modules=_pairs(names, rows))
-
-
-class _Module(NamedTuple):
-    """K × K measures of one module and the weight ‖Δ_i‖ ‖Δ_j‖ of each pair."""
-
-    module: str
-    measured: dict[str, Tensor]
-    weight: Tensor
-
-
-def _of_module(adapters: Sequence[Adapter], module: str) -> _Module:
-    factors = module_factors(adapters, module)
-    core = compress([f.B for f in factors], [f.A for f in factors])
-    return _Module(module, *_measure(core))
 
 
 def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
@@ -127,18 +130,20 @@ def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
     }, weight
 
 
-def _pairs(names: Sequence[str], rows: Sequence[_Module]) -> pd.DataFrame:
+def _pairs(
+    names: Sequence[str], rows: Sequence[tuple[str, dict[str, Tensor], Tensor]]
+) -> pd.DataFrame:
     """List every module and pair once."""
     first, second = np.triu_indices(len(names), k=1)
     frames = [
         pd.DataFrame(
             {
-                "module": row.module,
+                "module": module,
                 "first": [names[i] for i in first.tolist()],
                 "second": [names[j] for j in second.tolist()],
-                **{m: row.measured[m][first, second].numpy() for m in MEASURES},
+                **{m: measured[m][first, second].numpy() for m in MEASURES},
             }
         )
-        for row in rows
+        for module, measured, _ in rows
     ]
     return pd.concat(frames, ignore_index=True)

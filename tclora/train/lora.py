@@ -1,11 +1,15 @@
-"""Placing a fresh LoRA adapter in a model."""
+"""Placing a fresh LoRA adapter in a model, and PEFT's names of its weights."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from tclora.config import AdapterConfig
 from tclora.errors import ModelError
+
+A_WEIGHT, B_WEIGHT = ".lora_A.default.weight", ".lora_B.default.weight"
+_PREFIX = "base_model.model."  # of every module's path in a PeftModel
 
 
 def attach_lora(model: PreTrainedModel, config: AdapterConfig, seed: int) -> PeftModel:
@@ -34,6 +38,27 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pef
                 f"its layers are {linear_layer_names(model)}"
             ) from error
     return peft_model
+
+
+def fresh_weights(
+    model: PreTrainedModel, config: AdapterConfig, seed: int
+) -> dict[str, nn.Parameter]:
+    """Return the weights `attach_lora` would place, by PEFT's names; the model stays plain.
+
+    Raises
+    ------
+    ModelError
+        See `attach_lora`.
+    """
+    peft_model = attach_lora(model, config, seed)
+    weights = {name: w for name, w in peft_model.named_parameters() if w.requires_grad}
+    peft_model.unload()
+    return weights
+
+
+def module_of(weight: str) -> str:
+    """Return the path, in the plain model, of the module that a weight of PEFT's name updates."""
+    return weight.removeprefix(_PREFIX).removesuffix(A_WEIGHT).removesuffix(B_WEIGHT)
 
 
 def linear_layer_names(model: torch.nn.Module) -> list[str]:

@@ -12,7 +12,8 @@ from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode
-from tclora.train.loop import Checkpoint, total_steps, train_adapter
+from tclora.train.course import Checkpoint, total_steps
+from tclora.train.loop import train_adapter
 from tclora.train.lora import attach_lora, linear_layer_names
 
 FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6}

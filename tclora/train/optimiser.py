@@ -1,45 +1,51 @@
-"""One adapter's optimiser: fp32 masters, steps split to a token budget, safe checkpoints."""
+"""One adapter's optimiser: fp32 masters, clipped and scheduled steps, safe checkpoints."""
 
 import json
 import logging
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import get_scheduler
 
 from tclora.config import AdapterConfig
-from tclora.errors import NonFiniteLossError
 from tclora.files import atomic_path
-from tclora.model.loss import response_nll
-from tclora.model.tokens import TokenRow, batches
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
-    """Optimiser state of one adapter: fp32 master weights, whatever the model's precision."""
+class AdapterOptimiser:
+    """Optimiser state of one adapter: fp32 master weights, whatever the model's precision.
 
-    def __init__(self, model: PeftModel, config: AdapterConfig, total: int) -> None:
-        self.model = model
+    Parameters
+    ----------
+    weights : Mapping[str, Parameter]
+        PEFT's name → weight in the model; those that stay as they are get no gradient.
+    config : AdapterConfig
+        Learning rate, schedule and so on.
+    total : int
+        Steps of the whole training.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], config: AdapterConfig, total: int
+    ) -> None:
         self.config = config
         self.total = total
         self.params = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not (config.freeze_a and ".lora_A." in name)
+            name: weight
+            for name, weight in weights.items()
+            if not (config.freeze_a and ".lora_A." in name)
         }
         self.masters = {
-            name: parameter.detach().float().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
+            name: weight.detach().float().clone()  # equal in value, never the same memory
+            for name, weight in weights.items()
         }
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.params)
+        for name, weight in weights.items():
+            weight.requires_grad_(name in self.params)
         trained = [self.masters[name] for name in self.params]
         self.optimiser = torch.optim.AdamW(
             trained, lr=config.lr, weight_decay=config.weight_decay, foreach=True
@@ -50,28 +56,13 @@ class Trainer:
             num_warmup_steps=round(config.warmup_fraction * total),
             num_training_steps=total,
         )
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
 
-    def step(self, rows: Sequence[TokenRow], step: int) -> dict[str, float]:
-        """One optimiser step: mean loss over the supervised tokens of all its rows."""
-        tokens = sum(len(row.response) for row in rows)
-        loss = 0.0
-        # What pads is masked out, so that any token serves.
-        for batch in batches(rows, pad_id=0, token_budget=self.config.tokens_per_forward):
-            part = response_nll(self.model, batch).sum() / tokens
-            part.backward()
-            loss += part.item()
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"loss became {loss} at step {step}; lower train.lr (now {self.config.lr}) "
-                "or set train.dtype=float32"
-            )
+    def step(self) -> dict[str, float]:
+        """Take one step along the weights' gradients; return its lr and its gradient's norm."""
         for name, parameter in self.params.items():
             grad = parameter.grad
             self.masters[name].grad = None if grad is None else grad.float()
-            parameter.grad = None
+        self.discard()
         norm = torch.nn.utils.clip_grad_norm_(
             [self.masters[name] for name in self.params], self.config.max_grad_norm
         )
@@ -79,7 +70,12 @@ class Trainer:
         self.optimiser.step()
         self.scheduler.step()
         self._copy_back()
-        return {"step": step, "loss": loss, "lr": lr, "grad_norm": norm.item(), "tokens": tokens}
+        return {"lr": lr, "grad_norm": norm.item()}
+
+    def discard(self) -> None:
+        """Forget the weights' gradients."""
+        for parameter in self.params.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _copy_back(self) -> None:
@@ -99,7 +95,8 @@ class Trainer:
 
     def restore(self, folder: Path) -> list[dict[str, float]]:
         """Load a checkpoint of the same adapter; return its history."""
-        tensors = load_file(folder / "state.safetensors", device=str(self.model.device))
+        device = next(iter(self.masters.values())).device
+        tensors = load_file(folder / "state.safetensors", device=str(device))
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master/{name}"])

@@ -26,7 +26,7 @@ from tclora.tune.scale import GRID, is_scaled, tune_scale
 
 RIVAL = "regmean"
 EMPHASES = (0.25, 0.5, 2.0, 8.0)
-CALIBRATION_ROWS = 4
+SAMPLE_ROWS = 4
 # Need an input that a table of methods cannot give them, or are another name.
 SKIPPED = {"tc-lora", "tc-lora-calibrated", "tc-lora-reconstruct"}
 
@@ -37,13 +37,13 @@ class Bench(HeldOut):
     def __init__(self, library: Path, fresh: int) -> None:
         super().__init__(library, fresh)
         self.rival: pd.DataFrame | None = None
-        rows = pd.concat(self.training_rows(a.name).head(CALIBRATION_ROWS) for a in self.adapters)
+        rows = pd.concat(self.training_rows(a.name).head(SAMPLE_ROWS) for a in self.adapters)
         settings = self.manifest.settings.train
         encoded = encode_frame(
             self.tokenizer, rows, template=settings.template, max_tokens=settings.max_tokens
         )
         pad = self.tokenizer.pad_token_id
-        self.calibration: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
+        self.sample: Sequence[Batch] = list(batches(encoded, pad_id=pad, token_budget=2048))
 
     def row(
         self, name: str, rank: int | None, setting: str, **options: object
@@ -75,12 +75,12 @@ class Bench(HeldOut):
             )
         return figures
 
-    def calibrated(self, rank: int) -> list[dict[str, object]]:
+    def refitted(self, rank: int) -> list[dict[str, object]]:
         """Measure the merges whose weights are fitted by the model's loss."""
         factors = factorise(self.adapters, rank)
-        loadings = fit_loadings(self.model, factors, self.calibration, n_steps=10)
+        loadings = fit_loadings(self.model, factors, self.sample, n_steps=10)
         informed = merge(self.adapters, "tc-lora", rank=rank, statistics=self.statistics)
-        components = fit_components(self.model, informed.adapter, self.calibration, n_steps=10)
+        components = fit_components(self.model, informed.adapter, self.sample, n_steps=10)
         return [
             {"method": name, "asked rank": rank, "rank": rank, "setting": "fitted",
              "lost in truncation": 0.0, **self.measured(name, adapter)}
@@ -106,9 +106,7 @@ def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
             continue
         settings: list[tuple[str, dict[str, float]]] = [("-", {})]
         if is_scaled(info.name):
-            best = tune_scale(
-                bench.model, bench.adapters, info.name, bench.calibration, rank=rank
-            ).scale
+            best = tune_scale(bench.model, bench.adapters, info.name, bench.sample, rank=rank).scale
             published = f"scale {info.options['scale']} (published)"
             settings = [(published, {}), (f"scale {best} (tuned at {rank})", {"scale": best})]
         for setting, options in settings:
@@ -120,7 +118,7 @@ def main(library: Path, chosen: list[str], rank: int, fresh: int) -> None:
                 if rows[-1]["rank"] == rank:
                     break  # its own rank is this one
     if not chosen:
-        save(bench, rows + bench.calibrated(rank))
+        save(bench, rows + bench.refitted(rank))
 
 
 def save(bench: Bench, rows: list[dict[str, object]]) -> None:
@@ -133,7 +131,7 @@ def save(bench: Bench, rows: list[dict[str, object]]) -> None:
         f"{bench.library.name}: SmolLM2-135M-Instruct, {len(bench.adapters)} clusters, "
         f"{len(bench.rows)} held-out rows, one training seed; statistics from "
         f"{merge_settings.sample_rows} training rows per cluster, scales tuned on "
-        f"{CALIBRATION_ROWS} of them over {GRID}.",
+        f"{SAMPLE_ROWS} of them over {GRID}.",
     )
 
 

@@ -1,9 +1,9 @@
 """The training engines side by side: same rows, steps and seeds, each in a process of its own.
 
-SmolLM2-135M, one adapter of rank 16 on all linear layers per file of rows. The seconds are those of
-the steps, without loading the model; memory is the process's peak. `separate` trains its adapters
-one after the other in one process with all threads, so that its memory is that of one job. The
-engines take turns, `separate` first.
+SmolLM2-135M, one adapter of rank 16 on all linear layers per file of rows. The seconds include
+loading the model, once per adapter in `separate`; memory is the process's peak. `separate` trains
+its adapters one after the other in one process, so that its memory is that of one job. The engines
+take turns, `separate` first.
 Usage: ``python benchmarks/training.py FILE.jsonl FILE.jsonl ... [--steps N] [--rows N]
 [--repeats N]``; a file holds rows with ``prompt`` and ``response``.
 """
@@ -20,11 +20,13 @@ from pathlib import Path
 
 import pandas as pd
 from tables import report
+from transformers import PreTrainedTokenizerBase
 
 from tclora.adapter import read_adapter
 from tclora.config import AdapterConfig
-from tclora.model.base import Base
-from tclora.model.locate import locate_base_model
+from tclora.model.base import Base, read_rows
+from tclora.model.locate import load_tokenizer, locate_base_model
+from tclora.model.tokens import encode_frame
 from tclora.train.engines import AdapterRequest, train_adapters
 
 ENGINES = ("separate", "together")
@@ -46,9 +48,8 @@ def train(engine: str, folder: Path, steps: int, batch_size: int) -> dict[str, f
         )
         for file in sorted(folder.glob("*.parquet"))
     ]
-    loaded = base.load()
-    tokens = [sum(map(len, loaded.encode(request.rows))) for request in requests]
-    del loaded
+    tokenizer = load_tokenizer(base.location)
+    tokens = [_tokens(tokenizer, request.rows) for request in requests]
     config = AdapterConfig(max_steps=steps, batch_size=batch_size, epochs=1000)
     begin = time.perf_counter()
     cpu = time.process_time()
@@ -66,6 +67,11 @@ def train(engine: str, folder: Path, steps: int, batch_size: int) -> dict[str, f
         "peak (MB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
         "mean loss": sum(r.final_loss for r in results.values()) / len(results),
     }
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, file: Path) -> int:
+    rows = encode_frame(tokenizer, read_rows(file), template="chat", max_tokens=512)
+    return sum(map(len, rows))
 
 
 def run(engine: str, folder: Path, steps: int, batch_size: int) -> dict[str, float | str]:

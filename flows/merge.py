@@ -12,10 +12,10 @@ from tasks.merging import (
     factorise,
     find_rank,
     refit,
-    statistics,
     tune_scale,
 )
 from tasks.merging import merge as merge_stage
+from tasks.merging import statistics as statistics_stage
 from tasks.routing import route
 from tasks.tracking import announce
 from tclora.config import RouterConfig, SolverConfig
@@ -32,15 +32,15 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     adapters = {name: part.alone() for name, part in trained.adapters.items()}
     informed = {method.name for method in methods() if method.needs} & set(cfg.merge.methods)
     seen = bool(informed) or cfg.route.enabled
-    activations = _statistics(context, prepared, adapters) if seen else None
-    rank = _rank(context, prepared, Given(adapters, None, activations, None, cfg.seed))
+    statistics = _statistics(context, prepared, adapters) if seen else None
+    rank = _rank(context, prepared, Given(adapters, None, statistics, None, cfg.seed))
     solver = cfg.factorise.only(SolverConfig)
     factors = factorise(adapters, rank, solver, cfg.seed, where)
     variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed, where)
     diagnosis = diagnose(adapters, factors, where)
     announce("factorise", factors.metrics | diagnosis.metrics)
     blind = Given(adapters, None, None, None, cfg.seed)
-    full = Given(adapters, factors, activations, rank, cfg.seed)
+    full = Given(adapters, factors, statistics, rank, cfg.seed)
     given = {name: full if name in informed else blind for name in cfg.merge.methods}
     scales = _scales(context, prepared, given)
     merges = {
@@ -48,7 +48,7 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     }
     routed = None
     if cfg.route.enabled:
-        seeing = Given(adapters, None, activations, None, cfg.seed)
+        seeing = Given(adapters, None, statistics, None, cfg.seed)
         routed = route(
             _routed_info(context, list(adapters)),
             merges[cfg.merge.primary],
@@ -66,7 +66,7 @@ def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Ar
     count = context.config.merge.sample_rows
     if not count:
         return None
-    return statistics(adapters, context.rows(prepared.rows, count), context.where)
+    return statistics_stage(adapters, context.rows(prepared.rows, count), context.where)
 
 
 def _rank(context: Context, prepared: Prepared, given: Given) -> int:

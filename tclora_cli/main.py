@@ -8,6 +8,7 @@ import typer
 from tclora.errors import TcloraError
 from tclora.registry import load_plugins
 from tclora_cli.commands import adapters, configuration, libraries, pipeline, routed
+from tclora_cli.commands.former import FormerOptions
 
 app = typer.Typer(
     name="tclora",
@@ -31,7 +32,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": routed.export,
 }
 for name, command in _COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=FormerOptions)(command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tclora.adapter import write_adapter
 from tclora.errors import AdapterError
 from tclora.merge import merge, methods
 from tclora_cli.folders import check_target, read_adapters
-from tclora_cli.sampling import SampleSource, calibrate
+from tclora_cli.sampling import SampleSource, settings_from_sample
 
 
 def merge_directories(
@@ -38,7 +38,7 @@ def merge_directories(
     with tempfile.TemporaryDirectory(prefix="tclora-statistics-") as folder, _bar(console) as bar:
         try:
             if sample:
-                settings |= calibrate(
+                settings |= settings_from_sample(
                     sample, adapters, Path(folder), method, {**settings, **chosen}
                 )
             task = bar.add_task(f"merging by {method}", total=None)

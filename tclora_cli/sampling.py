@@ -34,7 +34,7 @@ class SampleSource:
     scales: Sequence[float] = ()
 
 
-def calibrate(
+def settings_from_sample(
     sample: SampleSource,
     adapters: Sequence[Adapter],
     folder: Path,

@@ -184,7 +184,21 @@ def test_library_dir_is_absolute(tmp_path, monkeypatch):
     assert parse_config({"name": "x"}).library_dir == tmp_path / "runs" / "x"
 
 
+VALUES = {
+    "route.mode": "softmax",
+    "merge.calibration_rows": 3,
+    "merge.refine_steps": 2,
+    "evaluate.harness": ("piqa",),
+    "evaluate.harness_limit": 7,
+}
+
+
 @pytest.mark.parametrize("former", sorted(RENAMED))
-def test_every_former_key_names_a_present_one(former):
-    assert RENAMED[former] in config_keys()
-    assert former not in config_keys()
+def test_every_former_key_sets_its_present_one(former, caplog):
+    section, key = former.split(".")
+    config = load_config({section: {key: VALUES[former]}})
+    place, present = RENAMED[former].split(".")
+    assert getattr(getattr(config, place), present) == VALUES[former]
+    assert f"{former} is now {RENAMED[former]}" in caplog.text
+    value = list(VALUES[former]) if former == "evaluate.harness" else VALUES[former]
+    assert load_config(None, [f"{former}={value}"]) == config

@@ -16,6 +16,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.errors import ConfigError
+from tclora.model.generation import plain_generation
 
 _EXECUTING = ("humaneval", "mbpp", "cruxeval", "longproc")
 _GIB = 1 << 30
@@ -40,7 +41,7 @@ def run_lm_eval(
     Parameters
     ----------
     model : PreTrainedModel or PeftModel
-        The model as it is, adapters active.
+        The model as it is, adapters active; of its generation defaults only the end tokens count.
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer.
     tasks : sequence of str or mapping
@@ -75,7 +76,7 @@ def run_lm_eval(
     except ImportError as error:
         raise ConfigError("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]") from error
     named = any(isinstance(task, str) for task in tasks)
-    with _limits(active=bool(refused)):
+    with _limits(active=bool(refused)), plain_generation(model, tokenizer):
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.evaluate.scoring import score
+from tclora.model.generation import plain_generation
 from tclora.model.loss import response_nll
 from tclora.model.tokens import IGNORED, Batch, TokenRow, batches, collate, encode_frame
 
@@ -59,7 +60,8 @@ def measure(
     token_budget : int
         Padded tokens per forward pass.
     max_new_tokens : int, optional
-        Longest answer; None generates nothing.
+        Longest answer; None generates nothing. Of the checkpoint's generation defaults only the
+        end tokens count.
     context : callable, optional
         Takes the indices of a batch's rows, gives a context to compute the batch in, such as the
         rows' gates.
@@ -104,14 +106,15 @@ def _generate_and_score(
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
     width = ids.shape[1]
     generate: Any = model.generate
-    output = generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True,
-    )
+    with plain_generation(model, tokenizer):
+        output = generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+        )
     texts = tokenizer.batch_decode(output.sequences[:, width:], skip_special_tokens=True)
     cache = output.past_key_values
     if any(getattr(cache, "is_sliding", ())):  # has forgotten what it would have to be cut back to

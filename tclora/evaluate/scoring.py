@@ -9,7 +9,15 @@ import re
 from functools import cache
 from typing import Any
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"""
+    (?: (?<! [\w)] ) - )?                                # a sign, not the minus of "10-7"
+    (?: (?<! \d ) (?<! \d, ) \d{1,3} (?: ,\d{3} )+ (?! ,?\d ) (?: \.\d+ )?  # thousands, by threes
+      | \d+ (?: \.\d+ )?
+      | (?<! \d ) \.\d+
+    )""",
+    re.VERBOSE,
+)
 _GYM = "reasoning-gym:"
 
 
@@ -63,7 +71,10 @@ def default_scorer(answer: str) -> str:
 
 
 def last_number(text: str) -> float | None:
-    """Return the last decimal number in a text, thousands separators removed, or None."""
+    """Return the last decimal number in a text, or None.
+
+    Commas that set off thousands belong to it; those of a list ("1,2,3") part its elements.
+    """
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 

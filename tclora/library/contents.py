@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from tclora.errors import LibraryError
-from tclora.library.layout import Layout
+from tclora.library.layout import EvaluationLayout, Layout
 from tclora.library.manifest import check_listed, is_listed, read_manifest
 from tclora.library.names import cluster_number
 from tclora.library.records import Manifest
@@ -104,13 +104,12 @@ def read_contents(library: Path) -> Contents:
     manifest = read_manifest(library)
     reader = _Reader(library.absolute(), manifest)
     layout = Layout(library)
-    tables = layout.evaluation
     return Contents(
         manifest=manifest,
         clusters=reader.table(layout.clusters, _CLUSTERS),
         explained_variance=reader.table(layout.explained_variance, _EXPLAINED),
         losses=_read_losses(reader, layout),
-        **{kind: reader.optional(getattr(tables, kind), _EVALUATION[kind]) for kind in _EVALUATION},
+        **_read_evaluation(reader, layout.evaluation),
         interference=reader.optional(layout.interference, _INTERFERENCE),
         shared_structure=reader.optional(layout.shared_structure, _SHARED),
         routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
@@ -164,6 +163,13 @@ def _read_losses(reader: _Reader, layout: Layout) -> dict[str, pd.DataFrame]:
         for name in reader.manifest.training
     }
     return {name: log for name, log in logs.items() if not log.empty}
+
+
+def _read_evaluation(reader: _Reader, tables: EvaluationLayout) -> dict[str, pd.DataFrame]:
+    places = {kind: tables.table(kind) for kind in _EVALUATION}
+    if is_listed(reader.root, reader.manifest, tables.former_lm_eval):
+        places["lm_eval"] = tables.former_lm_eval
+    return {kind: reader.optional(place, _EVALUATION[kind]) for kind, place in places.items()}
 
 
 def _cluster_names(manifest: Manifest) -> list[str]:

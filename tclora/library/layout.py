@@ -248,8 +248,12 @@ class EvaluationLayout:
     @property
     def lm_eval(self) -> Path:
         """Measurements by lm-eval, per method."""
-        former = self.table("harness")  # its name in version 0.1.0
-        return former if former.exists() else self.table("lm_eval")
+        return self.table("lm_eval")
+
+    @property
+    def former_lm_eval(self) -> Path:
+        """The same in libraries of version 0.1.0."""
+        return self.table("harness")
 
 
 def statistics_file(folder: Path, name: str) -> Path:

@@ -1,6 +1,5 @@
 """Response log-likelihoods of a causal LM, with logits only where a response token is predicted."""
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -32,9 +31,7 @@ def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
         logits_to_keep=labels.shape[1],
         use_cache=False,
     ).logits  # (rows, S, vocabulary)
-    return torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
+    return _cross_entropy(logits, labels)
 
 
 def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -71,8 +68,15 @@ def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
             position_ids=batch.position_ids.to(device),
             logits_to_keep=labels.shape[1],
             use_cache=False,
-        ).logits[0]  # (supervised, vocabulary)
+        ).logits  # (1, supervised, vocabulary)
     finally:
         handle.remove()
-    losses = nn.functional.cross_entropy(logits.float(), labels[kept], reduction="none")
+    losses = _cross_entropy(logits, labels[kept][None])[0]  # (supervised,)
     return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (rows, S) float32 losses of (rows, S, vocabulary) logits; one kernel for both."""
+    return nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )

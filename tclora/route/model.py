@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
 from tclora.library.records import ModelIdentity
+from tclora.model.generation import only_end_tokens
 from tclora.model.locate import (
     choose_dtype,
     default_device,
@@ -63,7 +64,8 @@ class RoutedModel:
     Attributes
     ----------
     model : PeftModel
-        For direct use; outside of `routed` it is the static merge.
+        For direct use; outside of `routed` it is the static merge. Of the checkpoint's generation
+        defaults it keeps the end tokens only.
     tokenizer : PreTrainedTokenizerBase
         The base model's tokenizer.
     library : RoutedLibrary
@@ -82,6 +84,8 @@ class RoutedModel:
         self.model = model
         self.tokenizer = tokenizer
         self.library = library
+        base: Any = model.get_base_model()
+        base.generation_config = only_end_tokens(model, tokenizer)
         self.gating = Gating(model, library.gated)
         self._embedder = embedder
 
@@ -121,7 +125,8 @@ class RoutedModel:
         max_new_tokens : int
             Longest answer (tokens).
         **options
-            Of ``transformers``' ``generate``; greedy by default. One sequence per prompt.
+            Of ``transformers``' ``generate``; greedy by default, whatever the checkpoint's
+            generation defaults are. One sequence per prompt.
 
         Returns
         -------

@@ -26,16 +26,12 @@ def merge(
     sample: Annotated[
         list[str],
         typer.Option(
-            "--sample",
-            "--calibration",  # its name in version 0.1.0
             metavar="[NAME=]FILE",
             help="Sample rows of an adapter, or of all with a column 'adapter', for methods that "
             "use activations; loads the base model.",
         ),
     ] = [],  # noqa: B006
-    sample_rows: Annotated[
-        int, typer.Option("--sample-rows", "--calibration-rows", min=1, help="Rows per adapter.")
-    ] = 16,
+    sample_rows: Annotated[int, typer.Option(min=1, help="Rows per adapter.")] = 16,
     scales: Annotated[
         list[float],
         typer.Option(help="Grid of the method's scale, chosen on --sample; repeat the option."),

@@ -138,6 +138,18 @@ def test_the_scale_is_chosen_on_sample_rows(folders, sample, tmp_path, tiny_mode
     assert_same(read_adapter(tmp_path / "out"), wanted)
 
 
+def test_former_options_are_taken_with_a_notice_and_not_shown(folders, sample, tmp_path):
+    present = ["--sample", sample, "--sample-rows", 1, "--template", "plain"]
+    former = [f"--calibration={sample}", "--calibration-rows", 1, "--template", "plain"]
+    quiet = invoke("merge", *folders, "-o", tmp_path / "one", *present)
+    noted = invoke("merge", *folders, "-o", tmp_path / "two", *former)
+    assert "is now" not in quiet.stderr
+    assert "--calibration is now --sample;" in noted.stderr
+    assert "--calibration-rows is now --sample-rows;" in noted.stderr
+    assert_same(read_adapter(tmp_path / "one"), read_adapter(tmp_path / "two"))
+    assert "--calibration" not in invoke("merge", "--help").stdout
+
+
 def test_scales_that_cannot_be_chosen_are_refused(folders, sample, tmp_path):
     def ask(*arguments):
         return invoke("merge", *folders, "-o", tmp_path / "out", "--scales", 0.4, *arguments)

@@ -3,6 +3,7 @@ import math
 import pandas as pd
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tclora.evaluate.measure import evaluate_frame, measure
 from tclora.model.loss import response_nll
@@ -59,6 +60,20 @@ def test_greedy_answers_equal_generate_on_single_rows(tiny_model, tokenizer, row
         )
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert measured.generated == text
+
+
+def test_defaults_of_the_checkpoint_change_no_answer(tiny_model, tokenizer, rows):
+    wanted = [row_answer(tiny_model, tokenizer, row, 10) for row in rows]
+    before = GenerationConfig(repetition_penalty=5.0, min_new_tokens=10, eos_token_id=[2, 40])
+    tiny_model.generation_config = before
+    ended = [
+        measured.generated for measured in measure(tiny_model, tokenizer, rows, max_new_tokens=10)
+    ]
+    assert all(whole.startswith(answer) for whole, answer in zip(wanted, ended, strict=True))
+    before.eos_token_id = tokenizer.eos_token_id
+    found = measure(tiny_model, tokenizer, rows, max_new_tokens=10)
+    assert [measured.generated for measured in found] == wanted
+    assert tiny_model.generation_config is before
 
 
 def test_an_early_end_does_not_disturb_the_nll(tiny_model, tokenizer, rows):

@@ -404,7 +404,7 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
     assert run.data.params["factorise.target_recovery"] == "0.9"
 
 
-def test_scales_are_tuned_on_the_calibration_rows(library, settings):
+def test_scales_are_tuned_on_the_sample_rows(library, settings):
     merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
     before = stamps_of(library)
     staging = Path(pipeline(settings | {"merge": merging}, until="merge")["library"])

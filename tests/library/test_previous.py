@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tclora.errors import LibraryError
+from tclora.files import sha256_file
 from tclora.library.contents import read_contents
 from tclora.library.manifest import read_manifest, verify
 from tclora.report import write_report
@@ -48,6 +50,31 @@ def test_it_reports(library):
     assert "tc-lora" in page
     assert page.count("<svg") == 7
     assert set(read_contents(library).losses) == {"joint", *NAMES}
+
+
+def test_its_table_of_lm_eval_is_found_under_its_former_name(library):
+    assert read_contents(library).lm_eval.empty
+    file = library / "evaluation" / "harness.parquet"
+    row = {"method": "tc-lora", "task": "piqa", "metric": "acc", "value": 0.5, "stderr": 0.01}
+    pd.DataFrame([row]).to_parquet(file)
+    assert read_contents(library).lm_eval.empty  # not listed
+    manifest = json.loads((library / "library.json").read_text())
+    manifest["digests"]["evaluation/harness.parquet"] = sha256_file(file)
+    (library / "library.json").write_text(json.dumps(manifest))
+    assert read_contents(library).lm_eval.to_dict("records") == [row]
+
+
+def test_a_former_table_that_lies_beside_the_present_one_does_not_hide_it(library):
+    """As in the staging area of a run that goes on from such a library."""
+    row = {"method": "tc-lora", "task": "piqa", "metric": "acc", "value": 0.5, "stderr": 0.01}
+    for name, value in (("harness", 0.1), ("lm_eval", 0.5)):
+        frame = pd.DataFrame([row | {"value": value}])
+        frame.to_parquet(library / "evaluation" / f"{name}.parquet")
+    manifest = json.loads((library / "library.json").read_text())
+    digest = sha256_file(library / "evaluation" / "lm_eval.parquet")
+    manifest["digests"]["evaluation/lm_eval.parquet"] = digest
+    (library / "library.json").write_text(json.dumps(manifest))
+    assert read_contents(library).lm_eval.to_dict("records") == [row]
 
 
 def test_its_routed_part_reads(library):

@@ -178,7 +178,7 @@ def test_items_without_answer_or_score_are_shown(library):
     assert "✓" not in written(library)
 
 
-def test_harness_results_are_listed(library):
+def test_lm_eval_results_are_listed(library):
     row = {"method": "tc-lora", "task": "arc<easy>", "metric": "acc", "value": 0.5, "stderr": 0.01}
     pd.DataFrame([row]).to_parquet(library / "evaluation/lm_eval.parquet")
     assert "arc&lt;easy&gt;" in written(library)

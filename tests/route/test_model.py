@@ -132,6 +132,15 @@ def test_an_answer_ends_at_any_end_token_of_the_model(library):
     assert ended == whole[: whole.index(whole[3]) + 1]
 
 
+def test_defaults_of_the_checkpoint_change_no_answer(library, tiny_model):
+    plain = tclora.load(library).generate(NEW_PROMPTS, max_new_tokens=12)
+    tiny_model.generation_config.update(repetition_penalty=5.0, suppress_tokens=[*range(40, 90)])
+    routed = tclora.load(library, tiny_model)
+    assert routed.generate(NEW_PROMPTS, max_new_tokens=12) == plain
+    asked = routed.generate(NEW_PROMPTS, max_new_tokens=12, suppress_tokens=[*range(40, 90)])
+    assert asked != plain
+
+
 def test_a_long_prompt_leaves_room_for_its_answer(library):
     routed = tclora.load(library)
     inputs = routed.encode(["x" * 2000], room=50)

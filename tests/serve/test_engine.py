@@ -71,6 +71,14 @@ def test_tokens_route_themselves_in_a_batch_too(library):
     assert found == [answer.text for answer in wanted]
 
 
+def test_defaults_of_the_checkpoint_change_no_answer(library, tiny_model, engine):
+    wanted = [client.answer() for client in asked(engine, ALL, max_tokens=8)]
+    tiny_model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    other = Engine(tclora.load(library, tiny_model))
+    assert [client.answer() for client in asked(other, ALL, max_tokens=8)] == wanted
+    other.close()
+
+
 def test_rows_of_a_batch_have_lengths_of_their_own(engine):
     clients = [*asked(engine, ALL[:1], max_tokens=2), *asked(engine, ALL[1:2], max_tokens=7)]
     for client in clients:

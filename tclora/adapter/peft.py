@@ -214,10 +214,19 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _pattern_value(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    """Return the value of the first pattern that matches, or of the module's name itself."""
+    patterns = patterns or {}
+    for pattern, value in patterns.items():
+        try:
+            matched = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise AdapterError(
+                f"alpha_pattern must have regular expressions as keys, got {pattern!r}: {error}; "
+                f"correct it in {CONFIG_FILE}"
+            ) from error
+        if matched:
             return value
-    return default
+    return patterns.get(module, default)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -80,8 +80,8 @@ def shared_facts(contents: Contents) -> list[Fact]:
     weight = table["energy"] / table["energy"].sum()
     k = contents.manifest.clustering.k
     facts = [
-        Fact("shared energy", f"{percent(float((table['shared'] * weight).sum()))} %", "of C²"),
-        Fact("spread of a component", number(float((table["spread"] * weight).sum()), 1),
+        Fact("shared energy", f"{percent(float((table['shared'] * weight).sum()), 1)} %", "of C²"),
+        Fact("spread of a component", number(float((table["spread"] * weight).sum()), 2),
              f"clusters, of {k}"),
     ]  # fmt: skip
     consistency = table["core_consistency"].dropna()

@@ -4,6 +4,7 @@ Symbols: K adapters, R the CP rank.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from tclora.adapter.union import module_factors
 from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import compress
 from tclora.tensor.library import CPFactors, LibraryFactors
+from tclora.tensor.sidebyside import side_by_side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,17 +68,19 @@ def shared_structure(adapters: Sequence[Adapter], factors: LibraryFactors) -> "p
     DataFrame
         Columns module, rank (CP rank R), energy (Σ C²), shared (share of it that is shared, see
         `shared_share`), spread (mean over components, weighted by energy), core_consistency (in
-        percent; NaN where R > K, see `core_consistency`).
+        percent; NaN where R > K or the module is zero, see `core_consistency`).
     """
     import pandas as pd
 
     K, rows = len(factors.names), []
+    consistencies = side_by_side(partial(_consistency, adapters, factors), factors.modules)
+    consistency = dict(zip(factors.modules, consistencies, strict=True))
     for module, parts in component_diagnostics(factors).groupby("module", sort=True):
-        cp = factors.modules[str(module)]
+        rank = factors.modules[str(module)].rank
         energy = parts["energy"]
         spread = float((parts["spread"] * energy).sum() / energy.sum()) if energy.sum() else 1.0
-        consistency = _consistency(adapters, str(module), cp) if cp.rank <= K else float("nan")
-        rows.append((module, cp.rank, energy.sum(), _shared(parts, K), spread, consistency))
+        unique = consistency[str(module)]
+        rows.append((module, rank, energy.sum(), _shared(parts, K), spread, unique))
     columns = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -88,7 +92,11 @@ def _shared(components: "pd.DataFrame", K: int) -> float:
     return float(((components["spread"] - 1) / (K - 1) * components["energy"]).sum() / total)
 
 
-def _consistency(adapters: Sequence[Adapter], module: str, cp: CPFactors) -> float:
+def _consistency(adapters: Sequence[Adapter], factors: LibraryFactors, module: str) -> float:
+    """Return a module's core consistency; NaN where R > K or nothing was updated."""
+    cp = factors.modules[module]
+    if cp.rank > len(adapters) or not cp.C.any():
+        return float("nan")
     found = module_factors(adapters, module)
     core = compress([f.B for f in found], [f.A for f in found])
     U, V = core.left.mT @ cp.U.to(core.left), core.right.mT @ cp.V.to(core.right)

@@ -44,6 +44,8 @@ def build_library(folder: Path, *, labelled: bool = True) -> Path:
     items.to_parquet(folder / "evaluation/items.parquet")
     _summary(items, labelled).to_parquet(folder / "evaluation/summary.parquet")
     _recovery(rng).to_parquet(folder / "evaluation/recovery.parquet")
+    _pairs(np.random.default_rng(1)).to_parquet(folder / "interference.parquet")
+    _shared(np.random.default_rng(2)).to_parquet(folder / "shared_structure.parquet")
     for name in [*(f"cluster-{k}" for k in range(K - 1)), "joint"]:
         log = _log(rng, 240 if name == "joint" else 60)
         (folder / f"training/{name}.json").write_text(json.dumps(log))
@@ -157,6 +159,33 @@ def _recovery(rng):
         named |= {"mean": values.mean(), "worst": values.min()}
         rows += [(method, name, value, value - 0.05, value + 0.04) for name, value in named.items()]
     return pd.DataFrame(rows, columns=["method", "cluster", "recovery", "low", "high"])
+
+
+def _pairs(rng):
+    first, second = np.triu_indices(K, k=1)
+    pairs = pd.DataFrame(
+        {"first": [f"cluster-{k}" for k in first], "second": [f"cluster-{k}" for k in second]}
+    )
+    pairs["cosine"] = rng.uniform(-0.1, 0.2, len(pairs))
+    for measure in ("input_overlap", "output_overlap", "sign_conflict"):
+        pairs[measure] = rng.uniform(0, 1, len(pairs))
+    return pairs
+
+
+def _shared(rng):
+    """Two modules of each of four layers, and a head outside them."""
+    modules = [*(f"model.layers.{i}.{part}" for i in range(4) for part in ("q", "up")), "head"]
+    shared = rng.uniform(0, 0.3, len(modules))
+    return pd.DataFrame(
+        {
+            "module": modules,
+            "rank": 4,
+            "energy": rng.uniform(0.5, 1, len(modules)),
+            "shared": shared,
+            "spread": 1 + shared * (K - 1),
+            "core_consistency": [12.0, -340.0, np.nan, *[99.0] * (len(modules) - 3)],
+        }
+    )
 
 
 def _log(rng, steps):

@@ -18,6 +18,8 @@ NAMES = [
     "recovery",
     "storage",
     "routing",
+    "interference",
+    "shared_energy",
 ]
 
 
@@ -41,6 +43,8 @@ def test_figures_without_data_are_left_out(library):
     path = library / "explained_variance.parquet"
     curve = pd.read_parquet(path)
     curve[curve["module"] != "overall"].to_parquet(path)
+    for name in ("interference", "shared_structure"):
+        (library / f"{name}.parquet").unlink()
     seal(library)
     assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage", "routing"]
 

@@ -13,7 +13,7 @@ from tclora.report.render import render
 from tests.report.library import SCRIPT, build_library, edit_manifest, seal
 
 MAX_BYTES = 3_000_000
-N_FIGURES = 7
+N_FIGURES = 9
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -151,7 +151,7 @@ def test_bare_library_is_reported(library):
     edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
     seal(library)
     page = write_report(library).read_text(encoding="utf-8")
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
     assert "Recovery was not measured" in page
     assert "Loss curves are left out" in page
 

@@ -66,3 +66,22 @@ def test_modules_are_listed_per_pair_and_weighted_by_norm():
     assert set(found.modules["module"]) == {"q", "v"}
     assert found.cosine.loc["a", "b"] == pytest.approx(1)
     assert not found.modules.isna().any().any()
+
+
+def test_pairs_list_every_two_adapters_once():
+    generator = torch.Generator().manual_seed(0)
+    found = interference(
+        [
+            adapter(
+                n, (torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator))
+            )
+            for n in "abc"
+        ]
+    )
+    pairs = found.pairs()
+    assert list(zip(pairs["first"], pairs["second"], strict=True)) == [
+        ("a", "b"), ("a", "c"), ("b", "c"),
+    ]  # fmt: skip
+    for pair in pairs.itertuples():
+        assert pair.cosine == found.cosine.loc[pair.first, pair.second]
+        assert pair.sign_conflict == found.sign_conflict.loc[pair.first, pair.second]

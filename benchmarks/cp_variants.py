@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from held_out import cluster_adapters
 from tables import report
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from tclora.adapter import Adapter, read_adapter
 from tclora.adapter.union import module_factors
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
-from tclora.library.names import cluster_number
 from tclora.tensor import Core, compress, core_consistency, cp_als
 from tclora.tensor.starts import slices
 
@@ -230,7 +230,7 @@ def stability(cores: dict[str, Core]) -> pd.DataFrame:
 
 def main(library: Path) -> None:
     """Run all three and report."""
-    names = sorted(n for n in read_manifest(library).training if cluster_number(n) is not None)
+    names = cluster_adapters(read_manifest(library).training)
     adapters = [read_adapter(Layout(library).adapter(name)) for name in names]
     modules = list(adapters[0].modules)
     sample = modules[:: len(modules) // SAMPLE][:SAMPLE]

@@ -3,7 +3,7 @@
 The rows are the run's own test rows, or more of them drawn from the demo's task families.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,12 @@ Context = Callable[[Any], AbstractContextManager[Any]]
 _OTHER_SEED = 1000  # the rows that a run never saw are drawn by the run's seed plus this
 
 
+def cluster_adapters(trained: Iterable[str]) -> list[str]:
+    """Return the names of the clusters' own adapters, in the order of their numbers."""
+    numbers = {name: cluster_number(name) for name in trained}
+    return sorted((n for n in numbers if numbers[n] is not None), key=lambda n: numbers[n] or 0)
+
+
 class HeldOut:
     """A library, its base model, its cluster adapters and held-out in-domain rows.
 
@@ -44,7 +50,7 @@ class HeldOut:
         self.location = self.manifest.base_model.location
         self.tokenizer = load_tokenizer(self.location)
         self.model = self.base()
-        names = sorted(n for n in self.manifest.training if cluster_number(n) is not None)
+        names = cluster_adapters(self.manifest.training)
         opened = [read_adapter(layout.adapter(name)) for name in names]
         self.adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
         self.statistics = ActivationStatistics.load(*map(layout.statistics, names))
@@ -113,4 +119,5 @@ class HeldOut:
             "mean": mean["recovery"],
             "interval": f"{mean['low']:.3f} to {mean['high']:.3f}",
             "worst": worst["recovery"],
+            "rows of worst": worst["n"],
         }

@@ -64,7 +64,7 @@ def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple
     if pd.isna(mean["recovery"]):
         return "undefined", "", "undefined"
     interval = f"{mean['low']:.0%}-{mean['high']:.0%}"
-    return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%}"
+    return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%} (n={worst['n']})"
 
 
 def _places(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tclora.library.names import BASE, OWN
 
 Array = NDArray[np.float64]
+_Row = tuple[str, str, int, float, float, float]
 _CHUNK = 200  # resamples at once, to bound memory
 
 
@@ -74,14 +75,17 @@ def recovery(
     Returns
     -------
     DataFrame
-        Columns method, cluster ("0", "1", …, "mean", "worst"), recovery, low, high. Clusters whose
-        own adapter does not beat the base have NaN and do not enter mean and worst.
+        Columns method, cluster ("0", "1", …, "mean", "worst"), n, recovery, low, high. Clusters
+        whose own adapter does not beat the base have NaN and do not enter mean and worst. "mean"
+        counts the rows of the clusters that enter it, "worst" those of the cluster it is, and
+        "worst" has no ends: a minimum of estimates lies below the least recovery however many
+        resamples are drawn, so that percentiles of it would not cover what they claim.
     """
     test = items[items["split"] == "test"]
     methods = [m for m in test["method"].unique() if m not in {BASE, OWN, against}]
-    rows: list[tuple[str, str, float, float, float]] = []
+    rows: list[_Row] = []
     for method in methods:
-        draws, points = [], []
+        draws, points, counts = [], [], []
         for cluster, part in test.groupby("cluster", sort=True):
             tables = [
                 part[part["method"] == name].set_index("id")[["nll", "tokens"]]
@@ -91,21 +95,25 @@ def recovery(
             point, sample = _cluster_recovery(tables, resamples, seed + int(str(cluster)))
             points.append(point)
             draws.append(sample)
-            rows.append((method, str(cluster), point, *_interval(sample, confidence)))
-        rows += _overall(method, np.array(points), np.array(draws), confidence)
-    return pd.DataFrame(rows, columns=["method", "cluster", "recovery", "low", "high"])
+            counts.append(len(tables[0]))
+            rows.append((method, str(cluster), counts[-1], point, *_interval(sample, confidence)))
+        rows += _overall(method, np.array(points), np.array(draws), np.array(counts), confidence)
+    return pd.DataFrame(rows, columns=["method", "cluster", "n", "recovery", "low", "high"])
 
 
 def _overall(
-    method: str, points: Array, draws: Array, confidence: float
-) -> Iterator[tuple[str, str, float, float, float]]:
+    method: str, points: Array, draws: Array, counts: NDArray[np.int_], confidence: float
+) -> Iterator[_Row]:
     defined = ~np.isnan(points)
-    for name, reduce in (("mean", np.mean), ("worst", np.min)):
-        if not defined.any():
-            yield method, name, np.nan, np.nan, np.nan
-            continue
-        sample = reduce(draws[defined], axis=0)
-        yield method, name, float(reduce(points[defined])), *_interval(sample, confidence)
+    if not defined.any():
+        yield method, "mean", 0, np.nan, np.nan, np.nan
+        yield method, "worst", 0, np.nan, np.nan, np.nan
+        return
+    points, counts = points[defined], counts[defined]
+    ends = _interval(draws[defined].mean(0), confidence)
+    yield method, "mean", int(counts.sum()), float(points.mean()), *ends
+    worst = int(points.argmin())
+    yield method, "worst", int(counts[worst]), float(points[worst]), np.nan, np.nan
 
 
 def _cluster_recovery(tables: list[pd.DataFrame], resamples: int, seed: int) -> tuple[float, Array]:

@@ -5,7 +5,7 @@ explained variance are mandatory; evaluation, training logs and routing may be m
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ _EVALUATION = {
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
+_NEWER = {"recovery": ["n"]}  # columns that tables of version 0.1.0 lack
 _INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
 _SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
 
@@ -123,8 +124,8 @@ class _Reader:
     root: Path
     manifest: Manifest
 
-    def table(self, path: Path, columns: list[str]) -> pd.DataFrame:
-        """Read a table that must be there."""
+    def table(self, path: Path, columns: list[str], newer: Sequence[str] = ()) -> pd.DataFrame:
+        """Read a table that must be there; newer columns are empty where it has none."""
         check_listed(self.root, self.manifest, path)
         try:
             frame = pd.read_parquet(path)
@@ -136,13 +137,13 @@ class _Reader:
             raise LibraryError(
                 f"{path} must have columns {columns}, lacks {missing}; run the pipeline again"
             )
-        return frame[columns]
+        return frame.reindex(columns=[*columns, *newer])
 
-    def optional(self, path: Path, columns: list[str]) -> pd.DataFrame:
+    def optional(self, path: Path, columns: list[str], newer: Sequence[str] = ()) -> pd.DataFrame:
         """Read a table, empty if the library has none."""
         if not is_listed(self.root, self.manifest, path):
-            return pd.DataFrame(columns=columns)
-        return self.table(path, columns)
+            return pd.DataFrame(columns=[*columns, *newer])
+        return self.table(path, columns, newer)
 
     def records(self, path: Path) -> Any:  # noqa: ANN401
         """Read JSON, an empty list if the library has none."""
@@ -169,7 +170,14 @@ def _read_evaluation(reader: _Reader, tables: EvaluationLayout) -> dict[str, pd.
     places = {kind: tables.table(kind) for kind in _EVALUATION}
     if is_listed(reader.root, reader.manifest, tables.former_lm_eval):
         places["lm_eval"] = tables.former_lm_eval
-    return {kind: reader.optional(place, _EVALUATION[kind]) for kind, place in places.items()}
+    read = {
+        kind: reader.optional(place, _EVALUATION[kind], _NEWER.get(kind, ()))
+        for kind, place in places.items()
+    }
+    # Version 0.1.0 gave the worst cluster an interval that did not hold.
+    recovered = read["recovery"]
+    recovered.loc[recovered["cluster"] == "worst", ["low", "high"]] = float("nan")
+    return read
 
 
 def _cluster_names(manifest: Manifest) -> list[str]:

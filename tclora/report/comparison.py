@@ -4,8 +4,9 @@ A table has the references (base, own, joint) apart from the merges; the best me
 is marked.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 
@@ -24,7 +25,7 @@ _NARROW = 4  # columns
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: what is printed, its interval, and the number that sorts and ranks it."""
+    """One measurement: what is printed, its interval (or rows), and what sorts and ranks it."""
 
     text: str = MISSING
     interval: str = ""
@@ -85,8 +86,9 @@ def compare_recovery(contents: Contents) -> Table | None:
     if rows.empty:
         return None
     clusters = sorted(set(rows["key"]) - {"mean", "worst"}, key=_natural)
-    columns = {"mean": Column("mean"), "worst": Column("worst")}
-    columns |= {cluster: Column(f"cluster {cluster}") for cluster in clusters}
+    counts = {key: number(n) for key, n in rows.groupby("key")["n"].max().dropna().items()}
+    columns = {"mean": Column("mean", counts.get("mean", "")), "worst": Column("worst")}
+    columns |= {key: Column(f"cluster {key}", counts.get(key, "")) for key in clusters}
     return _table(contents, "Recovery (%)", rows, columns, percent, best=max)
 
 
@@ -142,9 +144,7 @@ def _table(
 ) -> Table:
     """Lay out long rows (method, key, value, low, high) as a table of `columns`."""
     cells = {
-        (row["method"], row["key"]): Cell(
-            write(row["value"]), interval(write(row["low"]), write(row["high"])), row["value"]
-        )
+        (row["method"], row["key"]): Cell(write(row["value"]), _beside(row, write), row["value"])
         for row in rows.dropna(subset=["value"]).to_dict("records")
         if row["key"] in columns
     }
@@ -157,6 +157,13 @@ def _table(
         [_row(method, columns, cells) for method in references(present)],
         [_row(method, columns, cells) for method in merged],
     )
+
+
+def _beside(row: Mapping[Hashable, Any], write: Callable[[float], str]) -> str:
+    """Write what stands beside a value: its interval, or for a worst cluster its rows."""
+    if row["key"] == "worst":
+        return "" if pd.isna(row["n"]) else f"n = {number(row['n'])}"
+    return interval(write(row["low"]), write(row["high"]))
 
 
 def _mark_best(

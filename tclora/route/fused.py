@@ -16,28 +16,26 @@ from torch.nn.functional import linear
 Gate = Callable[[Tensor], Tensor]  # components (n, T, R) → gated components (n, T, R)
 
 
-def fuse(layer: Linear, adapter: str, current: Callable[[], Gate | None]) -> None:
+def fuse(layer: Linear, adapter: str, current: Callable[[], Gate]) -> None:
     """Let a layer's forward pass take the short way wherever it gives the same result.
 
     Parameters
     ----------
     layer : peft.tuners.lora.Linear
-        PEFT's layer; its `forward` is replaced. Without a gate, in training, under autocast, with
-        other adapters, merged, disabled or quantised, PEFT's own forward pass runs.
+        PEFT's layer; its `forward` is replaced. In training, under autocast, with other adapters,
+        disabled or quantised, PEFT's own forward pass runs.
     adapter : str
         PEFT's name of the gated adapter.
     current : callable
-        Returns the gate in force, or None.
+        Returns the gate in force.
     """
     plain = layer.forward
     base = layer.base_layer
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        gate = current()
         A, B = (cast("Tensor", part[adapter].weight) for part in (layer.lora_A, layer.lora_B))
         if (
-            gate is None
-            or args
+            args
             or kwargs
             or not isinstance(base, nn.Linear)
             or not x.dtype == base.weight.dtype == A.dtype
@@ -45,14 +43,13 @@ def fuse(layer: Linear, adapter: str, current: Callable[[], Gate | None]) -> Non
             or torch.is_autocast_enabled(x.device.type)
             or layer.training
             or layer.disable_adapters
-            or layer.merged
             or layer.active_adapters != [adapter]
             or layer.lora_bias[adapter]
             or adapter in layer.lora_variant
         ):
             return plain(x, *args, **kwargs)
         output: Tensor = base(x)
-        components = gate(linear(x, A))
+        components = current()(linear(x, A))
         output.view(-1, output.shape[-1]).addmm_(
             components.reshape(-1, components.shape[-1]), B.mT, alpha=layer.scaling[adapter]
         )

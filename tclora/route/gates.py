@@ -1,12 +1,14 @@
 """One adapter for all clusters: shared factors, and a gate on its components for each cluster.
 
-Symbols: K clusters, R components of a module, B (d_out, R) and A (R, d_in) its shared factors,
-g_k (R,) the gate of cluster k, G_k (d_in, d_in) the Gram matrix of its inputs. The update for an
-input with routing weights π is B diag(Σ_k π_k g_k) A; gates of 1 give the static merge B A.
+Symbols: K clusters, R components of a module, U (d_out, R) and V (R, d_in) with unit columns and
+rows, g_k (R,) the gate of cluster k, s (R,) the static gate, G_k (d_in, d_in) the Gram matrix of
+a cluster's inputs. The update for an input with routing weights π is U diag(Σ_k π_k g_k) V; the
+static merge is U diag(s) V. Gates are numbers of their own, no ratios to the static ones: where
+the clusters' loadings cancel, s is next to nothing and such a ratio without bound.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,19 +32,44 @@ class GatedAdapter:
     Attributes
     ----------
     adapter : Adapter
-        The static merge: what a gate of 1 gives, and what stock PEFT loads.
+        The static merge: what stock PEFT loads.
     gates : Mapping[str, Tensor]
-        Module path → gates of shape (K, R), float32; R may differ between modules.
+        Module path → gates of its unit components, shape (K, R), float32; R may differ between
+        modules.
     names : tuple of str
         Adapter names of the clusters, in the order of the gates' rows.
+
+    Raises
+    ------
+    AdapterError
+        If a gate is not finite.
     """
 
     adapter: Adapter
     gates: Mapping[str, Tensor]
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        for module, gates in self.gates.items():
+            if not gates.isfinite().all():
+                raise AdapterError(f"gates of {module} must be finite; fit them again")
+
+    def components(self, module: str) -> LoraFactors:
+        """Return a module's unit components U (d_out, R) and V (R, d_in), float64.
+
+        A component of the static merge that is exactly zero stays zero: it has no direction.
+        """
+        B, A = (factor.double() for factor in self.adapter.modules[module])
+        norms = B.norm(dim=0), A.norm(dim=1)
+        b, a = (torch.where(norm > 0, norm, 1) for norm in norms)
+        return LoraFactors(B / b, A / a[:, None])
+
+    def static(self, module: str) -> Tensor:
+        """Return the static gate of a module's unit components, shape (R,), float64."""
+        return static_gate(self.adapter.modules[module])
+
     def mixed(self, weights: Sequence[float] | Tensor, name: str = "mixed") -> Adapter:
-        """Return the plain LoRA of one mixture of clusters, B diag(Σ_k π_k g_k) A.
+        """Return the plain LoRA of one mixture of clusters, U diag(Σ_k π_k g_k) V.
 
         Parameters
         ----------
@@ -62,10 +89,11 @@ class GatedAdapter:
                 f"weights must be {len(self.names)} finite numbers, one for each of "
                 f"{', '.join(self.names)}, got {pi.tolist()}"
             )
-        modules = {
-            module: LoraFactors(B * (pi @ self.gates[module].double()).to(B), A)
-            for module, (B, A) in self.adapter.modules.items()
-        }
+        modules = {}
+        for module, factors in self.adapter.modules.items():
+            U, V = self.components(module)
+            gate = pi @ self.gates[module].double()
+            modules[module] = LoraFactors((U * gate).to(factors.B), V.to(factors.A))
         return Adapter(name, modules, self.adapter.base_model)
 
     def cluster(self, cluster: str | int) -> Adapter:
@@ -84,6 +112,12 @@ class GatedAdapter:
             )
         name = known[cluster]
         return self.mixed([float(other == name) for other in self.names], name)
+
+
+def static_gate(factors: LoraFactors) -> Tensor:
+    """Return the size of each component of an update B A, ‖B[:, ρ]‖ ‖A[ρ]‖, shape (R,), float64."""
+    sizes: Tensor = factors.B.double().norm(dim=0) * factors.A.double().norm(dim=1)
+    return sizes
 
 
 def fit_gates(
@@ -116,8 +150,8 @@ def fit_gates(
 
     Notes
     -----
-    g_k minimises ‖(Δ_k − B diag(g) A) G_k^{1/2}‖², a linear least squares problem of R unknowns:
-    ((Bᵀ B) ∘ (A G_k Aᵀ)) g = diag(Bᵀ Δ_k G_k Aᵀ). As g = 1 is among its candidates, a cluster's
+    g_k minimises ‖(Δ_k − U diag(g) V) G_k^{1/2}‖², a linear least squares problem of R unknowns:
+    ((Uᵀ U) ∘ (V G_k Vᵀ)) g = diag(Uᵀ Δ_k G_k Vᵀ). As g = s is among its candidates, a cluster's
     gated update is never farther from its own one, in its own input metric, than the static merge.
     """
     check_adapters(adapters)
@@ -131,28 +165,29 @@ def fit_gates(
     clusters = [adapter.name for adapter in adapters]
     equal = torch.full((len(adapters),), 1 / len(adapters))
     metrics = InputMetrics(statistics, clusters, equal) if statistics else None
-    gates, shared = {}, {}
+    shared = {module: merged.modules[module] for module in names}
+    unit = GatedAdapter(Adapter(merged.name, shared, merged.base_model), {}, tuple(clusters))
+    gates = {}
     for done, module in enumerate(names, 1):
-        shared[module] = merged.modules[module]
         own = module_factors(adapters, module)
         grams = metrics.of(module).grams if metrics else None
-        gates[module] = _fit_module(shared[module], own, grams).float()
+        gates[module] = _fit_module(unit.components(module), own, grams).float()
         if progress:
             progress(done, len(names))
-    adapter = Adapter(merged.name, shared, merged.base_model)
-    return GatedAdapter(adapter, gates, tuple(clusters))
+    return replace(unit, gates=gates)
 
 
-def _fit_module(shared: LoraFactors, own: Sequence[LoraFactors], grams: Tensor | None) -> Tensor:
-    """Solve the normal equations of all clusters; gates (K, R)."""
-    B, A = shared.B.double(), shared.A.double()
-    # Components are scaled to norm 1, so that a weak one is not taken for a redundant one.
-    norms = (B.norm(dim=0) * A.norm(dim=1)).clamp_min(torch.finfo(B.dtype).tiny)
+def _fit_module(unit: LoraFactors, own: Sequence[LoraFactors], grams: Tensor | None) -> Tensor:
+    """Solve the normal equations of all clusters; gates (K, R).
+
+    The components are of norm 1, so that a weak one is not taken for a redundant one.
+    """
+    U, V = unit
     rows = []
     for k, factors in enumerate(own):
-        read = A if grams is None else A @ grams[k]  # A G_k, (R, d_in)
-        normal = (B.mT @ B) * (read @ A.mT) / norms / norms[:, None]
-        right = ((B.mT @ factors.B.double()) * (read @ factors.A.double().mT)).sum(1) / norms
+        read = V if grams is None else V @ grams[k]  # V G_k, (R, d_in)
+        normal = (U.mT @ U) * (read @ V.mT)
+        right = ((U.mT @ factors.B.double()) * (read @ factors.A.double().mT)).sum(1)
         inverse = torch.linalg.pinv(normal, rtol=_TOLERANCE, hermitian=True)
-        rows.append(inverse @ right / norms)
+        rows.append(inverse @ right)
     return torch.stack(rows)

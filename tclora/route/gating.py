@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
+from tclora.adapter import LoraFactors
 from tclora.errors import AdapterError
 from tclora.route.fused import Gate, fuse
 from tclora.route.gates import GatedAdapter
@@ -22,18 +23,20 @@ _PREFIX = "base_model.model."
 
 
 class Gating:
-    """Multiplies the components A x of a loaded LoRA adapter by gates.
+    """Multiplies the components V x of a loaded LoRA adapter by gates.
 
-    Outside of a context every gate is 1: the model is the static merge that stock PEFT loads. A
-    backward pass that recomputes activations (gradient checkpointing) must be inside the context
-    too. A model has one set of gates at a time: a second thread waits until the first has left its
-    context.
+    The layers hold unit components from now on. Outside of a context the static gate is in force:
+    the model is the static merge that stock PEFT loads. Gates belong to the thread that enters the
+    context; others run meanwhile with theirs. A backward pass that recomputes activations
+    (gradient checkpointing) must be inside the context too.
 
     Parameters
     ----------
     model : PeftModel
-        A model with the gated adapter loaded; its LoRA layers get forward hooks on `lora_A` and,
-        for passes without gradients, a shorter forward pass (`fuse`).
+        A model with the gated adapter loaded; its LoRA layers get the unit components as weights,
+        forward hooks on `lora_A` and, for passes without gradients, a shorter forward pass
+        (`fuse`). What would take these weights for an update, PEFT's ``merge_adapter`` and
+        ``save_pretrained``, raises `AdapterError`. It may be cast or moved to a device later.
     gated : GatedAdapter
         Its gates.
     adapter : str
@@ -42,7 +45,8 @@ class Gating:
     Raises
     ------
     AdapterError
-        If the loaded adapter does not have exactly the modules and ranks of the gates.
+        If the loaded adapter does not have exactly the modules and ranks of the gates, or is merged
+        into the base weights.
     """
 
     def __init__(self, model: PeftModel, gated: GatedAdapter, adapter: str = "default") -> None:
@@ -56,23 +60,27 @@ class Gating:
                 f"the loaded adapter must have the modules and ranks of its gates, but differs in "
                 f"{len(odd)}, such as {odd[0]}; is this the base model it was made for?"
             )
-        weight = next(iter(layers.values())).weight
+        if any(layer.merged for layer in lora.values()):
+            raise AdapterError(
+                "the loaded adapter must not be merged into the base weights; call unmerge_adapter"
+            )
         self._gated = gated
-        self._lock = threading.RLock()
+        self._layers = layers
+        self._widths = [ranks[name] for name in layers]
+        self._stacked = torch.cat([gated.gates[name] for name in layers], dim=1).float()  # (K, Σ R)
+        static = [gated.static(name) for name in layers]
+        self._static = torch.cat(static).float()[None]  # (1, Σ R)
         self._prototypes: dict[str, Tensor] = {}
-        self._devices = {name: layer.weight.device for name, layer in layers.items()}
-        self._names = list(layers)
-        self._widths = [ranks[name] for name in self._names]
-        self._stacked = torch.cat([gated.gates[name] for name in self._names], dim=1).to(
-            weight.device, torch.float32
-        )  # (K, Σ R)
-        self._dtype = weight.dtype
-        self._current: dict[str, Gate] = {}
-        for name, layer in layers.items():
-            layer.register_forward_hook(self._hook(name))
-            whole = lora[name]
-            if isinstance(whole, Linear):
-                fuse(whole, adapter, partial(self._gate, name))
+        self._lock = threading.Lock()
+        self._current: dict[int, dict[str, Gate]] = {}  # by thread
+        self._resting = self._by_row(self._static)
+        for name, layer in lora.items():
+            _set_components(layer, adapter, gated.components(name))
+            layers[name].register_forward_hook(self._hook(name))
+            layer.merge = _refuse  # type: ignore[method-assign]
+            if isinstance(layer, Linear):
+                fuse(layer, adapter, partial(self._gate, name))
+        model.save_pretrained = _refuse  # type: ignore[method-assign]
 
     @contextmanager
     def applied(self, weights: Tensor, known: Tensor | None = None) -> Iterator[None]:
@@ -85,18 +93,18 @@ class Gating:
             multiple of n rows (beams, several samples per prompt) repeats each row's gate.
         known : Tensor of bool, shape (n,), optional
             Rows that are routed; the others get the static merge.
+
+        Raises
+        ------
+        ValueError
+            If a weight is not finite.
         """
-        pi = weights.to(self._stacked)
-        gates = pi @ self._stacked  # (n, Σ R)
+        if not weights.isfinite().all():
+            raise ValueError("weights must be finite, got NaN or infinity; check the router")
+        gates = weights.to(self._stacked) @ self._stacked  # (n, Σ R)
         if known is not None:
-            gates = torch.where(known.to(gates.device)[:, None], gates, 1.0)
-        parts = gates.to(self._dtype)[:, None].split(self._widths, dim=2)  # (n, 1, R) each
-        with self._use(
-            {
-                name: _by_row(part.to(self._devices[name]))
-                for name, part in zip(self._names, parts, strict=True)
-            }
-        ):
+            gates = torch.where(known.to(gates.device)[:, None], gates, self._static)
+        with self._use(self._by_row(gates)):
             yield
 
     @contextmanager
@@ -122,7 +130,7 @@ class Gating:
         Notes
         -----
         A cluster's prototype in a module is the first right singular vector v_k of its update
-        B diag(g_k) A. It lies in the row space of A, v_k = Aᵀ a_k, so that |v_kᵀ x| = |a_kᵀ (A x)|
+        U diag(g_k) V. It lies in the row space of V, v_k = Vᵀ a_k, so that |v_kᵀ x| = |a_kᵀ (V x)|
         costs K R per token beside the components themselves.
 
         References
@@ -135,33 +143,76 @@ class Gating:
                 f"temperature must be above 0 and top_k at least 1, got {temperature}, {top_k}"
             )
         gates = {}
-        for name, device in self._devices.items():
+        for name, layer in self._layers.items():
             if name not in self._prototypes:
-                self._prototypes[name] = _prototypes(self._gated, name).to(device, self._dtype)
-            own = self._gated.gates[name].to(device, self._dtype)
-            gate = _by_token(self._prototypes[name], own, temperature, top_k)
-            gates[name] = gate if known is None else _where(known.to(device), gate)
+                self._prototypes[name] = _prototypes(self._gated, name)
+            prototypes = self._prototypes[name].to(layer.weight)
+            own = self._gated.gates[name].to(layer.weight)
+            gate = _by_token(prototypes, own, temperature, top_k)
+            gates[name] = gate if known is None else _where(known, gate, self._resting[name])
         with self._use(gates):
             yield
 
+    def _by_row(self, gates: Tensor) -> dict[str, Gate]:
+        """Split gates (n, Σ R) into one for every layer, of its type and on its device."""
+        parts = torch.split(gates[:, None], self._widths, dim=2)  # (n, 1, R) each
+        return {
+            name: _by_row(part.to(layer.weight))
+            for (name, layer), part in zip(self._layers.items(), parts, strict=True)
+        }
+
     @contextmanager
     def _use(self, gates: dict[str, Gate]) -> Iterator[None]:
+        thread = threading.get_ident()
+        before = self._current.get(thread)
         with self._lock:
-            before, self._current = self._current, gates
-            try:
-                yield
-            finally:
-                self._current = before
+            self._current[thread] = gates
+        try:
+            yield
+        finally:
+            with self._lock:
+                if before is None:
+                    del self._current[thread]
+                else:
+                    self._current[thread] = before
 
-    def _gate(self, name: str) -> Gate | None:
-        return self._current.get(name)
+    def _gate(self, name: str) -> Gate:
+        gates = self._current.get(threading.get_ident())
+        if gates is None:
+            gates = self._of_autograd() or self._resting
+        return gates[name]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def gate(_: nn.Module, __: tuple[Tensor, ...], components: Tensor) -> Tensor | None:
-            apply = self._gate(name)
-            return apply(components) if apply else None
+    def _of_autograd(self) -> dict[str, Gate] | None:
+        """Return the gates of a recomputation that autograd runs in a thread of its own."""
+        if not isinstance(threading.current_thread(), threading._DummyThread):
+            return None  # started by Python, and in no context
+        with self._lock:
+            active = list(self._current.values())
+        if len(active) > 1:
+            raise RuntimeError(
+                "gradient checkpointing must not run in several gated threads at once; "
+                "turn it off or take turns"
+            )
+        return active[0] if active else None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def gate(_: nn.Module, __: tuple[Tensor, ...], components: Tensor) -> Tensor:
+            return self._gate(name)(components)
 
         return gate
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise AdapterError(
+        "a gated adapter must stay apart from the base weights and in its library, as its layers "
+        "hold unit components; write a plain adapter with to_peft and load that one instead"
+    )
+
+
+@torch.no_grad()
+def _set_components(layer: LoraLayer, adapter: str, unit: LoraFactors) -> None:
+    for part, factor in ((layer.lora_B, unit.B), (layer.lora_A, unit.A)):
+        cast("nn.Linear", part[adapter]).weight.copy_(factor)
 
 
 def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
@@ -178,32 +229,35 @@ def _by_row(gate: Tensor) -> Gate:
     rows = gate.shape[0]
 
     def apply(components: Tensor) -> Tensor:
+        own = gate.to(components)  # the model may have been cast or moved since
         if rows == 1:
-            return components * (gate if components.ndim == 3 else gate[0])
+            return components * (own if components.ndim == 3 else own[0])
         if components.ndim != 3 or components.shape[0] % rows:
             raise ValueError(
                 f"a batch must have a multiple of the {rows} routed rows, got components of shape "
                 f"{tuple(components.shape)}"
             )
         repeats = components.shape[0] // rows
-        return components * (gate if repeats == 1 else gate.repeat_interleave(repeats, dim=0))
+        return components * (own if repeats == 1 else own.repeat_interleave(repeats, dim=0))
 
     return apply
 
 
 def _by_token(prototypes: Tensor, own: Tensor, temperature: float, top_k: int | None) -> Gate:
     def apply(components: Tensor) -> Tensor:
-        logits = (components @ prototypes.mT).abs().float() / temperature  # (n, T, K)
+        logits = (
+            components @ prototypes.to(components).mT
+        ).abs().float() / temperature  # (n, T, K)
         if top_k is not None and top_k < logits.shape[-1]:
             least = logits.topk(top_k, dim=-1).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)
-        return components * (logits.softmax(-1).to(own.dtype) @ own)
+        return components * (logits.softmax(-1).to(components) @ own.to(components))
 
     return apply
 
 
-def _where(known: Tensor, gate: Gate) -> Gate:
-    """Gate the rows that are known."""
+def _where(known: Tensor, gate: Gate, otherwise: Gate) -> Gate:
+    """Gate the rows that are known by one gate, the others by another."""
 
     def apply(components: Tensor) -> Tensor:
         if components.ndim != 3 or components.shape[0] % len(known):
@@ -211,19 +265,19 @@ def _where(known: Tensor, gate: Gate) -> Gate:
                 f"a batch must have a multiple of the {len(known)} routed rows, got components of "
                 f"shape {tuple(components.shape)}"
             )
-        rows = known.repeat_interleave(components.shape[0] // len(known))
-        return torch.where(rows[:, None, None], gate(components), components)
+        rows = known.to(components.device).repeat_interleave(components.shape[0] // len(known))
+        return torch.where(rows[:, None, None], gate(components), otherwise(components))
 
     return apply
 
 
 def _prototypes(gated: GatedAdapter, module: str) -> Tensor:
-    """Return a_k for every cluster, shape (K, R); a gauge of A with orthonormal rows is implied."""
-    B, A = (factor.double() for factor in gated.adapter.modules[module])
-    _, upper = torch.linalg.qr(A.mT, mode="r")  # Aᵀ = Q upper
+    """Return a_k for every cluster, shape (K, R); a gauge of V with orthonormal rows is implied."""
+    U, V = gated.components(module)
+    _, upper = torch.linalg.qr(V.mT, mode="r")  # Vᵀ = Q upper
     rows = []
     for gate in gated.gates[module].double():
-        _, _, Vh = torch.linalg.svd((B * gate) @ upper.mT, full_matrices=False)
-        # Q v = Aᵀ a with upper a = v; a redundant component makes upper singular.
+        _, _, Vh = torch.linalg.svd((U * gate) @ upper.mT, full_matrices=False)
+        # Q v = Vᵀ a with upper a = v; a redundant component makes upper singular.
         rows.append(torch.linalg.pinv(upper) @ Vh[0])
     return torch.stack(rows)

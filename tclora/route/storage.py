@@ -22,8 +22,10 @@ from tclora.library.layout import Layout, RoutedLayout
 from tclora.library.manifest import check_listed, read_manifest
 from tclora.library.places import heal
 from tclora.library.records import ModelIdentity
-from tclora.route.gates import GatedAdapter
+from tclora.route.gates import GatedAdapter, static_gate
 from tclora.route.router import Router, load_router, save_router
+
+_SCHEMA = 2  # 1 stored gates as ratios to the static merge, and is still read
 
 
 class RoutedInfo(BaseModel):
@@ -45,7 +47,7 @@ class RoutedInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: int = 1
+    schema_version: int = _SCHEMA
     base_model: ModelIdentity
     embedding_model: ModelIdentity
     template: str
@@ -133,7 +135,8 @@ def write_library(folder: Path, gated: GatedAdapter, router: Router, info: Route
         save_file(gates, files.gates, metadata={"names": json.dumps(gated.names)})
         save_router(router, files.router)
         digests = {file.name: sha256_file(file) for file in _contents(fresh)}
-        write_json(files.info, info.model_dump() | {"digests": digests})
+        current = {"schema_version": _SCHEMA, "digests": digests}  # whatever was read
+        write_json(files.info, info.model_dump() | current)
 
 
 def read_library(path: str | Path, *, router: str | None = None) -> RoutedLibrary:
@@ -161,7 +164,10 @@ def read_library(path: str | Path, *, router: str | None = None) -> RoutedLibrar
         names = tuple(json.loads((file.metadata() or {})["names"]))
     found = read_adapter(folder, info.method)
     adapter = Adapter(found.name, dict(found.modules), found.base_model)
-    gated = GatedAdapter(adapter, load_file(files.gates), names)
+    gates = load_file(files.gates)
+    if info.schema_version == 1:
+        gates = {m: (g * static_gate(adapter.modules[m])).float() for m, g in gates.items()}
+    gated = GatedAdapter(adapter, gates, names)
     return RoutedLibrary(folder, gated, load_router(files.router, router), info)
 
 
@@ -198,9 +204,10 @@ def _read_info(folder: Path) -> RoutedInfo:
         info = RoutedInfo.model_validate(values)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
         raise LibraryError(f"{path} cannot be read: {error}; run the pipeline again") from error
-    if info.schema_version != 1:
+    if info.schema_version not in {1, _SCHEMA}:
         raise LibraryError(
-            f"{path}: schema_version must be 1, got {info.schema_version}; run the pipeline again"
+            f"{path}: schema_version must be 1 or {_SCHEMA}, got {info.schema_version}; run the "
+            "pipeline again"
         )
     for file in _contents(folder):
         if not file.is_file():

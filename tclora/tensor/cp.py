@@ -4,6 +4,7 @@ Symbols: M modules in the batch, K adapters, m × n the core, r the LoRA rank, R
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -128,9 +129,7 @@ def extended(
     U, V : Tensor
         Shapes (M, m, R) and (M, n, R).
     """
-    K = B.shape[1]
-    rest_B = torch.cat([B, -model.U[:, None] * model.C[:, :, None]], dim=3)
-    rest_A = torch.cat([A, model.V.mT[:, None].expand(-1, K, -1, -1)], dim=2)
+    rest_B, rest_A = residual(B, A, model)
     U, V, _ = slice_components(rest_B, rest_A, rank - model.U.shape[2])
     generator = generator or torch.Generator().manual_seed(0)
     return (
@@ -141,7 +140,45 @@ def extended(
 
 def stack_norm(B: Tensor, A: Tensor) -> Tensor:
     """Return ‖𝒳‖ per module, shape (M,), of stacks B (M, K, m, r) @ A (M, K, r, n)."""
-    return ((B.mT @ B) * (A @ A.mT)).sum((1, 2, 3)).clamp_min(0).sqrt()
+    return slice_energies(B, A).sum(1).sqrt()
+
+
+def slice_energies(B: Tensor, A: Tensor) -> Tensor:
+    """Return ‖𝒳[k]‖² per module and adapter, shape (M, K), of stacks as in `stack_norm`."""
+    return ((B.mT @ B) * (A @ A.mT)).sum((2, 3)).clamp_min(0)
+
+
+def residual(B: Tensor, A: Tensor, model: CPSolution) -> tuple[Tensor, Tensor]:
+    """Return the factors, ranks r + R, of stacks B (M, K, m, r) @ A (M, K, r, n) minus a model."""
+    rest_B = torch.cat([B, -model.U[:, None] * model.C[:, :, None]], dim=3)
+    rest_A = torch.cat([A, model.V.mT[:, None].expand(-1, B.shape[1], -1, -1)], dim=2)
+    return rest_B, rest_A
+
+
+def normalised(B: Tensor, A: Tensor, rank: int, *, solve: Callable[..., CPSolution]) -> CPSolution:
+    """Solve with every adapter of a module at norm 1, and scale the loadings back.
+
+    Parameters
+    ----------
+    B, A : Tensor
+        As in `cp_als`.
+    rank : int
+        CP rank R.
+    solve : callable
+        Takes B, A and R.
+
+    Returns
+    -------
+    CPSolution
+        Of the stacks as they are; its error, relative to them, is not what was minimised.
+    """
+    norms = slice_energies(B, A).sqrt()  # (M, K)
+    norms = torch.where(norms > 0, norms, 1)
+    found = solve(B / norms[:, :, None, None], A, rank)
+    model = replace(found, C=found.C * norms[:, :, None])
+    scale = stack_norm(B, A)
+    error = stack_norm(*residual(B, A, model)) / torch.where(scale > 0, scale, 1)
+    return ordered(replace(model, error=error))
 
 
 def _starts(

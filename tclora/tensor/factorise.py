@@ -15,7 +15,7 @@ from tclora.adapter import Adapter
 from tclora.adapter.union import check_adapters, module_factors, module_names
 from tclora.tensor.als import CPSolution
 from tclora.tensor.compress import Core, compress
-from tclora.tensor.cp import cp_als, cp_exact, extended, stack_norm
+from tclora.tensor.cp import cp_als, cp_exact, extended, normalised, stack_norm
 from tclora.tensor.library import CPFactors, LibraryFactors
 from tclora.tensor.reference import cp_parafac
 from tclora.tensor.sidebyside import side_by_side
@@ -57,6 +57,7 @@ def factorise(
     tol: float = 1e-5,
     seed: int = 0,
     solver: Solver = "als",
+    normalise: bool = False,
     progress: Progress | None = None,
 ) -> LibraryFactors:
     """Factorise the adapters' updates jointly, Δ_k ≈ U diag(C[k]) Vᵀ per module.
@@ -72,6 +73,9 @@ def factorise(
         See `cp_als`.
     solver : {"als", "tensorly"}
         Ours, or TensorLy's ``parafac`` on the same cores as a reference; see `cp_parafac`.
+    normalise : bool
+        Fit all adapters at norm 1 in every module and scale back: a small one counts as much as a
+        large one. The total explained variance is lower, that of small adapters higher.
     progress : callable, optional
         Called with (modules done, modules in all).
 
@@ -89,7 +93,9 @@ def factorise(
     check_adapters(adapters)
     names = module_names(adapters)
     ranks = _rank_of_each(names, rank)
-    solve = partial(_solver(solver), n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
+    solve: _Solve = partial(_solver(solver), n_starts=n_starts, n_iter=n_iter, tol=tol, seed=seed)
+    if normalise:
+        solve = partial(normalised, solve=solve)
     found: dict[str, CPFactors] = {}
     batches = _batches(adapters, names, ranks)
     for factors in side_by_side(partial(_factors, ranks=ranks, solve=solve), batches):

@@ -18,6 +18,7 @@ from tclora.adapter import Adapter, LoraFactors
 from tclora.errors import LibraryError
 from tclora.files import atomic_path
 from tclora.tensor.cp import conventional
+from tclora.tensor.lowrank import product_energy
 
 if TYPE_CHECKING:
     from tensorly.cp_tensor import CPTensor
@@ -128,6 +129,32 @@ class LibraryFactors:
         """Share of the total energy Σ ‖𝒳‖² that the factors keep, over all modules (0–1)."""
         energy = sum(cp.energy for cp in self.modules.values())
         lost = sum(cp.energy * (1 - cp.explained_variance) for cp in self.modules.values())
+        return 1 - lost / energy if energy else 1.0
+
+    def explained_variance_of(self, adapter: Adapter) -> float:
+        """Return the share of one adapter's own energy Σ ‖Δ_k‖² that the factors keep, up to 1.
+
+        It is negative where they are farther from it than zero is; 1 for an adapter of zeros.
+
+        Parameters
+        ----------
+        adapter : Adapter
+            One of the adapters that were factorised; found by its name.
+
+        Raises
+        ------
+        ValueError
+            If the factors hold no adapter of that name.
+        """
+        k = self.index(adapter.name)
+        energy = lost = 0.0
+        for module, cp in self.modules.items():
+            U, V = cp.U.double(), cp.V.double()
+            B, A = U[:, :0], V.mT[:0]
+            if module in adapter.modules:
+                B, A = (factor.double() for factor in adapter.modules[module])
+            rest = torch.cat([B, -U * cp.C[k].double()], dim=1), torch.cat([A, V.mT])
+            energy, lost = energy + product_energy(B, A), lost + product_energy(*rest)
         return 1 - lost / energy if energy else 1.0
 
     def index(self, adapter: str | int) -> int:

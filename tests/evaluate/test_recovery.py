@@ -113,9 +113,31 @@ def test_intervals_shrink_with_the_level_and_hold_the_point():
     items = many(base=2.0, own=1.0, merged=1.4)
     wide = recovery(items, confidence=0.99).set_index("cluster")
     narrow = recovery(items, confidence=0.5).set_index("cluster")
-    for name in ("0", "1", "mean", "worst"):
+    for name in ("0", "1", "mean"):
         assert wide.loc[name, "low"] < narrow.loc[name, "low"] < wide.loc[name, "recovery"]
         assert wide.loc[name, "recovery"] < narrow.loc[name, "high"] < wide.loc[name, "high"]
+
+
+def test_the_worst_has_no_interval():
+    """Five clusters recover alike: percentiles of the minimum would hardly ever cover it."""
+    items = many(base=2.0, own=1.0, merged=1.4)
+    items["cluster"] = items.groupby("method").cumcount() % 5
+    worst = recovery(items).set_index("cluster").loc["worst"]
+    assert worst[["low", "high"]].isna().all()
+    assert worst["recovery"] < 0.6
+
+
+def test_every_row_says_how_many_items_it_rests_on():
+    items = frame(base=2.0, own=1.0, merged={"a": 1.0, "b": 1.0, "c": 1.5, "d": 1.5})
+    items = items[items["id"] != "b"]
+    found = recovery(items, resamples=50).set_index("cluster")["n"]
+    assert found.to_dict() == {"0": 1, "1": 2, "mean": 3, "worst": 2}
+
+
+def test_rows_without_a_recovery_do_not_count():
+    items = frame(base=2.0, own={"a": 2.0, "b": 2.5, "c": 1.0, "d": 1.0}, merged=1.5)
+    found = recovery(items, resamples=50).set_index("cluster")["n"]
+    assert found.to_dict() == {"0": 2, "1": 2, "mean": 2, "worst": 2}
 
 
 def test_pairing_makes_the_intervals_narrow():

@@ -157,8 +157,13 @@ def _recovery(rng):
         values = mean + noise - noise.mean()
         named = {str(k): value for k, value in enumerate(values)}
         named |= {"mean": values.mean(), "worst": values.min()}
-        rows += [(method, name, value, value - 0.05, value + 0.04) for name, value in named.items()]
-    return pd.DataFrame(rows, columns=["method", "cluster", "recovery", "low", "high"])
+        rows += [
+            (method, name, 20, value, value - 0.05, value + 0.04) for name, value in named.items()
+        ]
+    frame = pd.DataFrame(rows, columns=["method", "cluster", "n", "recovery", "low", "high"])
+    frame.loc[frame["cluster"] == "mean", "n"] = 20 * K
+    frame.loc[frame["cluster"] == "worst", ["low", "high"]] = np.nan
+    return frame
 
 
 def _pairs(rng):

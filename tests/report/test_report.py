@@ -44,6 +44,16 @@ def written(library):
     return render(read_contents(library), {})
 
 
+def test_a_library_of_the_first_version_shows_no_interval_of_the_worst_cluster(library):
+    path = library / "evaluation/recovery.parquet"
+    first = pd.read_parquet(path).drop(columns="n")
+    first.loc[first["cluster"] == "worst", ["low", "high"]] = [0.1234, 0.5678]
+    first.to_parquet(path)
+    page = written(library)
+    assert "[12, 57]" not in page
+    assert "worst cluster: " in page
+
+
 def test_report_is_one_small_file_with_every_figure(page):
     assert len(page.encode()) < MAX_BYTES
     assert page.count("<svg") == N_FIGURES

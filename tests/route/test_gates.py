@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,7 +37,9 @@ def test_gates_are_the_least_squares_solution(parts):
     merged = merge(parts, "tc-lora-mean", rank=4).adapter
     gated = fit_gates(parts, merged, statistics)
     module = next(iter(MODULES))
-    B, A = (f.double() for f in merged.modules[module])
+    B, A = gated.components(module)
+    assert B.norm(dim=0).tolist() == pytest.approx([1] * 4)
+    assert A.norm(dim=1).tolist() == pytest.approx([1] * 4)
     for k, own in enumerate(parts):
         gram = metric_of(statistics, module)[k]
         root = torch.linalg.cholesky(gram + 1e-12 * torch.eye(len(gram), dtype=gram.dtype))
@@ -93,6 +97,40 @@ def test_redundant_and_empty_components_are_harmless(parts):
     twice = fit_gates(parts, Adapter("doubled", doubled, "base"))
     for k in range(3):
         assert_same_updates(twice.cluster(k), once.cluster(k), 1e-4)
+
+
+def cancelling():
+    """Two adapters whose average is next to nothing: every loading of one cancels the other's."""
+    one = make_adapter(NAMES[0], seed=0)
+    opposite = {m: LoraFactors(-(1 + 1e-10) * B, A) for m, (B, A) in one.modules.items()}
+    return [one, Adapter(NAMES[1], opposite, "base")]
+
+
+def test_where_loadings_cancel_gates_stay_as_large_as_the_updates():
+    parts = cancelling()
+    gated = fit_gates(parts, merge(parts, "tc-lora-mean", rank=3).adapter)
+    for part in parts:
+        assert_same_updates(gated.cluster(part.name), part, 1e-4)
+        for module, factors in part.modules.items():
+            assert float(gated.gates[module].abs().max()) < 2 * factors.delta().norm()
+            assert float(gated.static(module).max()) < 1e-8 * factors.delta().norm()
+
+
+def test_the_static_gate_gives_the_static_merge(parts):
+    merged = merge(parts, "tc-lora-mean", rank=4).adapter
+    gated = fit_gates(parts, merged)
+    for module, factors in merged.modules.items():
+        U, V = gated.components(module)
+        assert torch.allclose((U * gated.static(module)) @ V, factors.delta().double())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gates_that_are_not_finite_are_refused(parts, value):
+    gated = fit_gates(parts, merge(parts, "tc-lora-mean", rank=4).adapter)
+    module = max(gated.gates)
+    bad = {**gated.gates, module: gated.gates[module] * value}
+    with pytest.raises(AdapterError, match=f"gates of {module} must be finite"):
+        replace(gated, gates=bad)
 
 
 def test_what_does_not_belong_together_is_refused(parts):

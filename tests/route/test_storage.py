@@ -60,6 +60,19 @@ def test_another_router_is_made_of_the_stored_one(library):
         read_library(library, router="pertoken")
 
 
+def test_a_library_of_the_first_version_stored_ratios_to_the_static_merge(library, gated):
+    file = library / "routed" / "gates.safetensors"
+    ratios = {m: (g / gated.static(m)).float().contiguous() for m, g in gated.gates.items()}
+    save_file(ratios, file, metadata={"names": json.dumps(gated.names)})
+    info = library / "routed" / "routed.json"
+    values = json.loads(info.read_text()) | {"schema_version": 1}
+    values["digests"]["gates.safetensors"] = sha256_file(file)
+    info.write_text(json.dumps(values))
+    found = read_library(library).gated
+    for name in gated.names:
+        assert_same_updates(found.cluster(name), gated.cluster(name), 1e-5)
+
+
 def test_stock_peft_loads_the_static_merge(library, gated, tiny_model):
     model = PeftModel.from_pretrained(tiny_model, library / "routed").eval()
     layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
@@ -103,8 +116,8 @@ def test_a_folder_without_a_routed_library_is_named(library, tmp_path):
         read_library(tmp_path)
     file = library / "routed" / "routed.json"
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"schema_version": 2}))
-    with pytest.raises(LibraryError, match="schema_version must be 1, got 2"):
+    file.write_text(json.dumps(values | {"schema_version": 3}))
+    with pytest.raises(LibraryError, match="schema_version must be 1 or 2, got 3"):
         read_library(library)
     file.write_text("{")
     with pytest.raises(LibraryError, match=r"routed\.json cannot be read"):

@@ -64,6 +64,47 @@ def test_explained_variance_is_that_of_the_reconstruction(adapters):
     assert factors.explained_variance == pytest.approx(1 - lost / total, abs=1e-8)
 
 
+def test_explained_variance_of_one_adapter_is_that_of_its_reconstruction(adapters):
+    factors = factorise(adapters, 4)
+    for adapter in adapters:
+        back = factors.reconstruct(adapter.name)
+        lost = sum(float((back.modules[m].delta() - f.delta()).square().sum())
+                   for m, f in adapter.modules.items())  # fmt: skip
+        energy = sum(float(f.delta().square().sum()) for f in adapter.modules.values())
+        assert factors.explained_variance_of(adapter) == pytest.approx(1 - lost / energy)
+    with pytest.raises(ValueError, match="adapter must be one of"):
+        factors.explained_variance_of(Adapter("other", adapters[0].modules))
+
+
+def test_explained_variance_of_an_adapter_without_energy_is_one(adapters):
+    nothing = {m: LoraFactors(0 * f.B, f.A) for m, f in adapters[0].modules.items()}
+    zero = Adapter("zero", nothing, "base")
+    assert factorise([zero, *adapters[1:]], 4).explained_variance_of(zero) == 1.0
+
+
+@pytest.mark.parametrize("rank", [4, 100])
+def test_normalised_adapters_count_alike_whatever_their_size(adapters, rank):
+    """A small adapter vanishes in the fit unless its share of the energy is made the others'."""
+    small = {m: LoraFactors(1e-3 * f.B, f.A) for m, f in adapters[1].modules.items()}
+    shrunk = [adapters[0], Adapter(adapters[1].name, small, "base"), *adapters[2:]]
+    plain = factorise(shrunk, rank)
+    fair, full = (factorise(some, rank, normalise=True) for some in (shrunk, adapters))
+    for one, other in zip(shrunk, adapters, strict=True):
+        assert fair.explained_variance_of(one) == pytest.approx(
+            full.explained_variance_of(other), abs=1e-6
+        )
+    if rank == 4:
+        assert plain.explained_variance_of(shrunk[1]) < 0.2 < fair.explained_variance_of(shrunk[1])
+        assert plain.explained_variance > fair.explained_variance
+    for module, cp in fair.modules.items():
+        assert cp.C.sum(0).min() >= 0
+        assert cp.C.norm(dim=0).diff().max() <= 0  # sorted by energy
+        back = torch.stack([fair.reconstruct(a.name).modules[module].delta() for a in shrunk])
+        given = torch.stack([a.modules[module].delta() for a in shrunk])
+        lost = (back - given).square().sum() / given.square().sum()
+        assert cp.explained_variance == pytest.approx(1 - float(lost), abs=1e-9)
+
+
 def test_splitting_an_update_differently_changes_nothing(adapters):
     M = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     mixed = [

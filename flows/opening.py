@@ -31,7 +31,8 @@ def opened(config: Config, models: Models) -> Iterator[Context]:
     lock = library.with_name(f".{config.name}.lock")
     with exclusive(lock, on_wait=_say_waiting), _mlflow_run(config) as run:
         executor = LocalExecutor.of(config.resources.jobs, config.resources.job_timeout)
-        where = Where(Layout(begin(library)), run, executor, JobProgress())
+        steps = config.train.checkpoint_steps
+        where = Where(Layout(begin(library)), run, executor, JobProgress(), steps)
         yield Context(_settled(config), models, where)
 
 

@@ -16,9 +16,9 @@ from flows.opening import opened
 from flows.prepare import prepare
 from flows.publish import publish
 from flows.train import train
-from tclora.config import load_config
+from tclora.config import Config, load_config
 from tclora.errors import ConfigError
-from tclora.preflight import check
+from tclora.preflight import Models, check
 from tclora.registry import load_plugins
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,10 @@ _FORMER = {
 }  # fmt: skip
 
 
-@flow(name="tc-lora", validate_parameters=False)
+NAME = "tc-lora"
+
+
+@flow(name=NAME, validate_parameters=False)
 def pipeline(
     config: dict[str, Any] | str, overrides: Sequence[str] = (), until: str = STEPS[-1]
 ) -> dict[str, str]:
@@ -53,9 +56,18 @@ def pipeline(
         Last step, folder of the library or of what there is of it, MLflow run and store.
     """
     load_plugins()  # a worker of a deployment does not come through the command line
-    cfg = load_config(config, overrides)
-    last = step_named(until)
-    with opened(cfg, check(cfg)) as context:
+    cfg, last = load_config(config, overrides), step_named(until)
+    return _run(cfg, check(cfg), last)
+
+
+@flow(name=NAME, validate_parameters=False)
+def checked_pipeline(config: Config, models: Models, until: str = STEPS[-1]) -> dict[str, str]:
+    """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`."""
+    return _run(config, models, step_named(until))
+
+
+def _run(config: Config, models: Models, last: str) -> dict[str, str]:
+    with opened(config, models) as context:
         for step in _steps(context):
             if step == last:
                 break
@@ -63,7 +75,7 @@ def pipeline(
     finished = last == STEPS[-1]
     return {
         "until": last,
-        "library": str(cfg.library_dir if finished else context.where.layout.root),
+        "library": str(config.library_dir if finished else context.where.layout.root),
         "mlflow_run": run.run_id,
         "mlflow_uri": run.uri,
         "mlflow_experiment": run.experiment_id,

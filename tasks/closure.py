@@ -3,12 +3,14 @@
 A function's closure is found from the text of the modules alone: from a definition to the names it
 uses, through imports (also inside of functions) to other top-level definitions, and so on. What it
 looks up by name in a `Registry` is found among the registered variants by the names it is given.
-Each definition counts by its syntax tree without docstrings, so comments and layout do not.
+Each definition counts by its syntax tree without docstrings, so comments and layout do not. Of a
+class, a method counts where anything in the closure uses its name.
 
-Limits: a definition is a function, a class or a constant at the top level of a module, and counts
-as a whole. Names that are computed (``getattr`` with a variable) are not followed, except through a
-`Registry`; nor are modules that are passed on as values. Other packages do not count: upgrading one
-leaves keys as they are.
+Limits: a definition is a function, a class, a method or a constant at the top level of a module.
+Methods that others may call count with their class: special ones, those under decorators that might
+register them, and all where a base class is not known to call none. Computed names (``getattr``
+with a variable) are not followed, except through a `Registry`; nor are modules that are passed on
+as values. Other packages do not count: upgrading one leaves keys as they are.
 """
 
 import ast
@@ -30,6 +32,11 @@ PROJECT = ("tclora", "tasks")
 # Fields of configuration sections count by the values a stage is given; their functions count.
 _BY_VALUE = "tclora.config"
 _EFFECTS = "<module>"  # what importing a module does beside defining names
+# Bases that call no method by its name, and decorators that leave a method to its callers.
+_PLAIN_BASES = {"NamedTuple", "Protocol", "BaseModel"}
+_PLAIN_DECORATORS = {
+    "property", "cached_property", "classmethod", "staticmethod", "contextmanager", "setter"
+}  # fmt: skip
 
 # Python 3.11 now and then fails where two threads parse at once (CPython issue 106905).
 _PARSER = threading.Lock()
@@ -38,7 +45,7 @@ Finder = Callable[[str], Path | None]
 
 
 class Symbol(NamedTuple):
-    """A top-level definition: its module and its name."""
+    """A top-level definition: its module and its name, that of a method behind its class's."""
 
     module: str
     name: str
@@ -135,7 +142,7 @@ class _Search:
                     nodes, self.found[place] = _reduced(*self._source(place.module), place, whole)
                     queue += [(s, True) for node in nodes for s in self._enter(place, node)]
             if not queue:
-                queue += [(symbol, True) for symbol in self._looked_up()]
+                queue += [(symbol, True) for symbol in (*self._looked_up(), *self._called())]
 
     def _enter(self, symbol: Symbol, node: ast.AST) -> Iterator[Symbol]:
         """Yield what a definition names; remember its attributes, strings and registries."""
@@ -199,6 +206,15 @@ class _Search:
                         self._entered.add(symbol)
                         yield symbol
 
+    def _called(self) -> Iterator[Symbol]:
+        """Yield the methods of classes reached so far whose names anything uses."""
+        used = self.attributes | self._strings
+        for symbol in list(self.found):
+            for method in self._index(symbol.module).methods.get(symbol.name, ()):
+                called = Symbol(symbol.module, f"{symbol.name}.{method}")
+                if method in used and called not in self.found:
+                    yield called
+
     def _ours(self, module: str) -> bool:
         return module.partition(".")[0] in self._packages
 
@@ -215,10 +231,15 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Module:
-    """The top level of a module: name → definitions, name → what it was imported from."""
+    """The top level of a module.
+
+    Name → definitions, class → methods that are definitions of their own, name → what it was
+    imported from.
+    """
 
     package: bool
     definitions: Mapping[str, list[ast.AST]]
+    methods: Mapping[str, list[str]]
     imports: Mapping[str, Symbol]
 
 
@@ -229,9 +250,14 @@ def _parse(module: str, file: Path, stamp: int) -> _Module:
     with _PARSER:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     definitions: dict[str, list[ast.AST]] = {}
+    methods: dict[str, list[str]] = {}
     for node in _top_level(tree.body):
         for name in _defined(node):
             definitions.setdefault(name, []).append(node)
+        if isinstance(node, ast.ClassDef):
+            for method in _take_methods(node):
+                definitions.setdefault(f"{node.name}.{method.name}", []).append(method)
+                methods.setdefault(node.name, []).append(method.name)
     effects = [n for n in tree.body if isinstance(n, ast.Expr) and not _is_text(n)]
     if effects:
         definitions[_EFFECTS] = [ast.Module(list(effects), [])]
@@ -241,7 +267,7 @@ def _parse(module: str, file: Path, stamp: int) -> _Module:
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for name, symbol in _bindings(node, module, package)
     }
-    return _Module(package, definitions, imports)
+    return _Module(package, definitions, methods, imports)
 
 
 @cache
@@ -270,6 +296,28 @@ def _defined(node: ast.stmt) -> Iterator[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         for target in targets:
             yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+
+
+def _take_methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
+    """Take the methods out of a class that count only where they are called."""
+    if {_last_name(base) for base in node.bases} - _PLAIN_BASES:
+        return []
+    taken = [
+        part
+        for part in node.body
+        if isinstance(part, ast.FunctionDef)
+        and not part.name.startswith(("__", "model_"))  # Python and pydantic call those
+        and {_last_name(mark) for mark in part.decorator_list} <= _PLAIN_DECORATORS
+    ]
+    node.body = [part for part in node.body if part not in taken] or [ast.Pass()]
+    return taken
+
+
+def _last_name(node: ast.expr) -> str:
+    """Return ``"c"`` for ``a.b.c``, ``c[d]`` and ``c``; empty for anything else."""
+    if isinstance(node, ast.Subscript):
+        return _last_name(node.value)
+    return getattr(node, "attr", getattr(node, "id", ""))
 
 
 def _bindings(node: ast.AST, module: str, package: bool) -> Iterator[tuple[str, Symbol]]:

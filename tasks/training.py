@@ -64,6 +64,7 @@ def train(
             base=base,
             requests=requests,
             config=config,
+            checkpoint_steps=where.checkpoint_steps,
             on_event=on_event,
         )
     return {a: _trained(a, results[a], rows[a].info["rows"], where) for a in rows}

@@ -1,5 +1,7 @@
 """Where the stages of a run work: the library's staging area, the executor, what is told of it."""
 
+from copy import copy
+
 from tasks.progress import JobProgress
 from tasks.tracking import Run
 from tclora.jobs.run import Executor
@@ -19,14 +21,26 @@ class Where:
         Where jobs run.
     progress : JobProgress
         Shows how far jobs are.
+    checkpoint_steps : int
+        Optimiser steps between the checkpoints of a training.
     """
 
-    def __init__(self, layout: Layout, run: Run, executor: Executor, progress: JobProgress) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        run: Run,
+        executor: Executor,
+        progress: JobProgress,
+        checkpoint_steps: int = 20,
+    ) -> None:
         self.layout = layout
         self.run = run
         self.executor = executor
         self.progress = progress
+        self.checkpoint_steps = checkpoint_steps
 
     def shared_by(self, jobs: int) -> "Where":
         """Return the same for one of so many jobs that run beside each other."""
-        return Where(self.layout, self.run, self.executor.shared_by(jobs), self.progress)
+        shared = copy(self)
+        shared.executor = self.executor.shared_by(jobs)
+        return shared

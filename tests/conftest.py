@@ -51,6 +51,14 @@ def make_tokenizer():
     return tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def single_precision():
+    """Weights are fp32 wherever their type is left open, also on CPUs where bf16 is faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -1,7 +1,5 @@
 """``tclora run``: the pipeline, after everything that files can tell has been checked."""
 
-from collections.abc import Callable
-from inspect import signature
 from typing import Annotated
 
 import typer
@@ -28,16 +26,11 @@ def run(
     server = TemporaryServer()  # imports Prefect while the models are checked
     from tclora.preflight.models import check_models
 
-    check_models(values)
+    models = check_models(values)
     server.start()
-    from flows.pipeline import pipeline
+    from flows.pipeline import STEPS, checked_pipeline
     from tclora_cli.results import print_results
 
     server.wait()
-    stop = {} if until is None else {"until": until}
-    outcome = pipeline(values.model_dump(mode="json"), **stop)
-    print_results(outcome, console, finished=outcome["until"] == _last_stage(pipeline.fn))
-
-
-def _last_stage(pipeline: Callable[..., object]) -> str:
-    return str(signature(pipeline).parameters["until"].default)
+    outcome = checked_pipeline(values, models, until or STEPS[-1])
+    print_results(outcome, console, finished=outcome["until"] == STEPS[-1])

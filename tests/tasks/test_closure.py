@@ -58,6 +58,45 @@ SOURCES = {
         def g(x):
             return Deep.n * x
     """,
+    "classes": """
+        from dataclasses import dataclass
+        from functools import lru_cache
+        from typing import NamedTuple
+
+        @dataclass
+        class Place:
+            root: str
+
+            def __post_init__(self):
+                self.done = 1
+
+            @property
+            def here(self):
+                return self.root + self._tail()
+
+            def _tail(self):
+                return "tail"
+
+            @lru_cache
+            def kept(self):
+                return "kept"
+
+            def idle(self):
+                return "idle"
+
+        class Handler(Place):
+            def emit(self):
+                return "emitted"
+
+        def where(x):
+            return Place(x).here
+
+        def handle(x):
+            return Handler(x)
+
+        def named(x):
+            return getattr(Place(x), "idle")()
+    """,
     "leaf": "value = 1\nelsewhere = 2",
     "late": "def late():\n    return 1",
     "variants": """
@@ -141,6 +180,40 @@ def test_a_change_counts_where_the_function_can_execute_it(package, module, old,
     assert old in text
     file.write_text(text.replace(old, new))
     assert (closure([run]).digest != before) is counts
+
+
+def test_methods_count_where_their_names_are_used(package):
+    from made.classes import where
+
+    found = names(closure([where]))
+    assert found == {
+        "classes.where", "classes.Place", "classes.Place.here", "classes.Place._tail"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new", "counts"),
+    [
+        ("where", "self.done = 1", "self.done = 2", True),  # special
+        ("where", "return self.root", "return 'x' + self.root", True),
+        ("where", 'return "tail"', 'return "head"', True),
+        ("where", 'return "kept"', 'return "lost"', True),  # a decorator may do anything with it
+        ("where", 'return "idle"', 'return "busy"', False),
+        ("where", 'return "emitted"', 'return "kept"', False),
+        ("handle", 'return "emitted"', 'return "kept"', True),  # its base class may call it
+        ("named", 'return "idle"', 'return "busy"', True),
+    ],
+)
+def test_a_changed_method_counts_where_it_can_be_called(package, function, old, new, counts):
+    import made.classes
+
+    root = getattr(made.classes, function)
+    before = closure([root]).digest
+    file = package / "classes.py"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    assert (closure([root]).digest != before) is counts
 
 
 def test_closures_are_found_in_threads_at_once():

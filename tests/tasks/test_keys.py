@@ -23,7 +23,7 @@ from flows.prepare import prepare
 from flows.train import train
 from tasks import evaluation, keys, merging, routing, training
 from tasks import prepare as preparing
-from tasks.closure import PROJECT, Symbol, closure, find_source
+from tasks.closure import PROJECT, Symbol, _parse, closure, find_source
 from tasks.keys import stage_key
 from tasks.progress import JobProgress
 from tasks.tracking import open_run
@@ -33,8 +33,16 @@ from tclora.jobs.run import LocalExecutor
 from tclora.library.layout import Layout
 from tclora.preflight import check
 from tests.flows.test_pipeline import alpaca_rows, write_rows
+from tests.tasks.conftest import Inline
 
 ROOT = Path(__file__).parents[2]
+
+
+def parsed(module):
+    file = find_source(module)
+    return _parse(module, file, file.stat().st_mtime_ns)
+
+
 STAGES = {
     task.name: task
     for module in (preparing, training, merging, routing, evaluation)
@@ -43,13 +51,6 @@ STAGES = {
 }
 # What receives figures or shows progress, and what finds keys; results do not depend on them.
 ASIDE = ("tasks.tracking", "tasks.progress", "tasks.keys", "tasks.closure", "tclora.config.")
-
-
-class Inline(LocalExecutor):
-    """Runs jobs in this process, where their calls can be followed."""
-
-    def run_isolated(self, function, /, **arguments):
-        return function(**arguments)
 
 
 class Follower:
@@ -73,10 +74,17 @@ class Follower:
             return
         code = frame.f_code
         module = self._module(code.co_filename)
-        name = code.co_qualname.partition(".")[0]
-        context = TaskRunContext.get() if module and not name.startswith("<") else None
-        if context:
-            self.seen.setdefault(context.task.name, set()).add(Symbol(module, name))
+        context = None if not module or code.co_qualname.startswith("<") else TaskRunContext.get()
+        if context and not self._module(frame.f_back.f_code.co_filename).startswith(ASIDE):
+            symbol = self._symbol(module, code.co_qualname)
+            self.seen.setdefault(context.task.name, set()).add(symbol)
+
+    def _symbol(self, module, qualified):
+        """The method that was called, where methods of its class count alone, or the definition."""
+        name, _, rest = qualified.partition(".")
+        method = rest.partition(".")[0]
+        alone = method in parsed(module).methods.get(name, ())
+        return Symbol(module, f"{name}.{method}" if alone else name)
 
     def _module(self, file):
         if file not in self._modules:
@@ -173,7 +181,9 @@ def test_a_changed_definition_changes_the_keys_of_the_stages_that_reach_it(follo
     functions = sorted(
         {s for found in before.values() for s in found.definitions if _is_function(s, copied)}
     )
-    for symbol in random.Random(0).sample(functions, 12):
+    methods = [symbol for symbol in functions if "." in symbol.name]
+    chosen = random.Random(0).sample(functions, 12) + random.Random(0).sample(methods, 6)
+    for symbol in chosen:
         file = copied(symbol.module)
         text = file.read_text()
         file.write_text(_with_one_more_statement(text, symbol.name))
@@ -190,12 +200,17 @@ def _is_function(symbol, find):
 
 
 def _function(tree, name):
-    return next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+    """The function, or the method for Class.method."""
+    *classes, name = name.split(".")
+    body = tree.body
+    for kind in classes:
+        body = next(n for n in body if isinstance(n, ast.ClassDef) and n.name == kind).body
+    return next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == name), None)
 
 
 def _with_one_more_statement(text, name):
     tree = ast.parse(text)
-    _function(tree, name).body.append(ast.Pass())
+    _function(tree, name).body.append(ast.Expr(ast.Constant(0)))
     return ast.unparse(tree)
 
 
@@ -206,6 +221,19 @@ def test_what_no_stage_executes_changes_no_key(followed, copied, module):
     file = copied(module)
     text = file.read_text()
     file.write_text(text.replace("return ", "return 0 or "))
+    after = definitions_of(arguments, copied)
+    file.write_text(text)
+    assert {n: f.digest for n, f in before.items()} == {n: f.digest for n, f in after.items()}
+
+
+def test_a_new_path_in_the_layout_changes_no_key(followed, copied):
+    _, arguments = followed
+    before = definitions_of(arguments, copied)
+    file = copied("tclora.library.layout")
+    text = file.read_text()
+    new = "    @property\n    def brand_new(self):\n        return self.root / 'brand_new'\n\n"
+    assert "    def name(self" in text
+    file.write_text(text.replace("    def name(self", f"{new}    def name(self"))
     after = definitions_of(arguments, copied)
     file.write_text(text)
     assert {n: f.digest for n, f in before.items()} == {n: f.digest for n, f in after.items()}

@@ -7,9 +7,6 @@ from prefect.logging import disable_run_logger
 
 from tasks import progress
 from tasks.progress import JobProgress
-from tasks.where import Where
-from tclora.jobs.run import LocalExecutor
-from tclora.library.layout import Layout
 
 
 @pytest.fixture
@@ -41,11 +38,3 @@ def test_a_second_block_counts_anew(lines):
         with shown.shown():
             shown.update("base", 8, 8, "rows")
     assert lines == ["base: 8 of 8, rows"] * 2
-
-
-def test_stages_beside_each_other_share_the_cores_and_nothing_else(tmp_path):
-    where = Where(Layout(tmp_path), None, LocalExecutor(slots=4), JobProgress())
-    shared = where.shared_by(3)
-    assert shared.executor.parallel == 3
-    assert (shared.layout, shared.run, shared.progress) == (where.layout, None, where.progress)
-    assert where.executor.parallel == 1

@@ -1,0 +1,45 @@
+"""Stages that measure, and the summary of all methods."""
+
+import pandas as pd
+import pytest
+
+from tasks.evaluation import cross, evaluate, summarise_items
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.evaluate.method import ALL
+from tclora.library.names import BASE, OWN
+from tests.tasks.conftest import write_rows
+
+MEASURE = MeasureConfig(max_new_tokens=2)
+
+
+@pytest.fixture
+def held_out(where):
+    rows = [(f"say {i}", "abc"[i % 3] * 3) for i in range(6)]
+    answers = [response for _, response in rows]
+    return write_rows(
+        where, "evaluation", rows, id=[str(i) for i in range(6)], answer=answers, scorer="exact",
+        metadata=None, split="test", task="say", cluster=[i % 3 for i in range(6)],
+    )  # fmt: skip
+
+
+def measure(method, adapters, held_out, base, where):
+    return evaluate.fn(method, held_out, adapters, MEASURE, LmEvalConfig(), base, where)
+
+
+def test_methods_are_measured_row_by_row_and_summed_up(adapters, where, base, held_out):
+    own = {str(k): part for k, part in enumerate(adapters.values())}
+    merged = {ALL: adapters["cluster-0"]}
+    items = {
+        name: measure(name, parts, held_out, base, where)
+        for name, parts in {BASE: {}, OWN: own, "uniform": merged}.items()
+    }
+    table = pd.concat([pd.read_parquet(part.path) for part in items.values()])
+    assert table.groupby("method").size().to_dict() == {BASE: 6, OWN: 6, "uniform": 6}
+    first = table[table["cluster"] == 0].pivot(index="id", columns="method", values="nll")
+    assert first[OWN].tolist() == pytest.approx(first["uniform"].tolist(), rel=1e-5)
+    crossed = cross.fn(held_out, adapters, 1, 0, MEASURE, base, where)
+    found = summarise_items.fn(items, crossed, IntervalConfig(resamples=20), 0, where)
+    written = {path.name for path in found.paths}
+    assert {"items.parquet", "summary.parquet", "recovery.parquet", "cross.parquet"} <= written
+    recovered = pd.read_parquet(where.layout.evaluation.recovery)
+    assert "uniform" in set(recovered["method"])

@@ -1,0 +1,110 @@
+"""Stages from adapters to merges, against the library's own functions on the same files."""
+
+import pandas as pd
+import pytest
+import torch
+
+from tasks.merging import (
+    Given,
+    Rows,
+    diagnose,
+    explained_variance,
+    factorise,
+    find_rank,
+    merge,
+    refit,
+    statistics,
+    tune_scale,
+)
+from tclora.adapter import read_adapter
+from tclora.config import SolverConfig
+from tclora.merge import merge as merge_adapters
+from tclora.tensor import LibraryFactors
+from tests.tasks.conftest import cluster_row_files
+
+SOLVER = SolverConfig(n_starts=1, n_iter=20)
+
+
+@pytest.fixture
+def rows(where, base):
+    return Rows(base, cluster_row_files(where), 2, 256, 0)
+
+
+def read(adapters):
+    return [read_adapter(part.path, name) for name, part in adapters.items()]
+
+
+def same(one, other):
+    return set(one.modules) == set(other.modules) and all(
+        torch.allclose(one.modules[m].B @ one.modules[m].A, f.B @ f.A, atol=1e-5)
+        for m, f in other.modules.items()
+    )
+
+
+def test_factors_have_the_rank_asked_for_at_most(adapters, where):
+    found = factorise.fn(adapters, 4, SOLVER, 0, where)
+    factors = LibraryFactors.load(found.path)
+    assert factors.rank == found.info["rank"] == 4
+    assert found.info["explained_variance"] == pytest.approx(factors.explained_variance)
+    exact = factorise.fn(adapters, 100, SOLVER, 0, where)
+    assert exact.info["rank"] == 9
+    assert exact.info["explained_variance"] == pytest.approx(1)
+
+
+def test_explained_variance_grows_with_the_rank(adapters, where):
+    found = explained_variance.fn(adapters, (1, 3, 9), 0, where)
+    shares = [found.metrics[f"factors/explained_variance_R{rank}"] for rank in (1, 3, 9)]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    assert set(pd.read_parquet(found.path)["rank"]) == {1, 3, 9}
+
+
+def test_interference_and_shared_energy_are_written(adapters, where):
+    found = diagnose.fn(adapters, factorise.fn(adapters, 4, SOLVER, 0, where), where)
+    assert [path.exists() for path in found.paths] == [True, True]
+    assert len(pd.read_parquet(where.layout.interference)) > 0
+    assert 0 <= found.metrics["factors/shared_energy"] <= 1
+
+
+@pytest.mark.parametrize("method", ["uniform", "task-arithmetic"])
+def test_a_merge_is_what_the_library_makes_of_the_same_adapters(adapters, where, method):
+    scale = 0.3 if method == "task-arithmetic" else None
+    found = merge.fn(method, Given(adapters, None, None, None, 0), scale, False, where)
+    options = {} if scale is None else {"scale": scale}
+    wanted = merge_adapters(read(adapters), method, **options)
+    assert found.path == where.layout.merged(method)
+    assert same(read_adapter(found.path), wanted.adapter)
+    assert found.info["rank"] == 9
+    assert ("tuned" in found.info["notes"]) is (scale is not None)
+
+
+def test_statistics_inform_a_merge(adapters, where, rows):
+    given = Given(adapters, None, statistics.fn(adapters, rows, where), 3, 0)
+    found = merge.fn("regmean", given, None, False, where)
+    inputs = given.inputs()
+    wanted = merge_adapters(read(adapters), "regmean", statistics=inputs.read_statistics(), rank=3)
+    assert same(read_adapter(found.path), wanted.adapter)
+    assert sorted(given.statistics.info["tokens"]) == sorted(adapters)
+
+
+def test_a_tuned_scale_is_one_of_those_given(adapters, where, rows):
+    given = Given(adapters, None, None, None, 0)
+    found = tune_scale.fn("task-arithmetic", given, (0.1, 0.5), rows, where)
+    assert found.info["scale"] in (0.1, 0.5)
+
+
+def test_refitting_does_not_raise_the_loss(adapters, where, rows):
+    given = Given(adapters, None, None, None, 0)
+    merged = merge.fn("uniform", given, None, True, where)
+    assert merged.path == where.layout.unrefitted("uniform")
+    found = refit.fn("uniform", merged, 2, rows, where)
+    assert found.path == where.layout.merged("uniform")
+    assert min(found.info["losses"]) <= found.info["losses"][0]
+    assert "refitted" in found.info["notes"]
+
+
+def test_the_smallest_rank_that_reaches_a_recovery(adapters, where, rows):
+    given = Given(adapters, None, statistics.fn(adapters, rows, where), None, 0)
+    found = find_rank.fn(given, "tc-lora", SOLVER, 0.0, rows, where)
+    assert found.info["rank"] >= 1
+    assert found.metrics

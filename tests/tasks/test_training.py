@@ -1,0 +1,71 @@
+"""The training stage: adapters, curves in the library and in MLflow, checkpoints as asked for."""
+
+import json
+
+import pytest
+
+from tasks import training
+from tasks.progress import JobProgress
+from tasks.where import Where
+from tclora.adapter import read_adapter
+from tclora.config import AdapterConfig
+from tests.tasks.conftest import Inline, cluster_row_files
+
+
+class Noted(Inline):
+    """Notes what a job is given."""
+
+    def run_isolated(self, function, /, **arguments):
+        object.__setattr__(self, "given", arguments)
+        return function(**arguments)
+
+
+@pytest.fixture
+def logged(where, run, monkeypatch):
+    monkeypatch.setattr(training, "current_key", lambda: "0" * 64)
+    return Where(where.layout, run, Noted(), JobProgress(), checkpoint_steps=3)
+
+
+def train(rows, base, where, **values):
+    config = AdapterConfig(r=2, batch_size=2, epochs=2, target_modules=("q_proj",), **values)
+    seeds = dict.fromkeys(rows, 0)
+    return training.train.fn("both", rows, seeds, "separate", config, base, 0, where)
+
+
+def test_every_adapter_has_its_files_its_curve_and_its_run(logged, base):
+    rows = {n: part for n, part in cluster_row_files(logged).items() if n != "cluster-2"}
+    trained = train(rows, base, logged, lr=1e-2)
+    assert set(trained) == {"cluster-0", "cluster-1"}
+    client = logged.run.client
+    for name, part in trained.items():
+        assert {f.rank for f in read_adapter(part.path).modules.values()} == {2}
+        history = json.loads(logged.layout.training(name).read_text())
+        assert [record["step"] for record in history] == [0, 1, 2, 3]
+        assert part.metrics["train/steps"] == part.info["steps"] == 4
+        assert part.info["rows"] == 4
+        (nested,) = client.search_runs(
+            [logged.run.experiment_id], f"attributes.run_name = '{name}'"
+        )
+        assert nested.info.status == "FINISHED"
+        curve = client.get_metric_history(nested.info.run_id, "loss")
+        assert [point.value for point in curve] == [record["loss"] for record in history]
+
+
+def test_checkpoints_come_as_often_as_the_run_wants(logged, base):
+    train({"cluster-0": cluster_row_files(logged)["cluster-0"]}, base, logged)
+    assert logged.executor.given["checkpoint_steps"] == 3
+    (request,) = logged.executor.given["requests"]
+    assert request.checkpoint == logged.layout.checkpoint("cluster-0-" + "0" * 16)
+
+
+def test_a_failing_job_fails_its_run_in_mlflow(logged, base):
+    obstacle = logged.layout.adapter("cluster-2")
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("a file where the adapter's folder should be")
+    with pytest.raises(NotADirectoryError):
+        train({"cluster-2": cluster_row_files(logged)["cluster-2"]}, base, logged)
+    (found,) = logged.run.client.search_runs(
+        [logged.run.experiment_id], "attributes.run_name = 'cluster-2'"
+    )
+    assert found.info.status == "FAILED"
+    assert "cluster-2" in found.data.tags["tclora.error"]

@@ -18,10 +18,6 @@ module                  what it holds
 ``peer``, ``values``    calls between them, and their arguments and results as JSON
 ======================  ==========================================================================
 
-All but ``judge`` need the standard library alone: they run in a bare interpreter.
+All but ``judge`` need the standard library alone, and little of it: they run in a bare interpreter,
+twice for each program.
 """
-
-from tclora.evaluate.sandbox.judge import SandboxError, Verdict, check_isolation, run_tests
-from tclora.evaluate.sandbox.limits import Isolation, Limits
-
-__all__ = ["Isolation", "Limits", "SandboxError", "Verdict", "check_isolation", "run_tests"]

@@ -21,7 +21,7 @@ from tclora.evaluate.sandbox.syscalls import forbid_calls
 _NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000
 _NEW_USER = 0x10000000
 _NOBODY = 65534
-_UNUSED_USERS = 2_000_000_000  # from here on no system hands out ids; one per supervisor
+_UNUSED_USERS = 2_000_000_000  # from here on no system hands out ids; one per sandbox
 _BIND, _RECURSIVE, _PRIVATE, _NOSUID, _NODEV = 4096, 16384, 1 << 18, 2, 4
 _DETACH = 2
 _MOUNT_SETATTR, _HERE, _AT_RECURSIVE = 442, -100, 0x8000
@@ -53,13 +53,15 @@ def isolate() -> None:
     Path("/proc/self/gid_map").write_text(f"{_NOBODY} {group} 1", encoding="ascii")
 
 
-def confine(folder: str, limits: Limits, isolation: Isolation) -> None:
+def confine(folder: str, limits: Limits, isolation: Isolation, *, number: int) -> None:
     """Shut this process in, for good.
 
     Parameters
     ----------
     folder : str
         An empty folder: where the new root is mounted, or the program's folder itself.
+    number : int
+        No other sandbox's at this time, such as the supervisor's process id.
     limits : Limits
         What it may use.
     isolation : Isolation
@@ -72,7 +74,7 @@ def confine(folder: str, limits: Limits, isolation: Isolation) -> None:
     """
     full, root = isolation == "full", os.getuid() == 0
     # In place of root, a user that owns no file and no other process.
-    user = _UNUSED_USERS + os.getppid() if root else os.getuid()
+    user = _UNUSED_USERS + number if root else os.getuid()
     library = [path for path in sys.path if Path(path).is_dir()]
     os.umask(0o022)
     if full:
@@ -82,7 +84,8 @@ def confine(folder: str, limits: Limits, isolation: Isolation) -> None:
         if root:
             os.chown(folder, user, user)
     _set_limits(limits)
-    _drop_privileges(user)
+    if full or root:
+        _drop_privileges(user)
     if not all(os.access(path, os.R_OK | os.X_OK) for path in library):
         raise PermissionError(f"user {user} cannot read the standard library in {library}")
     os.environ.clear()

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -85,7 +85,7 @@ def run_tests(
     program says itself it is believed: helpers that tests take from it, relations among its own
     objects.
     """
-    order = {"limits": asdict(limits), "isolation": isolation}
+    order = {"limits": limits._asdict(), "isolation": isolation}
     near, far = socket.socketpair()
     read, write = os.pipe()
     # The program never sees the tests, nor holds the pipe that their outcome comes through.

@@ -1,7 +1,6 @@
 """What a program in a sandbox may use."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 _MIB = 1 << 20
 
@@ -11,8 +10,7 @@ _MIB = 1 << 20
 Isolation = Literal["full", "process"]
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Limits of one sandbox; what exceeds them fails or is ended.
 
     Attributes

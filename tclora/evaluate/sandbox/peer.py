@@ -260,7 +260,4 @@ def _replace(target: Any, new: Any) -> None:  # noqa: ANN401
     if not isinstance(target, _MUTABLE) or not isinstance(new, type(target)):
         return
     target.clear()
-    if isinstance(target, (list, bytearray, deque)):
-        target.extend(new)
-    else:
-        target.update(new)
+    getattr(target, "update" if isinstance(target, (dict, set)) else "extend")(new)

@@ -20,6 +20,7 @@ from tclora.evaluate.sandbox.limits import Limits
 from tclora.evaluate.sandbox.values import receive, send
 
 _CONTROL, _REPORT = 0, 1  # the supervisor's own standard input and output
+_GRACE = 0.5  # for a program to end when it is not needed any more (s)
 _FIRST = 3  # the descriptors of a role begin here
 _ROLES: dict[str, Callable[[str], None]] = {"program": program.main, "tests": tests.main}
 
@@ -36,9 +37,10 @@ def main() -> None:
     except OSError as error:
         send(_REPORT, {"setup": str(error)})
         return
+    number = os.getpid()
     child = os.fork()
     if not child:
-        _become(order, limits, written, trouble)
+        _become(order, limits, number, written, trouble)
     os.close(trouble)
     os.close(written)
     for descriptor in order["descriptors"]:
@@ -46,12 +48,12 @@ def main() -> None:
     send(_REPORT, _follow(child, problem, output, limits))
 
 
-def _become(order: dict[str, Any], limits: Limits, output: int, trouble: int) -> None:
+def _become(order: dict[str, Any], limits: Limits, number: int, output: int, trouble: int) -> None:
     """Shut this process in and run its role; never returns."""
     try:
         _arrange([*order["descriptors"], trouble], output)
         trouble = _FIRST + len(order["descriptors"])
-        confine(order["folder"], limits, order["isolation"])
+        confine(order["folder"], limits, order["isolation"], number=number)
     except BaseException:  # nothing may be run then, whatever it was
         os.write(trouble, traceback.format_exc().strip().encode()[-2000:])
         os._exit(1)
@@ -82,7 +84,7 @@ def _follow(child: int, problem: int, output: int, limits: Limits) -> dict[str, 
     for descriptor in (ended, output, problem, _CONTROL):
         poll.register(descriptor, select.POLLIN)
     kept: dict[int, bytes] = {output: b"", problem: b""}
-    cause = ""
+    cause, late = "", "time"
     while not cause:
         ready = [d for d, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
         for descriptor in {output, problem}.intersection(ready):
@@ -94,10 +96,11 @@ def _follow(child: int, problem: int, output: int, limits: Limits) -> dict[str, 
             cause = "output"
         elif ended in ready:
             cause = "end"
-        elif _CONTROL in ready:
-            cause = "stopped"
-        elif not ready and time.monotonic() >= deadline:
-            cause = "time"
+        elif _CONTROL in ready:  # its tests have ended; it will see that by itself, and soon
+            poll.unregister(_CONTROL)
+            deadline, late = min(deadline, time.monotonic() + _GRACE), "stopped"
+        elif time.monotonic() >= deadline:
+            cause = late
     os.kill(child, signal.SIGKILL)  # with the first process of a namespace the kernel ends all
     _, status = os.waitpid(child, 0)
     for descriptor in kept:  # what a pipe still held

@@ -16,7 +16,7 @@ from typing import Any
 _LARGEST = 1 << 24  # of a message (bytes)
 _LONG = 1 << 62  # beyond it a number is written in hexadecimal, which costs no quadratic time
 
-_ITEMS: tuple[tuple[str, type, Callable[[list[Any]], object]], ...] = (
+_ITEMS: tuple[tuple[str, type[Any], Callable[[list[Any]], object]], ...] = (
     ("list", list, list),
     ("tuple", tuple, tuple),
     ("set", set, set),
@@ -24,12 +24,12 @@ _ITEMS: tuple[tuple[str, type, Callable[[list[Any]], object]], ...] = (
     ("deque", deque, deque),
     ("keys", type({}.keys()), lambda items: dict.fromkeys(items).keys()),
 )
-_PAIRS: tuple[tuple[str, type, Callable[[list[Any]], object]], ...] = (
+_PAIRS: tuple[tuple[str, type[Any], Callable[[list[Any]], object]], ...] = (
     ("Counter", Counter, lambda pairs: Counter(dict(pairs))),
     ("OrderedDict", OrderedDict, OrderedDict),
     ("dict", dict, dict),
 )
-_TEXTS: tuple[tuple[str, type, Callable[[Any], str], Callable[[str], object]], ...] = (
+_TEXTS: tuple[tuple[str, type[Any], Callable[[Any], str], Callable[[str], object]], ...] = (
     ("int", int, hex, lambda text: int(text, 16)),
     ("bytes", bytes, bytes.hex, bytes.fromhex),
     ("bytearray", bytearray, bytearray.hex, bytearray.fromhex),

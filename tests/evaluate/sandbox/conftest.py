@@ -1,6 +1,7 @@
 import pytest
 
-from tclora.evaluate.sandbox import Limits, SandboxError, check_isolation
+from tclora.evaluate.sandbox.judge import SandboxError, check_isolation
+from tclora.evaluate.sandbox.limits import Limits
 
 
 @pytest.fixture(scope="session")

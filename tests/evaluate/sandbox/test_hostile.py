@@ -2,13 +2,15 @@
 
 import ctypes
 import socket
+import textwrap
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tclora.evaluate.sandbox import Limits, run_tests
+from tclora.evaluate.sandbox.judge import run_tests
+from tclora.evaluate.sandbox.limits import Limits
 
 pytestmark = pytest.mark.usefixtures("walls", "host")
 _PR_SET_CHILD_SUBREAPER = 36
@@ -195,24 +197,27 @@ def attempt():
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize(
-    ("act", "reason"),
-    [
-        ("while True: pass", "was killed by signal 9"),
-        ("import time; time.sleep(3600)", "took more than 3 s"),
-        ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
-         "    except (OSError, ValueError): pass\nwhile True: pass", "was killed by signal 9"),
-    ],
-)  # fmt: skip
+IGNORE = """
+import signal
+for number in range(1, 65):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError):
+        pass
+while True:
+    pass
+"""
+
+
 @pytest.mark.parametrize("place", ["before", "in"])
-def test_no_end(tight, act, reason, place):
-    body = "\n".join("    " + line for line in act.splitlines())
-    code = act if place == "before" else f"def f(x):\n{body}"
+@pytest.mark.parametrize("act", ["while True: pass", "import time; time.sleep(3600)", IGNORE])
+def test_no_end(tight, act, place):
+    code = act if place == "before" else f"def f(x):\n{textwrap.indent(act, '    ')}"
     start = time.monotonic()
-    verdict = run_tests(code, TESTS, tight)
+    verdict = run_tests(code, TESTS, tight._replace(seconds=1.5))
     assert not verdict.passed
-    assert reason in verdict.reason or "took more than 3 s" in verdict.reason
-    assert time.monotonic() - start < 3 * tight.seconds
+    assert "was killed by signal 9" in verdict.reason or "took more than 1.5 s" in verdict.reason
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -267,7 +272,8 @@ def f(x):
         os._exit(0)
     return x + 1
 """
-    assert run_tests(code, TESTS, tight).passed  # right; `host` sees that nothing is left of it
+    verdict = run_tests(code, TESTS, tight._replace(processes=8))
+    assert verdict.passed, verdict  # it is right; `host` sees that nothing is left of it
     time.sleep(1.2)
 
 
@@ -324,7 +330,7 @@ def frame(m):
 )
 def test_faked_success(code):
     assert run_tests(RIGHT, TESTS).passed
-    assert not run_tests(code, TESTS, Limits(seconds=5)).passed
+    assert not run_tests(code, TESTS, Limits(seconds=2)).passed
 
 
 @pytest.mark.parametrize(

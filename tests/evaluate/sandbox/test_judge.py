@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tclora.evaluate.sandbox import Limits, SandboxError, run_tests
+from tclora.evaluate.sandbox.judge import SandboxError, run_tests
+from tclora.evaluate.sandbox.limits import Limits
 from tclora.evaluate.sandbox.syscalls import MACHINES, forbid_calls
 from tclora.evaluate.sandbox.values import decode, encode
 

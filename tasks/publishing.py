@@ -197,8 +197,9 @@ def _figures(rows: pd.DataFrame) -> dict[str, float]:
     figures: dict[str, float] = {}
     for row in rows.to_dict("records"):
         group = "" if row["group_kind"] == "all" else f"/{row['group_kind']}-{row['group']}"
-        for kind in ("nll", "accuracy"):
-            figures[f"{row['split']}{group}/{kind}"] = float(row[kind])
+        for kind in ("nll", "accuracy", "accuracy_norm"):
+            if kind in row:
+                figures[f"{row['split']}{group}/{kind}"] = float(row[kind])
     return figures
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pandas as pd
 
+from tclora.data.options import Options, options_of, resolve_answer
 from tclora.errors import DataError
-from tclora.evaluate.scoring import check_scorer, default_scorer
+from tclora.evaluate.scorers import CHOICES, Expected, check_scorer, default_scorer
 
 SPLITS = ("train", "test", "ood", "composition")
 OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")
@@ -73,14 +74,27 @@ def canonical_frame(
     for number, row in zip(raw.index, raw.to_dict("records"), strict=True):
         try:
             pairs[number] = pair_of(row)
-            if scorer := _optional(row.get("scorer")):
-                check_scorer(str(scorer), _optional(row.get("metadata")))
+            _check_answer(row, pairs[number])
         except ValueError as problem:
             problems[number] = f"{source}, row {number}: {problem}"
     if problems and (on_bad_row == "error" or not pairs):
         raise DataError(_list_problems(list(problems.values())))
     kept = raw.loc[list(pairs)]
     return _assemble(kept, list(pairs.values()), source), list(problems.values())
+
+
+def _check_answer(row: Row, pair: Pair) -> None:
+    """Raise ValueError if a row's answer cannot be scored by the scorer it names."""
+    scorer, choices = _optional(row.get("scorer")), options_of(row.get("choices"))
+    if scorer is None and choices is None:
+        return
+    answer = str(_optional(row.get("answer")) or pair[1])
+    if choices and scorer in (None, CHOICES):
+        answer = resolve_answer(answer, choices)
+    if scorer:
+        options = tuple(choices.texts) if choices else ()
+        metadata = _optional(row.get("metadata"))
+        check_scorer(str(scorer), Expected(answer, *pair, options, metadata))
 
 
 def _list_problems(problems: list[str]) -> str:
@@ -170,16 +184,29 @@ def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFram
     frame = pd.DataFrame(pairs, columns=["prompt", "response"], dtype=object)
     for column in OPTIONAL:
         values = [_optional(v) for v in kept[column]] if column in kept else [None] * len(kept)
-        if column != "choices":  # labels may be numbers in the source
-            values = [value if value is None else str(value) for value in values]
+        # Labels may be numbers in the source.
+        values = [value if value is None else str(value) for value in values]
         frame[column] = pd.Series(values, dtype=object)
     unknown = set(frame["split"].dropna()) - set(SPLITS)
     if unknown:
         raise DataError(f"{source}: split must be one of {SPLITS}, got {sorted(unknown)}")
     frame["answer"] = frame["answer"].where(frame["answer"].notna(), frame["response"]).map(str)
-    scorers = pd.Series(map(default_scorer, frame["answer"]), index=frame.index, dtype=object)
+    if "choices" in kept:
+        frame = _with_options(frame, [options_of(value) for value in kept["choices"]])
+    known = zip(frame["answer"], frame["response"], frame["choices"], strict=True)
+    scorers = pd.Series([default_scorer(*row) for row in known], index=frame.index, dtype=object)
     frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), scorers)
     return frame.assign(id=content_ids(frame))[list(COLUMNS)]
+
+
+def _with_options(frame: pd.DataFrame, options: list[Options | None]) -> pd.DataFrame:
+    """Return the rows with their options as texts, and the answers that mean one of them."""
+    answers = [
+        resolve_answer(answer, own) if own and scorer in (None, CHOICES) else answer
+        for answer, scorer, own in zip(frame["answer"], frame["scorer"], options, strict=True)
+    ]
+    texts = pd.Series([own and own.texts for own in options], index=frame.index, dtype=object)
+    return frame.assign(answer=pd.Series(answers, dtype=object), choices=texts)
 
 
 def _optional(value: Any) -> Any:  # noqa: ANN401

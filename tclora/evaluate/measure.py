@@ -1,21 +1,23 @@
-"""Measuring a model on examples: response NLL and generated answers, prompts computed once."""
+"""Measuring a model on examples: response NLL, generated answers and choices, prompts once."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tclora.evaluate.scoring import score
+from tclora.evaluate.choices import Choice, choose
+from tclora.evaluate.context import RowContext, plain
+from tclora.evaluate.scorers import CHOICES, Expected, score
 from tclora.model.generation import plain_generation
 from tclora.model.loss import response_nll
 from tclora.model.tokens import IGNORED, Batch, TokenRow, batches, collate, encode_frame
 
-RowContext = Callable[[Sequence[int]], AbstractContextManager[None]]
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def measure(
     *,
     token_budget: int = 2048,
     max_new_tokens: int | None = None,
-    context: RowContext = lambda _: nullcontext(),
+    context: RowContext = plain,
 ) -> list[Measurement]:
     """Measure response NLL and, where asked for, greedy answers.
 
@@ -153,44 +155,114 @@ def evaluate_frame(
     max_tokens: int,
     token_budget: int,
     max_new_tokens: int | None,
-    context: RowContext = lambda _: nullcontext(),
+    context: RowContext = plain,
 ) -> pd.DataFrame:
     """Measure a model on canonical rows.
+
+    Rows whose scorer is "choices" are answered by the log-likelihood of their options, the others
+    by generated text.
 
     Parameters
     ----------
     model, tokenizer, token_budget, max_new_tokens, context
         See `measure`.
     frame : DataFrame
-        Columns id, prompt, response, answer, scorer, metadata.
+        Columns id, prompt, response, answer, scorer, metadata; choices where rows have some; shots
+        where something is shown before a prompt.
     template, max_tokens
         See `tclora.model.tokens.encode`.
 
     Returns
     -------
     DataFrame
-        Columns id, nll, tokens, generated, correct (0.0 or 1.0; NaN where nothing was generated).
+        Columns id; nll, tokens; generated; correct (0.0 to 1.0; NaN where nothing was generated),
+        correct_norm (by length-normalised log-likelihood; NaN without choices) and logprobs
+        (log-likelihood of every option, nats).
     """
+    frame = frame.reset_index(drop=True)
     rows = encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens)
-    outcomes = measure(
-        model,
-        tokenizer,
-        rows,
-        token_budget=token_budget,
-        max_new_tokens=max_new_tokens,
-        context=context,
-    )
-    columns = [frame[name].tolist() for name in ("scorer", "answer", "metadata")]
-    correct = [
-        float("nan") if o.generated is None else score(scorer, o.generated, answer, metadata)
-        for o, scorer, answer, metadata in zip(outcomes, *columns, strict=True)
+    chosen = (frame["scorer"] == CHOICES).to_numpy()
+    parts = []
+    if not chosen.all():
+        numbers = np.flatnonzero(~chosen)
+        found = measure(
+            model,
+            tokenizer,
+            [rows[i] for i in numbers],
+            token_budget=token_budget,
+            max_new_tokens=max_new_tokens,
+            context=lambda batch: context(numbers[list(batch)]),
+        )
+        parts.append(_of_texts(frame.iloc[numbers], found))
+    if chosen.any():
+        numbers_chosen = np.flatnonzero(chosen)
+        asked = frame.iloc[numbers_chosen]
+        outcomes = choose(
+            model,
+            tokenizer,
+            asked,
+            [rows[i] for i in numbers_chosen],
+            template=template,
+            max_tokens=max_tokens,
+            token_budget=token_budget,
+            context=lambda batch: context(numbers_chosen[list(batch)]),
+        )
+        tokens = [len(rows[i].response) for i in numbers_chosen]
+        parts.append(_of_choices(asked, outcomes, tokens))
+    return pd.concat(parts).sort_index() if parts else _of_texts(frame, [])
+
+
+def _of_texts(frame: pd.DataFrame, found: Sequence[Measurement]) -> pd.DataFrame:
+    """Return measurements of generated answers as a table, with the frame's index."""
+    scores = [
+        NAN if one.generated is None else score(scorer, one.generated, expected)
+        for one, scorer, expected in zip(found, frame["scorer"], _expected(frame), strict=True)
     ]
-    return pd.DataFrame(
-        {
-            "id": frame["id"].tolist(),
-            "nll": [o.nll for o in outcomes],
-            "tokens": [o.tokens for o in outcomes],
-            "generated": pd.Series([o.generated for o in outcomes], dtype=object),
-            "correct": correct,
-        }
+    return _table(
+        frame,
+        nll=[one.nll for one in found],
+        tokens=[one.tokens for one in found],
+        generated=[one.generated for one in found],
+        correct=scores,
+        correct_norm=[NAN] * len(found),
+        logprobs=[None] * len(found),
     )
+
+
+def _of_choices(
+    frame: pd.DataFrame, outcomes: Sequence[Choice], tokens: Sequence[int]
+) -> pd.DataFrame:
+    """Return the outcomes of multiple-choice rows as a table, with the frame's index."""
+    known = list(zip(outcomes, frame["choices"], frame["answer"], strict=True))
+    return _table(
+        frame,
+        nll=[one.nll for one in outcomes],
+        tokens=tokens,
+        generated=[None] * len(outcomes),
+        correct=[one.correct(options, answer) for one, options, answer in known],
+        correct_norm=[
+            one.correct(options, answer, by_length=True) for one, options, answer in known
+        ],
+        logprobs=[list(one.logprobs) for one in outcomes],
+    )
+
+
+def _table(frame: pd.DataFrame, **columns: Sequence[Any]) -> pd.DataFrame:
+    """Return columns beside the rows' ids; texts and lists stay what they are."""
+    types = {"generated": object, "logprobs": object}
+    values = {
+        name: pd.Series(values, index=frame.index, dtype=types.get(name))
+        for name, values in columns.items()
+    }
+    return pd.DataFrame({"id": frame["id"], **values})
+
+
+def _expected(frame: pd.DataFrame) -> Iterator[Expected]:
+    for row in frame.to_dict("records"):
+        yield Expected(
+            answer=row["answer"],
+            prompt=row["prompt"],
+            response=row["response"],
+            choices=tuple(row["choices"]) if row.get("choices") is not None else (),
+            metadata=row["metadata"],
+        )

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tclora.config import LmEvalConfig, MeasureConfig
+from tclora.evaluate.context import RowContext
 from tclora.evaluate.lm_eval import run_lm_eval
-from tclora.evaluate.measure import RowContext, evaluate_frame
+from tclora.evaluate.measure import evaluate_frame
 from tclora.files import atomic_path
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base, LoadedBase

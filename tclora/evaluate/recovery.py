@@ -26,7 +26,8 @@ def summarise(
     Parameters
     ----------
     items : DataFrame
-        Columns method, split, task, cluster, id, nll (nats), tokens, correct.
+        Columns method, split, task, cluster, id, nll (nats; NaN where it was not measured), tokens,
+        correct, and correct_norm where there are choices.
     confidence : float
         Level of the intervals.
     resamples : int
@@ -38,17 +39,22 @@ def summarise(
     -------
     DataFrame
         Columns method, split, group_kind, group, n, nll, nll_low, nll_high (nats per response
-        token), accuracy, accuracy_low, accuracy_high (fractions; NaN where nothing was scored).
+        token), accuracy, accuracy_low, accuracy_high (mean scores, 0 to 1; NaN where nothing was
+        scored), and the same of accuracy_norm, by length-normalised log-likelihood.
     """
     rows = []
     for (method, split), part in items.groupby(["method", "split"], sort=False):
         for kind, name, group in _groups(part):
-            nll = _ratio(group["nll"], group["tokens"], confidence, resamples, seed)
-            scored = group.dropna(subset=["correct"])
-            ones = pd.Series(1.0, index=scored.index)
-            accuracy = _ratio(scored["correct"], ones, confidence, resamples, seed)
-            rows.append((method, split, kind, name, len(group), *nll, *accuracy))
-    figures = [f"{name}{end}" for name in ("nll", "accuracy") for end in ("", "_low", "_high")]
+            read = group.dropna(subset=["nll"])
+            nll = _ratio(read["nll"], read["tokens"], confidence, resamples, seed)
+            means = [
+                _mean(group[column], confidence, resamples, seed)
+                for column in ("correct", "correct_norm")
+                if column in group
+            ]
+            rows.append((method, split, kind, name, len(group), *nll, *sum(means, ())))
+    names = ["nll", "accuracy", *(["accuracy_norm"] if "correct_norm" in items else [])]
+    figures = [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
     return pd.DataFrame(rows, columns=["method", "split", "group_kind", "group", "n", *figures])
 
 
@@ -136,6 +142,14 @@ def _groups(part: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     for kind in ("task", "cluster"):
         for name, group in part.dropna(subset=[kind]).groupby(kind, sort=True):
             yield kind, str(name), group
+
+
+def _mean(
+    values: pd.Series, confidence: float, resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """Point and interval of the mean of what is not NaN."""
+    known = values.dropna()
+    return _ratio(known, pd.Series(1.0, index=known.index), confidence, resamples, seed)
 
 
 def _ratio(

@@ -33,7 +33,10 @@ _EVALUATION = {
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
-_NEWER = {"recovery": ["n"]}  # columns that tables of version 0.1.0 lack
+_NEWER = {  # columns that tables of version 0.1.0 lack
+    "recovery": ["n"],
+    "summary": ["accuracy_norm", "accuracy_norm_low", "accuracy_norm_high"],
+}
 _INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
 _SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+Shown = Sequence[tuple[str, str]]  # prompts with their responses, shown before a prompt
+Shots = Sequence[Shown]  # one per row
 IGNORED = -100  # label of a position without loss, as torch's cross-entropy has it
 
 
@@ -68,6 +70,7 @@ def encode(
     *,
     template: str = "chat",
     max_tokens: int = 1024,
+    shots: Shots | None = None,
 ) -> list[TokenRow]:
     """Turn prompts and responses into token rows.
 
@@ -83,6 +86,8 @@ def encode(
     max_tokens : int
         Longest row in tokens. What exceeds it is cut from the start of the prompt; a response that
         is longer by itself loses its end.
+    shots : sequence of sequences of (prompt, response), optional
+        What is shown before each prompt: earlier turns of a chat, or text and an empty line.
 
     Returns
     -------
@@ -93,11 +98,7 @@ def encode(
     ValueError
         If the template is unknown, or the tokenizer has no chat template.
     """
-    if template == "chat" and tokenizer.chat_template is None:
-        raise ValueError("train.template must be 'plain': this tokenizer has no chat template")
-    if template not in {"chat", "plain"}:
-        raise ValueError(f"train.template must be 'chat' or 'plain', got {template!r}")
-    texts = [_render(tokenizer, prompt, template) for prompt in prompts]
+    texts = render(tokenizer, prompts, template, shots)
     # A rendered chat template already carries the special tokens.
     encoded = tokenizer(texts, add_special_tokens=template == "plain").input_ids
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
@@ -108,20 +109,71 @@ def encode(
 def encode_frame(
     tokenizer: "PreTrainedTokenizerBase", frame: "pd.DataFrame", *, template: str, max_tokens: int
 ) -> list[TokenRow]:
-    """Turn the prompts and responses of a frame into token rows; see `encode`."""
+    """Turn the prompts and responses of a frame into token rows; see `encode`.
+
+    A column ``shots`` counts where the frame has one.
+    """
     return encode(
         tokenizer,
         frame["prompt"].tolist(),
         frame["response"].tolist(),
         template=template,
         max_tokens=max_tokens,
+        shots=frame["shots"].tolist() if "shots" in frame else None,
     )
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", prompt: str, template: str) -> str:
+def trailing_spaces(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    *,
+    template: str,
+    shots: Shots | None = None,
+) -> list[int]:
+    """Count the tokens of the white space that each prompt ends with, in its template.
+
+    Parameters
+    ----------
+    tokenizer, prompts, template, shots
+        See `encode`.
+    """
+    texts = render(tokenizer, prompts, template, shots)
+    special = template == "plain"
+    whole = tokenizer(texts, add_special_tokens=special).input_ids
+    bare = tokenizer([text.rstrip() for text in texts], add_special_tokens=special).input_ids
+    return [max(0, len(w) - len(b)) for w, b in zip(whole, bare, strict=True)]
+
+
+def render(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    template: str,
+    shots: Shots | None = None,
+) -> list[str]:
+    """Write prompts in a template; see `encode`.
+
+    Raises
+    ------
+    ValueError
+        If the template is unknown, or the tokenizer has no chat template.
+    """
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError("train.template must be 'plain': this tokenizer has no chat template")
+    if template not in {"chat", "plain"}:
+        raise ValueError(f"train.template must be 'chat' or 'plain', got {template!r}")
+    before = shots if shots is not None else [()] * len(prompts)
+    return [_render(tokenizer, *row, template) for row in zip(prompts, before, strict=True)]
+
+
+def _render(tokenizer: "PreTrainedTokenizerBase", prompt: str, shots: Shown, template: str) -> str:
     if template == "plain":
-        return f"{prompt}\n"
-    turns = [{"role": "user", "content": prompt}]
+        return "".join(f"{asked}\n{answered}\n\n" for asked, answered in shots) + f"{prompt}\n"
+    turns = [
+        {"role": role, "content": text}
+        for shot in shots
+        for role, text in zip(("user", "assistant"), shot, strict=True)
+    ]
+    turns.append({"role": "user", "content": prompt})
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 

@@ -19,7 +19,11 @@ SPLITS = {
     "ood": ("Out-of-domain", "tasks that no adapter was trained on"),
     "composition": ("Composition", "rows that need skills of several tasks at once"),
 }
-_METRICS = ("accuracy", "nll")
+_METRICS = ("accuracy", "accuracy_norm", "nll")
+_SHARES = {
+    "accuracy": "Accuracy (%)",
+    "accuracy_norm": "Accuracy of choices by log-likelihood per character (%)",
+}
 _NARROW = 4  # columns
 
 
@@ -112,10 +116,9 @@ def _metric_table(contents: Contents, rows: pd.DataFrame, kind: str, metric: str
     names = {"value": metric, "low": f"{metric}_low", "high": f"{metric}_high"}
     measured = rows.assign(**{name: rows[column] for name, column in names.items()})
     columns = _columns(measured, kind)
-    if metric == "accuracy":
-        return _table(
-            contents, "Accuracy (%)", measured, columns, lambda v: percent(v, 1), best=max
-        )
+    if metric in _SHARES:
+        title = _SHARES[metric]
+        return _table(contents, title, measured, columns, lambda v: percent(v, 1), best=max)
     title = "Negative log-likelihood (nats per response token)"
     return _table(contents, title, measured, columns, lambda v: number(v, 3), best=min)
 

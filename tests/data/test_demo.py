@@ -7,7 +7,7 @@ import pytest
 
 from tclora.data.demo import FAMILIES, demo_examples
 from tclora.errors import DataError
-from tclora.evaluate.scoring import score
+from tclora.evaluate.scorers import Expected, score
 
 DIGEST = (
     "import hashlib; from tclora.data.demo import demo_examples; "
@@ -57,11 +57,11 @@ def test_rows_are_shuffled(rows):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.task)
 def test_right_answers_score_one_and_junk_nothing(rows, family):
     for row in rows[rows["task"] == family.task].itertuples():
-        answer = row.response
-        assert score(row.scorer, answer, answer, row.metadata) == 1
-        assert score(row.scorer, f" {answer}\n", answer, row.metadata) == 1
+        answer, expected = row.response, Expected(row.response, metadata=row.metadata)
+        assert score(row.scorer, answer, expected) == 1
+        assert score(row.scorer, f" {answer}\n", expected) == 1
         for junk in ("", "junk", "no idea at all", "-987654321"):
-            assert score(row.scorer, junk, answer, row.metadata) == 0, (junk, row)
+            assert score(row.scorer, junk, expected) == 0, (junk, row)
 
 
 def test_the_composition_asks_for_a_sum_of_the_same_value(rows):

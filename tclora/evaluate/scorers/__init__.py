@@ -1,0 +1,31 @@
+"""Scorers: is a generated answer right? One registered function per kind of task.
+
+To add one: a file with a registered function, imported below; see ``docs/extending.md``.
+"""
+
+from tclora.evaluate.scorers import extraction, gym, overlap, text
+from tclora.evaluate.scorers.choosing import default_scorer
+from tclora.evaluate.scorers.registry import (
+    CHOICES,
+    Expected,
+    check_scorer,
+    executes_code,
+    register,
+    score,
+    scorers,
+)
+
+__all__ = [
+    "CHOICES",
+    "Expected",
+    "check_scorer",
+    "default_scorer",
+    "executes_code",
+    "extraction",
+    "gym",
+    "overlap",
+    "register",
+    "score",
+    "scorers",
+    "text",
+]

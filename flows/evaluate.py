@@ -8,7 +8,7 @@ from tasks.artifact import Artifact, Artifacts
 from tasks.evaluation import cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
-from tclora.evaluate.method import ALL
+from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
 
 

@@ -2,9 +2,10 @@
 
 A function's closure is found from the text of the modules alone: from a definition to the names it
 uses, through imports (also inside of functions) to other top-level definitions, and so on. What it
-looks up by name in a `Registry` is found among the registered variants by the names it is given.
-Each definition counts by its syntax tree without docstrings, so comments and layout do not. Of a
-class, a method counts where anything in the closure uses its name.
+looks up by name in a `Registry` is found among the registered variants by the names it is given; of
+a registry whose variants the data name, each counts. Each definition counts by its syntax tree
+without docstrings, so comments and layout do not. Of a class, a method counts where anything in the
+closure uses its name.
 
 Limits: a definition is a function, a class, a method or a constant at the top level of a module.
 Methods that others may call count with their class: special ones, those under decorators that might
@@ -199,7 +200,8 @@ class _Search:
     def _looked_up(self) -> Iterator[Symbol]:
         """Yield the variants that the registries reached so far hold under any string seen."""
         for registry in self._registries:
-            for name in sorted(set(registry) & self._strings):
+            named = registry if registry.named_by_rows else set(registry) & self._strings
+            for name in sorted(named):
                 for symbol in symbols_of(registry[name]):
                     self._packages.add(symbol.module.partition(".")[0])
                     if symbol not in self._entered:

@@ -7,8 +7,9 @@ from tasks.keys import stage
 from tasks.where import Where
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.cross import measure_cross
-from tclora.evaluate.method import ALL, evaluate_adapters, evaluate_routed
+from tclora.evaluate.method import evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
+from tclora.evaluate.subjects import ALL
 from tclora.files import atomic_path
 from tclora.jobs.call import Event, EventCallback
 from tclora.model.base import Base

@@ -29,10 +29,20 @@ class Registry(Mapping[str, T]):
         What the variants are, for messages, such as "merge method".
     describe : callable
         Returns a variant's summary of one line; the first of its docstring by default.
+    named_by_rows : bool
+        Whether it is the data that name variants, so that a function that looks one up can reach
+        each of them, not only those that its code and its arguments name.
     """
 
-    def __init__(self, kind: str, describe: Callable[[T], str] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        describe: Callable[[T], str] | None = None,
+        *,
+        named_by_rows: bool = False,
+    ) -> None:
         self.kind = kind
+        self.named_by_rows = named_by_rows
         self._describe = describe or _first_line
         self._entries: dict[str, T] = {}
 

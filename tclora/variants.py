@@ -10,7 +10,7 @@ class Variant:
     Attributes
     ----------
     kind : str
-        What it is: merge method, router, clusterer, training engine.
+        What it is: merge method, router, clusterer, training engine, scorer.
     name : str
         What configurations call it.
     summary : str
@@ -28,12 +28,13 @@ class Variant:
 def variants() -> list[Variant]:
     """Return every registered variant by kind and name, those of plugins once they are loaded."""
     from tclora.cluster.registry import clusterers
+    from tclora.evaluate.scorers import scorers
     from tclora.merge.registry import merge_methods
     from tclora.route.router import routers
     from tclora.train.engines import engines
 
     return [
         Variant(registry.kind, name, registry.summary(name), registry.module(name))
-        for registry in (merge_methods, routers, clusterers, engines)
+        for registry in (merge_methods, routers, clusterers, engines, scorers)
         for name in registry
     ]

@@ -1,7 +1,8 @@
 """The canonical frame of examples: the ecosystem's row forms mapped onto fixed columns, checked.
 
-Columns: id, prompt, response, answer and scorer (str); task, metadata (str or null, the latter
-JSON); choices (list of str or null); split ("train", "test", "ood", "composition" or null).
+Columns: id, prompt, response, answer and scorer (str); task, metadata (JSON) and skills (tasks
+joined by "+"), str or null; choices (list of str or null); split ("train", "test", "ood",
+"composition" or null).
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from tclora.errors import DataError
 from tclora.evaluate.scorers import CHOICES, Expected, check_scorer, default_scorer
 
 SPLITS = ("train", "test", "ood", "composition")
-OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata")
+OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata", "skills")
 COLUMNS = ("id", "prompt", "response", *OPTIONAL)
 _PLAIN_FORMS = (
     ("prompt", "response"),
@@ -185,8 +186,11 @@ def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFram
     for column in OPTIONAL:
         values = [_optional(v) for v in kept[column]] if column in kept else [None] * len(kept)
         # Labels may be numbers in the source.
-        values = [value if value is None else str(value) for value in values]
+        plain = _skills if column == "skills" else str
+        values = [value if value is None else plain(value) for value in values]
         frame[column] = pd.Series(values, dtype=object)
+    several = frame["skills"].str.contains("+", regex=False, na=False)
+    frame["split"] = frame["split"].mask(several & frame["split"].isna(), "composition")
     unknown = set(frame["split"].dropna()) - set(SPLITS)
     if unknown:
         raise DataError(f"{source}: split must be one of {SPLITS}, got {sorted(unknown)}")
@@ -207,6 +211,12 @@ def _with_options(frame: pd.DataFrame, options: list[Options | None]) -> pd.Data
     ]
     texts = pd.Series([own and own.texts for own in options], index=frame.index, dtype=object)
     return frame.assign(answer=pd.Series(answers, dtype=object), choices=texts)
+
+
+def _skills(value: Any) -> str:  # noqa: ANN401
+    """Join the tasks whose skills a row needs: a list, or names set off by "+" or a comma."""
+    names = value if isinstance(value, list) else str(value).replace("+", ",").split(",")
+    return "+".join(sorted(str(name).strip() for name in names))
 
 
 def _optional(value: Any) -> Any:  # noqa: ANN401

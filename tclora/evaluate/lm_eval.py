@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +18,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tclora.errors import ConfigError
 from tclora.model.generation import plain_generation
 
+if TYPE_CHECKING:
+    from tclora.evaluate.lm_eval_model import Routes
+
+_MAIN = ("acc", "exact_match")  # metrics that tell whether an item is right, before any other
 _EXECUTING = ("humaneval", "mbpp", "cruxeval", "longproc")
 _GIB = 1 << 30
+YAML = (".yaml", ".yml")  # ends of the names of task files
 
 
 def executes_code(task: str) -> bool:
     """Whether an lm-eval task runs code written by the model."""
     return task.startswith(_EXECUTING)
+
+
+class LmEvalResult(NamedTuple):
+    """What lm-eval found.
+
+    Attributes
+    ----------
+    figures : DataFrame
+        Columns task, metric, value, stderr (NaN where lm-eval gives none).
+    items : DataFrame
+        Columns id, task, prompt, answer, generated, correct (the task's main metric),
+        correct_norm, logprobs; one row per task, filter and document.
+    """
+
+    figures: pd.DataFrame
+    items: pd.DataFrame
 
 
 def run_lm_eval(
@@ -33,9 +54,10 @@ def run_lm_eval(
     tasks: Sequence[str | Mapping[str, Any]],
     *,
     limit: int | None = None,
-    batch_size: int = 8,
+    token_budget: int = 2048,
     allow_code_execution: bool = False,
-) -> pd.DataFrame:
+    routes: "Routes | None" = None,
+) -> LmEvalResult:
     """Evaluate a model on lm-eval tasks.
 
     Parameters
@@ -45,18 +67,19 @@ def run_lm_eval(
     tokenizer : PreTrainedTokenizerBase
         Its tokenizer.
     tasks : sequence of str or mapping
-        Names of lm-eval, or task configurations.
+        Names of lm-eval, files of task configurations (YAML), or task configurations.
     limit : int, optional
         Items per task.
-    batch_size : int
-        Sequences per forward pass.
+    token_budget : int
+        Padded tokens per forward pass.
     allow_code_execution : bool
         Let tasks that execute generated code run.
+    routes : callable, optional
+        See `tclora.evaluate.lm_eval_model.SharedContexts`.
 
     Returns
     -------
-    DataFrame
-        Columns task, metric, value, stderr (NaN where lm-eval gives none).
+    LmEvalResult
 
     Raises
     ------
@@ -71,14 +94,16 @@ def run_lm_eval(
         )
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
+
+        from tclora.evaluate.lm_eval_model import SharedContexts
     except ImportError as error:
         raise ConfigError("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]") from error
-    named = any(isinstance(task, str) for task in tasks)
+    named = any(isinstance(task, str) and not task.endswith(YAML) for task in tasks)
+    options = {"routes": routes} if routes else {}
     with _limits(active=bool(refused)), plain_generation(model, tokenizer):
         results = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=SharedContexts(model, tokenizer, token_budget=token_budget, **options),
             tasks=list(tasks),
             # Indexing all task files takes seconds; ready-made configurations need none.
             task_manager=TaskManager(include_defaults=named),
@@ -86,9 +111,35 @@ def run_lm_eval(
             bootstrap_iters=0,
             confirm_run_unsafe_code=bool(refused),
         )
-    return pd.DataFrame(
-        list(_rows(results["results"])), columns=["task", "metric", "value", "stderr"]
+    figures = list(_rows(results["results"]))
+    items = [item for name, samples in results["samples"].items() for item in _items(name, samples)]
+    return LmEvalResult(
+        pd.DataFrame(figures, columns=["task", "metric", "value", "stderr"]), pd.DataFrame(items)
     )
+
+
+def _items(task: str, samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield lm-eval's samples as items; a task of several filters is one task for each of them."""
+    several = len({sample["filter"] for sample in samples}) > 1
+    for sample in samples:
+        main = [name for name in _MAIN if name in sample["metrics"]] or sample["metrics"]
+        asked = [list(arguments) for arguments in sample["arguments"]]
+        chosen = isinstance(asked[0][1], str)  # a continuation, not settings of generation
+        yield {
+            "id": f"{task}-{sample['doc_id']}",
+            "task": f"{task} ({sample['filter']})" if several else task,
+            "prompt": asked[0][0],
+            "answer": str(sample["target"]),
+            "generated": None if chosen else str(sample["filtered_resps"][0]),
+            "correct": _number(sample[main[0]]),
+            "correct_norm": _number(sample.get("acc_norm")),
+            "logprobs": [float(answers[0][0]) for answers in sample["resps"]] if chosen else None,
+        }
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    """Return a figure of an item; NaN where the metric is of the whole task alone."""
+    return float(value) if isinstance(value, (bool, int, float)) else float("nan")
 
 
 def _rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, float, float]]:

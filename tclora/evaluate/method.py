@@ -1,25 +1,18 @@
 """The jobs that measure one method on the held-out rows: adapters, or a routed library."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from tclora.config import LmEvalConfig, MeasureConfig
-from tclora.evaluate.context import RowContext
-from tclora.evaluate.lm_eval import run_lm_eval
-from tclora.evaluate.measure import evaluate_frame
+from tclora.evaluate.subjects import Adapted, Routed, opened
 from tclora.files import atomic_path
 from tclora.jobs.call import EventCallback
-from tclora.model.base import Base, LoadedBase
-from tclora.route import Gating, read_library
+from tclora.model.base import Base
+from tclora.route import read_library
 from tclora.route.routing import routing_from_table
 
-ALL = "all"  # the key of an adapter that answers for every row
-_LABELS = ["split", "task", "cluster", "prompt", "answer"]
+LABELS = ("split", "task", "skills", "cluster", "prompt", "answer")
 
 
 def evaluate_adapters(
@@ -46,7 +39,7 @@ def evaluate_adapters(
         Parquet file of canonical rows with a column cluster.
     adapters : dict of str to Path
         PEFT directories: one for `ALL` rows, one per cluster's number (rows of other clusters are
-        left out), or none for the base model.
+        left out), or none for the base model; see `tclora.evaluate.subjects`.
     config : MeasureConfig
         What to measure.
     target : Path
@@ -62,24 +55,13 @@ def evaluate_adapters(
         Rows measured.
     """
     loaded, frame = base.load(), pd.read_parquet(rows)
-    model: Any = loaded.model
-    parts: list[pd.DataFrame] = []
-    for key, group in _groups(frame, adapters):
-        model = _activate(model, key, adapters.get(key))
-        parts.append(_measured(loaded._replace(model=model), group, config))
-        on_event({"rows": sum(map(len, parts)), "of": len(frame)})
-    items = _write_items(parts, name, target)
-    if lm_eval and lm_eval_target:
-        figures = run_lm_eval(
-            model,
-            loaded.tokenizer,
-            lm_eval.lm_eval,
-            limit=lm_eval.lm_eval_limit,
-            allow_code_execution=lm_eval.allow_code_execution,
-        )
-        with atomic_path(lm_eval_target) as fresh:
-            figures.assign(method=name).to_parquet(fresh)
-    return items
+    with opened(Adapted(loaded, adapters)) as subject:
+        measured = _write_items(subject.measure(frame, config, on_event), frame, name, target)
+        if lm_eval and lm_eval_target:
+            figures = subject.run_lm_eval(lm_eval, config.token_budget).figures
+            with atomic_path(lm_eval_target) as fresh:
+                figures.assign(method=name).to_parquet(fresh)
+    return measured
 
 
 def evaluate_routed(
@@ -110,67 +92,19 @@ def evaluate_routed(
         Rows measured.
     """
     loaded, frame = base.load(), pd.read_parquet(rows)
-    model, context = _gated(loaded.model, library, routing)
-    items = _measured(loaded._replace(model=model), frame, config, context)
-    on_event({"rows": len(items), "of": len(frame)})
-    return _write_items([items], name, target)
+    names = read_library(library).gated.names
+    known = routing_from_table(pd.read_parquet(routing), names)
+    with opened(Routed(loaded, library, lambda _: known)) as subject:
+        return _write_items(subject.measure(frame, config, on_event), frame, name, target)
 
 
-def _groups(
-    frame: pd.DataFrame, adapters: Mapping[str, Path]
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the key of an adapter and the rows it answers for."""
-    if not adapters or ALL in adapters:
-        yield ALL, frame
-        return
-    for cluster, rows in frame.groupby("cluster", sort=True):
-        if str(cluster) in adapters:
-            yield str(cluster), rows
+def with_labels(measured: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return measurements, which have the rows' index, beside what tables say of the rows."""
+    labels = [name for name in LABELS if name in rows]
+    return measured.join(rows[labels]).reset_index(drop=True)
 
 
-def _activate(model: Any, key: str, path: Path | None) -> Any:  # noqa: ANN401
-    """Return the model with one adapter active, as stock PEFT loads it, or as it is."""
-    if path is None:
-        return model
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, path, key, autocast_adapter_dtype=False).eval()
-    previous = model.active_adapter
-    model.load_adapter(path, key, autocast_adapter_dtype=False)
-    model.set_adapter(key)
-    model.delete_adapter(previous)
-    return model.eval()
-
-
-def _gated(model: PreTrainedModel, folder: Path, routing: Path) -> tuple[Any, RowContext]:
-    """Return the model with a routed library's adapter, and the context that gates given rows."""
-    library = read_library(folder)
-    adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
-    gating = Gating(adapted, library.gated)
-    routed = routing_from_table(pd.read_parquet(routing), library.gated.names)
-    return adapted, lambda rows: routed.take(rows).context(gating)
-
-
-def _measured(
-    loaded: LoadedBase,
-    rows: pd.DataFrame,
-    config: MeasureConfig,
-    context: RowContext | None = None,
-) -> pd.DataFrame:
-    measured = evaluate_frame(
-        loaded.model,
-        loaded.tokenizer,
-        rows,
-        template=loaded.base.template,
-        max_tokens=loaded.base.max_tokens,
-        token_budget=config.token_budget,
-        max_new_tokens=config.max_new_tokens if config.generate else None,
-        **({"context": context} if context else {}),
-    )
-    return pd.concat([measured, rows[_LABELS].reset_index(drop=True)], axis=1)
-
-
-def _write_items(parts: list[pd.DataFrame], method: str, target: Path) -> int:
-    items = pd.concat(parts, ignore_index=True).assign(method=method)
+def _write_items(measured: pd.DataFrame, rows: pd.DataFrame, method: str, target: Path) -> int:
     with atomic_path(target) as fresh:
-        items.to_parquet(fresh)
-    return len(items)
+        with_labels(measured, rows).assign(method=method).to_parquet(fresh)
+    return len(measured)

@@ -21,7 +21,7 @@ _CHUNK = 200  # resamples at once, to bound memory
 def summarise(
     items: pd.DataFrame, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """Summarise items per method, split and group (all rows, each task, each cluster).
+    """Summarise items per method, split and group (all rows, each task, cluster, set of skills).
 
     Parameters
     ----------
@@ -139,7 +139,7 @@ def _cluster_recovery(tables: list[pd.DataFrame], resamples: int, seed: int) -> 
 
 def _groups(part: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     yield "all", "all", part
-    for kind in ("task", "cluster"):
+    for kind in ("task", "cluster", *(["skills"] if "skills" in part else [])):
         for name, group in part.dropna(subset=[kind]).groupby(kind, sort=True):
             yield kind, str(name), group
 

@@ -4,6 +4,7 @@ A row names its scorer as ``NAME`` or ``NAME:ARGUMENT``. The name ``choices`` is
 such a row is answered by the log-likelihood of its options (`tclora.evaluate.choices`).
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,9 @@ class Scorer:
 
 
 scorers: Registry[Scorer] = Registry(
-    "scorer", lambda scorer: (scorer.function.__doc__ or "").strip().partition("\n")[0]
+    "scorer",
+    lambda scorer: (inspect.getdoc(scorer.function) or "").partition("\n")[0],
+    named_by_rows=True,
 )
 
 

@@ -19,6 +19,7 @@ from tasks.tracking import Run
 from tasks.training import PARENT
 from tasks.where import Where
 from tclora.config import Config
+from tclora.evaluate.tables import flat_figures
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
 from tclora.library.names import JOINT
@@ -182,7 +183,9 @@ def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None
     for method, rows in summary.groupby("method", sort=False):
         name = str(method)
         shares = recovered[recovered["method"] == method].set_index("cluster")["recovery"]
-        metrics = _figures(rows) | {f"recovery/{c}": float(share) for c, share in shares.items()}
+        metrics = flat_figures(rows) | {
+            f"recovery/{c}": float(share) for c, share in shares.items()
+        }
         totals = {f"{name}/{key}": value for key, value in metrics.items() if key in _TOTALS}
         metrics |= merges[name].metrics if name in merges else {}
         nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
@@ -190,17 +193,6 @@ def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None
         tracking.log_metrics(nested, metrics)
         tracking.close_run(nested, "FINISHED")
         tracking.log_metrics(run, totals)
-
-
-def _figures(rows: pd.DataFrame) -> dict[str, float]:
-    """Return one method's NLL and accuracy per split and group."""
-    figures: dict[str, float] = {}
-    for row in rows.to_dict("records"):
-        group = "" if row["group_kind"] == "all" else f"/{row['group_kind']}-{row['group']}"
-        for kind in ("nll", "accuracy", "accuracy_norm"):
-            if kind in row:
-                figures[f"{row['split']}{group}/{kind}"] = float(row[kind])
-    return figures
 
 
 @task(name="link", cache_policy=NO_CACHE)

@@ -71,11 +71,8 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
     tags : mapping
         Such as the links to Prefect.
     """
-    uri = tracking_uri(config.output)
+    uri, experiment_id = _open_experiment(config.output, config.name)
     client = MlflowClient(uri)
-    # Two first runs at once would both create the tables of a new store.
-    with exclusive(config.output.absolute() / ".mlflow.lock"):
-        experiment_id = _experiment(client, config)
     _close_abandoned(client, experiment_id, str(config.library_dir))
     tags = {**tags, _LIBRARY: str(config.library_dir)}
     created = client.create_run(experiment_id, run_name=run_name, tags=tags)
@@ -85,17 +82,60 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
     return run
 
 
-def _experiment(client: MlflowClient, config: Config) -> str:
-    """Return the id of the run's experiment, created or restored where needed."""
-    experiment = client.get_experiment_by_name(config.name)
+def log_evaluation(
+    output: Path,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    files: Iterable[Path],
+) -> Run:
+    """Log an evaluation outside of a pipeline as a run of its own.
+
+    Parameters
+    ----------
+    output : Path
+        Folder of the MLflow store, unless ``$MLFLOW_TRACKING_URI`` names one.
+    name : str
+        Of the experiment, that of the library's runs.
+    params, metrics, files
+        What to log.
+
+    Returns
+    -------
+    Run
+        Finished.
+    """
+    uri, experiment_id = _open_experiment(output, name)
+    created = MlflowClient(uri).create_run(
+        experiment_id, run_name="evaluation", tags={"tclora.kind": "evaluation"}
+    )
+    run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
+    log_params(run, params)
+    log_metrics(run, metrics)
+    for file in files:
+        run.client.log_artifact(run.run_id, str(file))
+    close_run(run, "FINISHED")
+    return run
+
+
+def _open_experiment(output: Path, name: str) -> tuple[str, str]:
+    """Return the store and the id of an experiment, both created where missing."""
+    uri = tracking_uri(output)
+    # Two first runs at once would both create the tables of a new store.
+    output.mkdir(parents=True, exist_ok=True)
+    with exclusive(output.absolute() / ".mlflow.lock"):
+        return uri, _experiment(MlflowClient(uri), name, output)
+
+
+def _experiment(client: MlflowClient, name: str, output: Path) -> str:
+    """Return the id of an experiment, created or restored where needed."""
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
         artifacts = None
-        if tracking_uri(config.output).startswith("sqlite:"):
-            artifacts = (config.output.absolute() / "mlartifacts").as_uri()
+        if tracking_uri(output).startswith("sqlite:"):
+            artifacts = (output.absolute() / "mlartifacts").as_uri()
         return str(
-            client.create_experiment(
-                config.name, artifact_location=artifacts, tags=_EXPERIMENT_TAGS
-            )
+            client.create_experiment(name, artifact_location=artifacts, tags=_EXPERIMENT_TAGS)
         )
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)

@@ -7,7 +7,14 @@ import typer
 
 from tclora.errors import TcloraError
 from tclora.registry import load_plugins
-from tclora_cli.commands import adapters, configuration, libraries, pipeline, routed
+from tclora_cli.commands import (
+    adapters,
+    configuration,
+    evaluation,
+    libraries,
+    pipeline,
+    routed,
+)
 from tclora_cli.commands.former import FormerOptions
 
 app = typer.Typer(
@@ -30,6 +37,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": routed.generate,
     "serve": routed.serve,
     "export": routed.export,
+    "eval": evaluation.evaluate,
+    "compare": evaluation.compare,
 }
 for name, command in _COMMANDS.items():
     app.command(name, cls=FormerOptions)(command)

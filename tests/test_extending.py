@@ -17,6 +17,7 @@ from tclora.cluster.registry import clusterers
 from tclora.cluster.rows import cluster_rows
 from tclora.config import AdapterConfig, ClusterConfig
 from tclora.errors import ConfigError, LibraryError
+from tclora.evaluate.scorers import Expected, score, scorers
 from tclora.jobs.run import LocalExecutor
 from tclora.merge import merge
 from tclora.merge.registry import merge_methods
@@ -38,13 +39,14 @@ ADDED = {
     ("router", "sharp"): "A mixture that leans to the nearest cluster: the square of softmax.",
     ("clusterer", "ward"): "Agglomerative clustering by Ward's criterion.",
     ("training engine", "pairs"): "Two adapters a job, one after the other on one process.",
+    ("scorer", "starts"): "Compare the beginning of the text alone.",
 }
 
 
 @pytest.fixture
 def registries(monkeypatch):
     """The registries as they are, and again afterwards."""
-    for registry in (merge_methods, routers, clusterers, engines):
+    for registry in (merge_methods, routers, clusterers, engines, scorers):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     yield
     for name in EXAMPLES:
@@ -141,6 +143,12 @@ def test_an_engine_from_outside_trains_in_a_job(plugins, tmp_path, tiny_model_di
     )
     assert [found[name].steps for name in "ab"] == [1, 1]
     assert_same_updates(read_adapter(tmp_path / "a"), read_adapter(tmp_path / "b"))
+
+
+def test_a_scorer_from_outside_scores(plugins):
+    load_plugins()
+    assert score("starts", " blue, I think", Expected("blue")) == 1
+    assert score("starts", "not blue", Expected("blue")) == 0
 
 
 def command_line(*arguments):

@@ -192,8 +192,8 @@ def _extend(
     cache: Any,  # noqa: ANN401
     mask: Tensor,
     branches: Sequence[Tokens],
-) -> Iterator[list[tuple[float, bool]]]:
-    """Run branches on the cache of their roots; yield the values of their tokens but the first."""
+) -> list[list[tuple[float, bool]]]:
+    """Run branches on the cache of their roots; return the values of their tokens but the first."""
     longest = max(map(len, branches)) - 1
     fed = torch.zeros((len(branches), longest), dtype=torch.long)
     for row, tokens in enumerate(branches):
@@ -207,8 +207,10 @@ def _extend(
         past_key_values=cache,
         use_cache=True,
     ).logits  # (m, L, V)
-    for row, tokens in enumerate(branches):
-        yield _pick(logits[row, : len(tokens) - 1], torch.tensor(tokens[1:]))
+    return [
+        _pick(logits[row, : len(tokens) - 1], torch.tensor(tokens[1:]))
+        for row, tokens in enumerate(branches)
+    ]
 
 
 def _pick(logits: Tensor, tokens: Tensor) -> list[tuple[float, bool]]:

@@ -100,10 +100,9 @@ def run_lm_eval(
     except ImportError as error:
         raise ConfigError("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]") from error
     named = any(isinstance(task, str) and not task.endswith(YAML) for task in tasks)
-    options = {"routes": routes} if routes else {}
     with _limits(active=bool(refused)), plain_generation(model, tokenizer):
         results = simple_evaluate(
-            model=SharedContexts(model, tokenizer, token_budget=token_budget, **options),
+            model=SharedContexts(model, tokenizer, token_budget=token_budget, routes=routes),
             tasks=list(tasks),
             # Indexing all task files takes seconds; ready-made configurations need none.
             task_manager=TaskManager(include_defaults=named),

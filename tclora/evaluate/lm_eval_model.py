@@ -42,11 +42,11 @@ class SharedContexts(HFLM):  # type: ignore[misc]  # lm-eval has no types
         *,
         token_budget: int,
         batch_size: int = 8,
-        routes: Routes = lambda _: plain,
+        routes: Routes | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._token_budget = token_budget
-        self._routes = routes
+        self._routes: Routes = routes or (lambda _: plain)
         self._asked: list[str] = []
 
     def _loglikelihood_tokens(

@@ -184,30 +184,30 @@ def evaluate_frame(
     chosen = (frame["scorer"] == CHOICES).to_numpy()
     parts = []
     if not chosen.all():
-        numbers = np.flatnonzero(~chosen)
+        texts = np.flatnonzero(~chosen).tolist()
         found = measure(
             model,
             tokenizer,
-            [rows[i] for i in numbers],
+            [rows[i] for i in texts],
             token_budget=token_budget,
             max_new_tokens=max_new_tokens,
-            context=lambda batch: context(numbers[list(batch)]),
+            context=lambda batch: context([texts[i] for i in batch]),
         )
-        parts.append(_of_texts(frame.iloc[numbers], found))
+        parts.append(_of_texts(frame.iloc[texts], found))
     if chosen.any():
-        numbers_chosen = np.flatnonzero(chosen)
-        asked = frame.iloc[numbers_chosen]
+        choices = np.flatnonzero(chosen).tolist()
+        asked = frame.iloc[choices]
         outcomes = choose(
             model,
             tokenizer,
             asked,
-            [rows[i] for i in numbers_chosen],
+            [rows[i] for i in choices],
             template=template,
             max_tokens=max_tokens,
             token_budget=token_budget,
-            context=lambda batch: context(numbers_chosen[list(batch)]),
+            context=lambda batch: context([choices[i] for i in batch]),
         )
-        tokens = [len(rows[i].response) for i in numbers_chosen]
+        tokens = [len(rows[i].response) for i in choices]
         parts.append(_of_choices(asked, outcomes, tokens))
     return pd.concat(parts).sort_index() if parts else _of_texts(frame, [])
 

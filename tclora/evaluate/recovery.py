@@ -107,6 +107,25 @@ def recovery(
     return pd.DataFrame(rows, columns=["method", "cluster", "n", "recovery", "low", "high"])
 
 
+def paired_interval(
+    differences: Array, weights: Array, *, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of Σ differences / Σ weights over items drawn together.
+
+    Parameters
+    ----------
+    differences, weights : ndarray, shape (n,)
+        Per item.
+    confidence, resamples, seed
+        See `summarise`.
+    """
+    draws = [
+        counts @ differences / (counts @ weights)
+        for counts in _resample_counts(len(differences), resamples, seed)
+    ]
+    return _interval(np.concatenate(draws), confidence)
+
+
 def _overall(
     method: str, points: Array, draws: Array, counts: NDArray[np.int_], confidence: float
 ) -> Iterator[_Row]:

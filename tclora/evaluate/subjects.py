@@ -7,7 +7,7 @@ to be computed, lm-eval can be given it too.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 from peft import PeftModel
@@ -134,7 +134,7 @@ class Routed:
         self._model = PeftModel.from_pretrained(
             loaded.model, folder, autocast_adapter_dtype=False
         ).eval()
-        self._loaded = loaded._replace(model=self._model)
+        self._loaded = loaded._replace(model=cast("Any", self._model))
         self._gating = Gating(self._model, read_library(folder).gated)
         self._route = route
 

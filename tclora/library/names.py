@@ -6,6 +6,7 @@ JOINT = "joint"  # one LoRA trained on the rows of all clusters
 BASE = "base"  # the base model, without any adapter
 OWN = "own"  # every row by its own cluster's adapter
 ROUTED = "routed"  # every prompt by its own route through the routed library
+ORACLE = "oracle"  # the same, every prompt by its true cluster
 REFERENCES = (BASE, OWN, JOINT)
 
 _CLUSTER = "cluster-"

@@ -237,6 +237,7 @@ class TrainSettings(_Settings):
     r: int
     template: str
     max_tokens: int
+    dtype: str = "auto"
 
 
 class MergeSettings(_Settings):

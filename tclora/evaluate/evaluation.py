@@ -1,0 +1,208 @@
+"""Evaluating a target on tasks; a method and a task are measured once, as long as nothing changes.
+
+A result is kept under a digest of base model, method, rows and settings, so that a run that was
+killed goes on, a second one measures nothing, and two libraries share what they have in common.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from tclora.config import LmEvalConfig, MeasureConfig
+from tclora.errors import ConfigError
+from tclora.evaluate.method import with_labels
+from tclora.evaluate.subjects import Subject, opened
+from tclora.evaluate.targets import BY_CLUSTER, Method, Target
+from tclora.files import atomic_path, sha256_json
+from tclora.jobs.call import EventCallback
+from tclora.library.names import OWN
+from tclora.model.base import Base
+from tclora.model.locate import choose_dtype, default_device
+
+_MEASURED = ("id", "prompt", "response", "answer", "scorer", "metadata", "choices", "shots", "task")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how.
+
+    Attributes
+    ----------
+    methods : sequence of Method
+    tasks : mapping
+        Name → canonical rows.
+    lm_eval : LmEvalConfig
+        lm-eval's tasks, each a task of its own.
+    config : MeasureConfig
+        What is measured on every row.
+    code : str
+        Digest of the code that measures; results of other code are not used.
+    """
+
+    methods: Sequence[Method]
+    tasks: Mapping[str, pd.DataFrame]
+    lm_eval: LmEvalConfig
+    config: MeasureConfig
+    code: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Measured items on disk, one Parquet file per method and task.
+
+    Attributes
+    ----------
+    root : Path
+        Folder of an evaluation's results.
+    """
+
+    root: Path
+
+    @property
+    def embeddings(self) -> Path:
+        """Folder of the prompts' embeddings."""
+        return self.root / "prompts"
+
+    def measured(self, key: str) -> Path:
+        """File of one method's measurements on one task."""
+        return self.root / "measured" / f"{key}.parquet"
+
+    def read(self, key: str) -> pd.DataFrame:
+        """Return what was measured."""
+        return pd.read_parquet(self.measured(key))
+
+    def write(self, key: str, items: pd.DataFrame) -> None:
+        """Keep what was measured."""
+        with atomic_path(self.measured(key)) as fresh:
+            items.to_parquet(fresh)
+
+
+def evaluate_target(
+    target: Target, plan: Plan, results: Results, on_event: EventCallback = lambda _: None
+) -> pd.DataFrame:
+    """Measure what is not measured yet; return all items.
+
+    Parameters
+    ----------
+    target : Target
+        What is evaluated.
+    plan : Plan
+        Methods, tasks and settings.
+    results : Results
+        Where results are kept and found.
+    on_event : callable
+        Called with method, task, ``rows`` and ``of``, ``kept`` for what was measured before.
+
+    Returns
+    -------
+    DataFrame
+        Columns method, task, split, cluster, skills and those of
+        `tclora.evaluate.measure.evaluate_frame`.
+    """
+    clusters = any(method.name in BY_CLUSTER for method in plan.methods)
+    tasks = {name: _labelled(target, rows, clusters) for name, rows in plan.tasks.items()}
+    keys = {
+        (method.name, name): _key(target.base, method, rows, plan)
+        for method in plan.methods
+        for name, rows in tasks.items()
+    }
+    keys |= {
+        (method.name, name): _key(target.base, method, name, plan)
+        for method in plan.methods
+        for name in plan.lm_eval.lm_eval
+        if method.name != OWN  # an adapter per cluster is no model lm-eval could be given
+    }
+    pending = {pair: key for pair, key in keys.items() if not results.measured(key).is_file()}
+    for pair in keys:
+        if pair not in pending:
+            on_event({"method": pair[0], "task": pair[1], "kept": True})
+    loaded = target.base.load() if pending else None
+    for method in plan.methods:
+        todo = {name: key for (other, name), key in pending.items() if other == method.name}
+        if todo and loaded:
+            with opened(method.open(loaded)) as subject:
+                for name, key in todo.items():
+                    told = _told(on_event, method.name, name)
+                    results.write(key, _measure(subject, name, tasks.get(name), plan, told))
+    parts = [
+        _labelled_items(results.read(key), tasks.get(name)).assign(method=method_name)
+        for (method_name, name), key in keys.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _told(on_event: EventCallback, method: str, task: str) -> EventCallback:
+    return lambda event: on_event({"method": method, "task": task, **event})
+
+
+def _labelled_items(items: pd.DataFrame, rows: pd.DataFrame | None) -> pd.DataFrame:
+    """Return items of rows with what is known of the rows now; lm-eval's have it themselves."""
+    return items if rows is None else with_labels(items, rows)
+
+
+def _labelled(target: Target, rows: pd.DataFrame, clusters: bool) -> pd.DataFrame:
+    if target.places:
+        return target.places.label(rows, clusters=clusters)
+    return rows.assign(split=rows["split"].fillna("test"), cluster=None)
+
+
+def _measure(
+    subject: Subject,
+    name: str,
+    rows: pd.DataFrame | None,
+    plan: Plan,
+    on_event: EventCallback,
+) -> pd.DataFrame:
+    if rows is not None:
+        return subject.measure(rows, plan.config, on_event)
+    config = plan.lm_eval.model_copy(update={"lm_eval": (name,)})
+    items = subject.run_lm_eval(config, plan.config.token_budget).items
+    on_event({"rows": len(items), "of": len(items)})
+    return items.assign(split="test", cluster=None, nll=float("nan"), tokens=0)
+
+
+def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> str:
+    """Return the digest of all that a result depends on; of lm-eval's tasks, the name and limit."""
+    settings = plan.config.model_dump(exclude={"token_budget"})
+    if isinstance(rows, str):
+        task: object = [rows, plan.lm_eval.model_dump(exclude={"lm_eval"})]
+    else:
+        columns = [name for name in _MEASURED if name in rows]
+        if method.name in BY_CLUSTER:
+            columns += ["cluster"]
+        task = rows[columns].to_dict("records")
+    dtype = str(choose_dtype(base.dtype, default_device()))
+    model = [base.digest, base.template, base.max_tokens, dtype]
+    return sha256_json([model, method.digest, task, settings, plan.code])
+
+
+def check_lm_eval(tasks: Sequence[str]) -> None:
+    """Refuse lm-eval tasks that do not exist, before anything is loaded.
+
+    Raises
+    ------
+    ConfigError
+        If lm-eval is missing or does not know a task.
+    """
+    if not tasks:
+        return
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            f"task {tasks[0]!r} is no file, and for one of lm-eval's it must be installed: "
+            "pip install tclora[lm-eval]"
+        ) from error
+    from tclora.evaluate.lm_eval import YAML
+    from tclora.registry import closest
+
+    named = [task for task in tasks if not Path(task).is_file() or not task.endswith(YAML)]
+    known = TaskManager().all_tasks if named else []
+    for name in named:
+        if name not in known:
+            raise ConfigError(
+                f"task must be a file of rows or one of lm-eval's, got {name!r}; "
+                f"{closest(name, known) if known else ''}"
+            )

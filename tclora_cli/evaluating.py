@@ -1,0 +1,149 @@
+"""``tclora eval``: everything is checked, then measured where it is not yet, then put in tables."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from tasks.closure import closure
+from tclora.config import LmEvalConfig, MeasureConfig
+from tclora.data.tasks import TaskSettings, is_task_file, read_tasks
+from tclora.errors import ConfigError
+from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
+from tclora.evaluate.lm_eval import executes_code as task_executes_code
+from tclora.evaluate.scorers import executes_code
+from tclora.evaluate.subjects import Adapted, Routed
+from tclora.evaluate.tables import Tables, flat_figures, write_tables
+from tclora.evaluate.targets import BaseChoice, Target, open_target
+from tclora.jobs.call import Event
+
+_ONE_OF = {
+    "template": ("chat", "plain"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The options of ``tclora eval``; see there."""
+
+    target: str
+    tasks: Sequence[str]
+    methods: Sequence[str]
+    limit: int | None
+    few_shot: int
+    shown_from: Sequence[str]
+    scorers: Sequence[str]
+    generate: bool
+    max_new_tokens: int
+    token_budget: int
+    allow_code: bool
+    base: str | None
+    template: str | None
+    dtype: str | None
+    track: bool
+    seed: int
+    output: Path
+
+
+def run_evaluation(request: EvaluationRequest, console: Console) -> None:
+    """Evaluate, print the tables and say where they are."""
+    results = Results(request.output.absolute())
+    target, plan = _prepare(request, results)
+
+    def show(event: Event) -> None:
+        what = "kept" if event.get("kept") else f"{event['rows']} of {event['of']} rows"
+        console.print(f"{event['method']:<16}{event['task']:<24}{what}", highlight=False)
+
+    tables = Tables.of(evaluate_target(target, plan, results, show), seed=request.seed)
+    files = write_tables(tables, results.root)
+    for title, table in tables.shown().items():
+        console.print(_terminal(title, table))
+    console.print(f"{'results':<16}{results.root}", highlight=False, soft_wrap=True, markup=False)
+    if request.track:
+        _track(request, target, tables, files, console)
+
+
+def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan]:
+    """Check everything that files can tell, before a model is loaded."""
+    for name, known in _ONE_OF.items():
+        if (given := getattr(request, name)) not in (None, *known):
+            raise ConfigError(f"--{name} must be one of {known}, got {given!r}")
+    scorers = dict(_pair(text) for text in request.scorers)
+    settings = TaskSettings(
+        request.limit, request.few_shot, request.shown_from, scorers, request.seed
+    )
+    files = [spec for spec in request.tasks if is_task_file(spec)]
+    named = tuple(spec for spec in request.tasks if spec not in files)
+    tasks = read_tasks(files, settings)
+    _check_code(tasks, named, request.allow_code)
+    choice = BaseChoice(request.base, request.template, request.dtype)
+    target = open_target(request.target, results.embeddings, choice)
+    methods = target.choose(request.methods)
+    check_lm_eval(named)
+    lm_eval = LmEvalConfig(
+        lm_eval=named, lm_eval_limit=request.limit, allow_code_execution=request.allow_code
+    )
+    config = MeasureConfig(
+        token_budget=request.token_budget,
+        generate=request.generate,
+        max_new_tokens=request.max_new_tokens,
+    )
+    code = closure([Adapted, Routed]).digest
+    return target, Plan(methods, tasks, lm_eval, config, code)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    task, sign, scorer = text.partition("=")
+    if not sign or not task or not scorer:
+        raise ConfigError(f"--scorer must be TASK=NAME, got {text!r}")
+    return task, scorer
+
+
+def _check_code(tasks: Mapping[str, pd.DataFrame], named: Sequence[str], allowed: bool) -> None:
+    """Refuse to run what the model writes without leave."""
+    running = {
+        str(task)
+        for rows in tasks.values()
+        for task, scorer in zip(rows["task"], rows["scorer"], strict=True)
+        if executes_code(scorer)
+    }
+    running |= {task for task in named if task_executes_code(task)}
+    if running and not allowed:
+        raise ConfigError(
+            f"tasks {', '.join(sorted(running))} run code written by the model; "
+            "give --allow-code to let them"
+        )
+
+
+def _terminal(title: str, frame: pd.DataFrame) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in frame.columns:
+        table.add_column(str(column), no_wrap=column in {"task", "method", "n"})
+    for row in frame.astype(str).to_numpy().tolist():
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def _track(
+    request: EvaluationRequest,
+    target: Target,
+    tables: Tables,
+    files: Sequence[Path],
+    console: Console,
+) -> None:
+    from tasks.tracking import log_evaluation
+
+    params: dict[str, Any] = {name: str(value) for name, value in vars(request).items()}
+    metrics = {
+        f"{method}/{name}": value
+        for method, rows in tables.summary.groupby("method", sort=False)
+        for name, value in flat_figures(rows).items()
+    }
+    run = log_evaluation(request.output.parent.parent, target.name, params, metrics, files)
+    console.print(f"{'MLflow run':<16}{run.run_id} in {run.uri}", highlight=False, soft_wrap=True)

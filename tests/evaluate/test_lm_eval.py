@@ -1,0 +1,119 @@
+"""lm-eval's tasks through our engine, with lm-eval's own model as the referee."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+pytest.importorskip("lm_eval")
+
+from tclora.config import LmEvalConfig, MeasureConfig
+from tclora.errors import ConfigError
+from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
+from tclora.evaluate.lm_eval import run_lm_eval
+from tclora.evaluate.targets import BaseChoice, open_target  # noqa: E402
+from tclora.evaluate.targets import open_target
+
+WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
+
+
+@pytest.fixture
+def yaml_tasks(tmp_path):
+    """A four-choice and a generative task as files, as lm-eval's users write them."""
+    rows = [
+        {"asked": f"{word} and {i}?", "options": ["a", "bb c", word, f"{word} {i}"], "right": i % 4,
+         "text": word} for i, word in enumerate(WORDS * 3)
+    ]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0,
+              "dataset_kwargs": {"data_files": {"test": str(data)}}}  # fmt: skip
+    tasks = {
+        "mine_choices": {
+            "output_type": "multiple_choice", "doc_to_text": "Q: {{asked}}\nA:",
+            "doc_to_choice": "{{options}}", "doc_to_target": "{{right}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "mine_texts": {
+            "output_type": "generate_until", "doc_to_text": "Q: {{asked}}\nA:",
+            "doc_to_target": "{{text}}",
+            "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }  # fmt: skip
+    files = []
+    for name, task in tasks.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({"task": name} | shared | task))
+    return [str(file) for file in files]
+
+
+def referee(model, tokenizer, tasks):
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=tasks,
+        task_manager=TaskManager(include_defaults=False), bootstrap_iters=0,
+    )  # fmt: skip
+    samples = [s for name in sorted(found["samples"]) for s in found["samples"][name]]
+    return found["results"], samples
+
+
+def test_choices_and_texts_equal_lm_evals_to_the_item(tiny_model, tokenizer, yaml_tasks):
+    figures, samples = referee(tiny_model, tokenizer, yaml_tasks)
+    found = run_lm_eval(tiny_model, tokenizer, yaml_tasks, token_budget=150)
+    items = found.items.sort_values("task", kind="stable").to_dict("records")
+    assert len(items) == len(samples) == 36
+    for item, sample in zip(items, samples, strict=True):
+        assert item["prompt"] == sample["arguments"][0][0]
+        if item["task"] == "mine_choices":
+            wanted = [float(resps[0][0]) for resps in sample["resps"]]
+            assert item["logprobs"] == pytest.approx(wanted, abs=1e-3)
+            assert (item["correct"], item["correct_norm"]) == (sample["acc"], sample["acc_norm"])
+        else:
+            assert item["generated"] == sample["filtered_resps"][0]
+            assert item["correct"] == sample["exact_match"]
+    assert {item["correct"] for item in items} == {0.0, 1.0}
+    assert any("e" in item["generated"] or item["generated"] for item in items[18:])
+    mine = found.figures.set_index(["task", "metric"])["value"]
+    assert mine["mine_choices", "acc"] == figures["mine_choices"]["acc,none"]
+    assert mine["mine_choices", "acc_norm"] == figures["mine_choices"]["acc_norm,none"]
+
+
+def test_a_routed_library_is_measured_by_route(trained, yaml_tasks, tmp_path, tiny_model_dir):
+    """Every context by its own route: what the oracle gives for one cluster, its adapter gives."""
+    results = Results(tmp_path / "results")
+    target = open_target(str(trained), results.embeddings)
+    named = LmEvalConfig(lm_eval=tuple(yaml_tasks), lm_eval_limit=6)
+    config = MeasureConfig(token_budget=150)
+    plan = Plan(target.choose(["base", "own", "routed", "oracle"]), {}, named, config, "here")
+    items = evaluate_target(target, plan, results)
+    assert items.groupby("method").size().to_dict() == {"base": 12, "routed": 12, "oracle": 12}
+    asked = items[items["method"] == "oracle"].drop_duplicates("prompt")
+    nearest = target.places.nearest(asked)
+    choice = BaseChoice(str(tiny_model_dir), "plain", "float32")
+    for number in set(nearest):
+        alone = open_target(str(trained / "adapters" / f"cluster-{number}"), tmp_path, choice)
+        plan = Plan(alone.choose([f"cluster-{number}"]), {}, named, config, "here")
+        wanted = evaluate_target(alone, plan, results).set_index("id")
+        mine = items[items["method"] == "oracle"].set_index("id")
+        chosen = [
+            i for i, p in mine["prompt"].items() if p in set(asked["prompt"][nearest == number])
+        ]
+        logprobs = [np.array(frame["logprobs"][i]) for i in chosen if "choices" in i
+                    for frame in (mine, wanted)]  # fmt: skip
+        for one, two in zip(logprobs[::2], logprobs[1::2], strict=True):
+            assert one == pytest.approx(two, rel=1e-3)
+        for i in chosen:
+            assert mine["generated"][i] == wanted["generated"][i] or pd.isna(wanted["generated"][i])
+
+
+def test_what_lm_eval_does_not_know_is_refused(yaml_tasks):
+    check_lm_eval(yaml_tasks)
+    check_lm_eval(["arc_easy"])
+    with pytest.raises(ConfigError, match="or one of lm-eval's, got 'arc_eazy'; did you mean arc_"):
+        check_lm_eval(["arc_eazy"])

@@ -94,7 +94,7 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
         generate=request.generate,
         max_new_tokens=request.max_new_tokens,
     )
-    code = closure([Adapted, Routed]).digest
+    code = closure([evaluate_target, Adapted, Routed]).digest
     return target, Plan(methods, tasks, lm_eval, config, code)
 
 

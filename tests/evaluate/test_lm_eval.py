@@ -13,8 +13,7 @@ from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.errors import ConfigError
 from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
 from tclora.evaluate.lm_eval import run_lm_eval
-from tclora.evaluate.targets import BaseChoice, open_target  # noqa: E402
-from tclora.evaluate.targets import open_target
+from tclora.evaluate.targets import BaseChoice, open_target
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
 

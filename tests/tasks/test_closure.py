@@ -28,6 +28,10 @@ SOURCES = {
         def pick(name):
             return VARIANTS[name]()
 
+        def judge(row):
+            from made.variants import RULES
+            return RULES[row]()
+
         def through_package():
             import made
             return made.exported(1)
@@ -103,6 +107,11 @@ SOURCES = {
         from tclora.registry import Registry
 
         VARIANTS = Registry("variant")
+        RULES = Registry("rule", named_by_rows=True)
+
+        @RULES.register("strict")
+        def strict():
+            return 3
 
         @VARIANTS.register("one")
         def one():
@@ -147,6 +156,12 @@ def test_what_a_package_exports_is_followed_home(package):
     from made.use import through_package
 
     assert names(closure([through_package])) == {"use.through_package", "helper.f", "helper._inner"}
+
+
+def test_of_a_registry_that_the_data_name_from_every_variant_counts(package):
+    from made.use import judge
+
+    assert "variants.strict" in names(closure([judge]))
 
 
 def test_of_a_registry_the_variants_that_are_named_count(package):

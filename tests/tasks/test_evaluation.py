@@ -5,7 +5,7 @@ import pytest
 
 from tasks.evaluation import cross, evaluate, summarise_items
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
-from tclora.evaluate.method import ALL
+from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, OWN
 from tests.tasks.conftest import write_rows
 

@@ -158,8 +158,8 @@ def main() -> None:
     note = (
         f"arc_easy and mawps, {BUILTIN_BASE} in fp32, template {given.template}. lm-eval batches "
         f"hold {_BATCH} sequences, ours {options['token_budget']} padded tokens and the NLL "
-        f"of the response as well. Largest difference of a log-likelihood {gap:.1e} nats. Answers have at "
-        f"most {_NEW_TOKENS} tokens."
+        f"of the response as well. Largest difference of a log-likelihood {gap:.1e} nats. Answers "
+        f"have at most {_NEW_TOKENS} tokens."
     )
     report("choices", "Choices and texts against lm-eval", pd.DataFrame(lines), note)
 

@@ -8,8 +8,10 @@ from tasks.artifact import Artifact, Artifacts
 from tasks.evaluation import cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.evaluate.scorers import LEAVE, check_leave
 from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
+from tclora.model.base import read_rows
 
 
 @flow(name="evaluate-library", validate_parameters=False)
@@ -21,6 +23,8 @@ def evaluate(
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
         return None
     cfg = context.config.evaluate
+    scorers = read_rows(prepared.held_out.path, ["scorer"])["scorer"].unique()
+    check_leave(scorers, allowed=cfg.allow_code_execution, remedy=LEAVE)
     items = _measure(context, prepared.held_out, _methods(trained, merged), merged.routed)
     crossed = _cross(context, prepared.held_out, trained) if cfg.cross_rows else None
     return summarise_items(

@@ -15,8 +15,8 @@ from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.data.tasks import TaskSettings, is_task_file, read_tasks
 from tclora.errors import ConfigError
 from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
-from tclora.evaluate.lm_eval import executes_code as task_executes_code
-from tclora.evaluate.scorers import executes_code
+from tclora.evaluate.lm_eval import executes_code
+from tclora.evaluate.scorers import check_leave
 from tclora.evaluate.subjects import Adapted, Routed
 from tclora.evaluate.tables import Tables, flat_figures, write_tables
 from tclora.evaluate.targets import BaseChoice, Target, open_target
@@ -107,18 +107,12 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _check_code(tasks: Mapping[str, pd.DataFrame], named: Sequence[str], allowed: bool) -> None:
     """Refuse to run what the model writes without leave."""
-    running = {
-        str(task)
-        for rows in tasks.values()
-        for task, scorer in zip(rows["task"], rows["scorer"], strict=True)
-        if executes_code(scorer)
-    }
-    running |= {task for task in named if task_executes_code(task)}
+    remedy = "give --allow-code to let it"
+    for rows in tasks.values():
+        check_leave(rows["scorer"].unique(), allowed=allowed, remedy=remedy)
+    running = [task for task in named if executes_code(task)]
     if running and not allowed:
-        raise ConfigError(
-            f"tasks {', '.join(sorted(running))} run code written by the model; "
-            "give --allow-code to let them"
-        )
+        raise ConfigError(f"task {running[0]} runs code written by the model; {remedy}")
 
 
 def _terminal(title: str, frame: pd.DataFrame) -> Table:

@@ -20,10 +20,13 @@ def check_data(config: Config) -> None:
     DataError
         If a file is missing, empty or malformed, has unknown columns or bad rows, leaves no
         training row, or has too few of them for the configured clusters.
+    ConfigError
+        If rows are scored by running what the model wrote, and that is not allowed.
     """
     from tclora.data.demo import DEMO  # with pandas
     from tclora.data.examples import read_examples, read_rows
     from tclora.data.readers import is_local
+    from tclora.evaluate.scorers import LEAVE, check_leave
 
     data = config.data
     named = {name: path for name in ("path", *_HELD_OUT) if (path := getattr(data, name))}
@@ -32,6 +35,9 @@ def check_data(config: Config) -> None:
         _check_exists(name, path)
     if "path" in local:
         frame = read_examples(_without(data, set(named) - set(local)), config.seed).frame
+        check_leave(
+            frame["scorer"].unique(), allowed=config.evaluate.allow_code_execution, remedy=LEAVE
+        )
         training = frame[frame["split"] == "train"]
         _check_thresholds(config.cluster, len(training), int(training["task"].isna().sum()))
         return

@@ -1,6 +1,16 @@
 import pytest
 
-from tclora.evaluate.scorers import CHOICES, Expected, check_scorer, default_scorer, score, scorers
+from tclora.errors import ConfigError
+from tclora.evaluate.scorers import (
+    CHOICES,
+    Expected,
+    check_leave,
+    check_scorer,
+    default_scorer,
+    register,
+    score,
+    scorers,
+)
 from tclora.evaluate.scorers.text import last_number
 
 
@@ -102,7 +112,6 @@ def test_what_can_be_scored_passes():
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    from tclora.errors import ConfigError
     from tclora.evaluate.scorers import overlap
 
     overlap._library.cache_clear()
@@ -167,3 +176,12 @@ def test_the_default_looks_at_response_and_choices():
     assert default_scorer("b", "b", ["a", "b"]) == CHOICES
     assert default_scorer("7", "7", ["6", "7"]) == CHOICES
     assert default_scorer("b", "b", ["a", "c"]) == "exact"
+
+
+def test_code_runs_with_leave_alone(monkeypatch):
+    monkeypatch.setattr(scorers, "_entries", dict(scorers._entries))
+    register("runs", executes_code=True)(lambda generated, expected: 1.0)
+    check_leave(["exact", CHOICES, "regex:a"], allowed=False, remedy="-")
+    check_leave(["runs:now"], allowed=True, remedy="-")
+    with pytest.raises(ConfigError, match="'runs' runs code written by the model; ask"):
+        check_leave(["exact", "runs:now"], allowed=False, remedy="ask")

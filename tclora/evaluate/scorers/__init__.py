@@ -7,9 +7,10 @@ from tclora.evaluate.scorers import extraction, gym, overlap, text
 from tclora.evaluate.scorers.choosing import default_scorer
 from tclora.evaluate.scorers.registry import (
     CHOICES,
+    LEAVE,
     Expected,
+    check_leave,
     check_scorer,
-    executes_code,
     register,
     score,
     scorers,
@@ -17,10 +18,11 @@ from tclora.evaluate.scorers.registry import (
 
 __all__ = [
     "CHOICES",
+    "LEAVE",
     "Expected",
+    "check_leave",
     "check_scorer",
     "default_scorer",
-    "executes_code",
     "extraction",
     "gym",
     "overlap",

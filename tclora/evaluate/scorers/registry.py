@@ -5,11 +5,13 @@ such a row is answered by the log-likelihood of its options (`tclora.evaluate.ch
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from tclora.errors import ConfigError
 from tclora.registry import Registry
 
+LEAVE = "set evaluate.allow_code_execution: true to let it"
 CHOICES = "choices"  # by log-likelihood of the options; nothing is generated
 
 
@@ -127,9 +129,27 @@ def check_scorer(name: str, expected: Expected) -> None:
     scorer.check(expected)
 
 
-def executes_code(name: str) -> bool:
-    """Whether a scorer runs what the model wrote."""
-    return name != CHOICES and scorers[name.partition(":")[0]].executes_code
+def check_leave(names: Iterable[str], *, allowed: bool, remedy: str) -> None:
+    """Refuse scorers that run what the model wrote, unless that is allowed.
+
+    Parameters
+    ----------
+    names : iterable of str
+        The scorers of all rows.
+    allowed : bool
+        Whether code may run.
+    remedy : str
+        How to allow it, for the message.
+
+    Raises
+    ------
+    ConfigError
+        If one runs code without leave.
+    """
+    kinds = {name.partition(":")[0] for name in names} - {CHOICES}
+    running = sorted(kind for kind in kinds if scorers[kind].executes_code)
+    if running and not allowed:
+        raise ConfigError(f"scorer {running[0]!r} runs code written by the model; {remedy}")
 
 
 def _resolve(name: str, expected: Expected) -> tuple[Scorer, Expected]:

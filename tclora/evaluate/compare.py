@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,7 +83,7 @@ def compare_items(
     parts = [("all", both)]
     if both["task"].nunique() > 1:
         parts += [(str(task), part) for task, part in both.groupby("task", sort=True)]
-    options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
     return [_compare(task, part, metric, **options) for task, part in parts]
 
 
@@ -94,9 +95,9 @@ def _compare(
     low, high = paired_interval(
         one - two, weights, confidence=confidence, resamples=resamples, seed=seed
     )
+    equal = np.isclose(one, two, rtol=1e-6, atol=1e-9)
     better = (one < two) if metric == "nll" else (one > two)
-    ties = int(np.isclose(one, two, rtol=1e-6, atol=1e-9).sum())
-    wins = int((better & ~np.isclose(one, two, rtol=1e-6, atol=1e-9)).sum())
+    ties, wins = int(equal.sum()), int((better & ~equal).sum())
     total = weights.sum()
     return Comparison(
         task=task,

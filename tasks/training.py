@@ -55,7 +55,7 @@ def train(
             record = dict(event)
             adapter = record.pop("name")
             live[adapter].add(record)
-            note = f"loss {record['loss']:.3f}"
+            note = f"loss {record['loss']:.3f}, {record['tokens_per_s']:.0f} tokens/s"
             where.progress.update(adapter, int(record["step"]) + 1, total[adapter], note)
 
         results = where.executor.run_isolated(
@@ -80,6 +80,8 @@ def _trained(adapter: str, result: TrainingResult, rows: int, where: Where) -> A
         "final_loss": result.final_loss,
         "seconds": result.seconds,
     }
+    if result.validation_nll is not None:
+        figures["validation_nll"] = result.validation_nll
     return Artifact.of(
         layout.root,
         layout.adapter(adapter),

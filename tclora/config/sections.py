@@ -1,5 +1,6 @@
 """The sections of a run's configuration; every field carries its unit and meaning."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -101,7 +102,13 @@ class AdapterConfig(Section):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="module name endings, or 'all-linear'"
     )
+    rslora: bool = Field(
+        False, description="scale the update by alpha / sqrt(r), rank-stabilised, not alpha / r"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
+    lr_ratio: float = Field(
+        1.0, gt=0, description="learning rate of B over that of A (LoRA+); lr is that of A"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         "linear", description="learning-rate schedule after warm-up"
@@ -116,6 +123,33 @@ class AdapterConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+    validation_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of an adapter's rows held out to watch its loss on; the weights of the "
+        "lowest are kept; 0: train on all rows and keep the last weights",
+    )
+    validation_steps: Positive | None = Field(
+        None, description="steps between validations; a tenth of the training by default"
+    )
+    patience: Positive | None = Field(
+        None, description="stop an adapter after this many validations without a new lowest loss"
+    )
+
+    @property
+    def scaling(self) -> float:
+        """Factor of B A x."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @model_validator(mode="after")
+    def _check_patience(self) -> "AdapterConfig":
+        if self.patience and not self.validation_fraction:
+            raise ValueError(
+                f"patience must come with a validation_fraction above 0, got {self.patience}; set "
+                "validation_fraction=0.1, or leave patience out"
+            )
+        return self
 
 
 class TrainConfig(AdapterConfig):

@@ -84,6 +84,8 @@ class Training(Record):
         Running loss at the end.
     seconds : float
         Duration (s).
+    validation_nll : float or None
+        Lowest loss on rows held out from training, nats per response token; the adapter had it.
     status : str
         "done", or what kept it from being so.
     error : str or None
@@ -95,6 +97,7 @@ class Training(Record):
     supervised_tokens: int
     final_loss: float | None
     seconds: float
+    validation_nll: float | None = None
     status: str = "done"
     error: str | None = None
 

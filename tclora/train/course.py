@@ -6,11 +6,14 @@ the same batches (`tclora.train.together`).
 
 import logging
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +27,9 @@ from tclora.train.optimiser import AdapterOptimiser
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 StepCallback = Callable[[dict[str, float]], None]
+_VALIDATIONS = 10  # per training, unless configured otherwise
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class TrainingResult:
     Attributes
     ----------
     history : tuple of dict
-        Per step: step, loss (nats per response token), lr, grad_norm, tokens (supervised), seconds.
+        Per step: step, loss (nats per response token), lr, grad_norm, tokens (supervised),
+        tokens_per_s (all of the adapter's), padding (share of the positions computed, 0 to 1),
+        seconds, memory (peak of the process, or of its GPU, bytes), and validation_nll (nats per
+        response token) after steps that looked at it.
     steps : int
         Optimiser steps.
     supervised_tokens : int
@@ -59,6 +67,9 @@ class TrainingResult:
         Mean over the last tenth of the steps, nats per response token.
     seconds : float
         Wall-clock time of this process; less than the whole after a resume.
+    validation_nll : float or None
+        Lowest loss on the rows held out, nats per response token; the adapter is the one that had
+        it. None where no rows were held out.
     """
 
     history: tuple[dict[str, float], ...]
@@ -66,6 +77,28 @@ class TrainingResult:
     supervised_tokens: int
     final_loss: float
     seconds: float
+    validation_nll: float | None = None
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What the forward and backward passes of one step have shown.
+
+    Attributes
+    ----------
+    loss : float
+        Mean over the step's supervised tokens, nats.
+    tokens, read : int
+        Supervised tokens of the step, and all tokens of its rows.
+    padding : float
+        Share of the positions computed that hold no token (0 to 1); of a step shared with other
+        adapters, that of all.
+    """
+
+    loss: float
+    tokens: int
+    read: int
+    padding: float
 
 
 @dataclass(frozen=True)
@@ -98,13 +131,15 @@ class Course:
     weights : Mapping[str, Parameter]
         PEFT's name → weight in the model; see `tclora.train.lora`.
     n_rows : int
-        Rows it is trained on.
+        Rows it is trained on, those held out not among them.
     config : AdapterConfig
         Rank, learning rate, batch and so on.
     seed : int
         Seed of the row order.
     destination : Destination
         Where checkpoints, records and the adapter go. A checkpoint that is there is resumed.
+    validate : callable, optional
+        Returns the loss on rows held out (nats per response token) with the weights as they are.
     """
 
     def __init__(
@@ -115,12 +150,15 @@ class Course:
         *,
         seed: int,
         destination: Destination,
+        validate: Callable[[], float] | None = None,
     ) -> None:
         self.config = config
-        self.total = total_steps(n_rows, config)
+        self.total = _steps(n_rows, config)
         self.destination = destination
+        self._validate = validate
+        self._every = config.validation_steps or max(1, self.total // _VALIDATIONS)
         self._n_rows, self._seed = n_rows, seed
-        self._started = time.monotonic()
+        self._started = self._previous = time.monotonic()
         self._optimiser = AdapterOptimiser(weights, config, self.total)
         self.history = self._resume()
         for record in self.history:
@@ -131,20 +169,21 @@ class Course:
         """The adapter's name."""
         return self.destination.target.name
 
+    @property
+    def done(self) -> bool:
+        """Whether all steps are taken, or the loss on the rows held out has stopped falling."""
+        return len(self.history) >= self.total or self._stale()
+
     def orders(self, start: int) -> Iterator[list[int]]:
-        """Yield the row indices of every step from `start` on."""
+        """Yield the row indices of every step from `start` on, until the course is done."""
         steps = _step_rows(self._n_rows, self.total, self.config.batch_size, self._seed)
-        return islice(steps, start, None)
+        for step, rows in enumerate(islice(steps, start, None), start):
+            if self.done and step >= len(self.history):
+                return
+            yield rows
 
-    def advance(self, loss: float, tokens: int) -> None:
+    def advance(self, seen: StepLoss) -> None:
         """Take the next step along the gradients that the weights hold.
-
-        Parameters
-        ----------
-        loss : float
-            Mean over the step's supervised tokens, nats.
-        tokens : int
-            Supervised tokens of the step.
 
         Raises
         ------
@@ -152,30 +191,62 @@ class Course:
             If the loss is NaN or infinite.
         """
         step = len(self.history)
+        self._check_finite("loss", seen.loss)
+        record = {
+            "step": step,
+            "loss": seen.loss,
+            **self._optimiser.step(),
+            "tokens": seen.tokens,
+            "padding": seen.padding,
+        }
+        if self._validate and ((step + 1) % self._every == 0 or step + 1 == self.total):
+            record["validation_nll"] = self._look(self._validate())
+        now = time.monotonic()
+        record |= {
+            "tokens_per_s": seen.read / (now - self._previous),
+            "seconds": now - self._started,
+            "memory": peak_memory(),
+        }
+        self._previous = now
+        self.history.append(record)
+        self.destination.on_step(record)
+        checkpoint = self.destination.checkpoint
+        if checkpoint and ((step + 1) % checkpoint.every == 0 or self.done):
+            self._optimiser.save(checkpoint.folder, self.history)
+
+    def _look(self, nll: float) -> float:
+        """Keep the weights where they are the best so far on the rows held out."""
+        self._check_finite("validation loss", nll)
+        if nll < min(self._validations(), default=math.inf):
+            self._optimiser.keep()
+        return nll
+
+    def _validations(self) -> list[float]:
+        return [r["validation_nll"] for r in self.history if "validation_nll" in r]
+
+    def _stale(self) -> bool:
+        """Whether the last `patience` validations brought nothing lower."""
+        seen, patience = self._validations(), self.config.patience
+        if patience is None or not seen:
+            return False
+        return len(seen) - 1 - seen.index(min(seen)) >= patience
+
+    def _check_finite(self, what: str, loss: float) -> None:
         if not math.isfinite(loss):
             raise NonFiniteLossError(
-                f"loss of adapter {self.name!r} became {loss} at step {step}; lower train.lr "
-                f"(now {self.config.lr}) or set train.dtype=float32"
+                f"{what} of adapter {self.name!r} became {loss} at step {len(self.history)}; lower "
+                f"train.lr (now {self.config.lr}) or set train.dtype=float32"
             )
-        taken = self._optimiser.step()
-        seconds = time.monotonic() - self._started
-        self.history.append(
-            {"step": step, "loss": loss, **taken, "tokens": tokens, "seconds": seconds}
-        )
-        self.destination.on_step(self.history[-1])
-        checkpoint, done = self.destination.checkpoint, step + 1
-        if checkpoint and (done % checkpoint.every == 0 or done == self.total):
-            self._optimiser.save(checkpoint.folder, self.history)
 
     def stand(self) -> None:
         """Forget the gradients that the weights hold: of a step taken before a resume."""
         self._optimiser.discard()
 
     def finish(self) -> TrainingResult:
-        """Write the adapter; return the result."""
+        """Write the adapter, the best one where rows were held out; return the result."""
         target, base_model = self.destination.target, self.destination.base_model
-        scaling = self.config.alpha / self.config.r
-        factors = _factors(self._optimiser.masters, scaling)
+        weights = self._optimiser.best or self._optimiser.masters
+        factors = _factors(weights, self.config.scaling)
         write_adapter(Adapter(self.name, factors, base_model), target)
         tail = self.history[-max(1, len(self.history) // 10) :]
         return TrainingResult(
@@ -184,6 +255,7 @@ class Course:
             supervised_tokens=int(sum(record["tokens"] for record in self.history)),
             final_loss=sum(record["loss"] for record in tail) / len(tail),
             seconds=time.monotonic() - self._started,
+            validation_nll=min(self._validations(), default=None),
         )
 
     def _resume(self) -> list[dict[str, float]]:
@@ -203,7 +275,47 @@ class Course:
 
 
 def total_steps(n_rows: int, config: AdapterConfig) -> int:
-    """Return the number of optimiser steps for that many rows."""
+    """Return the number of optimiser steps for that many rows, those to be held out among them."""
+    return _steps(n_rows - _held_out(n_rows, config.validation_fraction), config)
+
+
+def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """Divide rows into those to train on and those to watch the loss on, at random.
+
+    Parameters
+    ----------
+    rows : sequence of n rows
+        At least one; one row alone is not held out.
+    fraction : float
+        Share held out (0 to 1), rounded to at least one row; 0: none.
+    seed : int
+        Seed of the choice.
+
+    Returns
+    -------
+    tuple of list
+        Rows in their order: to train on, held out.
+    """
+    count = _held_out(len(rows), fraction)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    watched = set(order[:count])
+    kept = [row for place, row in enumerate(rows) if place not in watched]
+    return kept, [rows[place] for place in sorted(watched)]
+
+
+def peak_memory() -> int:
+    """Return the largest memory of this process so far, on its GPU where it has one (bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _held_out(n_rows: int, fraction: float) -> int:
+    return min(n_rows - 1, max(1, round(n_rows * fraction))) if fraction else 0
+
+
+def _steps(n_rows: int, config: AdapterConfig) -> int:
     steps = max(1, math.ceil(n_rows * config.epochs / config.batch_size))
     return min(steps, config.max_steps) if config.max_steps else steps
 

@@ -25,6 +25,7 @@ def attach_lora(model: PreTrainedModel, config: AdapterConfig, seed: int) -> Pef
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
+        use_rslora=config.rslora,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )

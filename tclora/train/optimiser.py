@@ -5,10 +5,11 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from tclora.config import AdapterConfig
@@ -44,11 +45,11 @@ class AdapterOptimiser:
             name: weight.detach().float().clone()  # equal in value, never the same memory
             for name, weight in weights.items()
         }
+        self.best: dict[str, Tensor] | None = None
         for name, weight in weights.items():
             weight.requires_grad_(name in self.params)
-        trained = [self.masters[name] for name in self.params]
         self.optimiser = torch.optim.AdamW(
-            trained, lr=config.lr, weight_decay=config.weight_decay, foreach=True
+            self._groups(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
         )
         self.scheduler = get_scheduler(
             config.schedule,
@@ -56,6 +57,14 @@ class AdapterOptimiser:
             num_warmup_steps=round(config.warmup_fraction * total),
             num_training_steps=total,
         )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Give B its own learning rate where the configuration does (LoRA+, arXiv 2402.12354)."""
+        ratios: dict[float, list[Tensor]] = {}
+        for name in self.params:
+            ratio = self.config.lr_ratio if ".lora_B." in name else 1.0
+            ratios.setdefault(ratio, []).append(self.masters[name])
+        return [{"params": own, "lr": self.config.lr * ratio} for ratio, own in ratios.items()]
 
     def step(self) -> dict[str, float]:
         """Take one step along the weights' gradients; return its lr and its gradient's norm."""
@@ -82,9 +91,14 @@ class AdapterOptimiser:
         for name, parameter in self.params.items():
             parameter.copy_(self.masters[name])
 
+    def keep(self) -> None:
+        """Remember the weights as the best so far."""
+        self.best = {name: master.clone() for name, master in self.masters.items()}
+
     def save(self, folder: Path, history: list[dict[str, float]]) -> None:
-        """Write masters, optimiser moments and the loss history, atomically."""
+        """Write masters, the best ones, optimiser moments and the loss history, atomically."""
         tensors = {f"master/{name}": master for name, master in self.masters.items()}
+        tensors |= {f"best/{name}": master for name, master in (self.best or {}).items()}
         for name in self.params:
             for key, value in self.optimiser.state[self.masters[name]].items():
                 tensors[f"{key}/{name}"] = value
@@ -100,6 +114,8 @@ class AdapterOptimiser:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors[f"master/{name}"])
+        kept = {name: tensors[f"best/{name}"] for name in self.masters if f"best/{name}" in tensors}
+        self.best = kept or None
         self._copy_back()
         for name in self.params:
             self.optimiser.state[self.masters[name]] = {

@@ -2,15 +2,19 @@
 
 A micro-batch mixes rows of several adapters, sorted by length and filled up to the token budget, so
 that short steps fill it too. What belongs to one adapter stays its own: row order, loss, gradient,
-clipping, schedule, number of steps, checkpoints. Adapters that have finished leave the batches.
+clipping, schedule, number of steps, validation, checkpoints. Adapters that have finished or whose
+loss is no number any more leave the batches; the others go on.
 
 Which rows share a micro-batch follows from the requests alone. After a resume with adapters at
 unequal steps, the rows of those ahead keep their places until the others have caught up, without
 effect on their adapters; so every adapter ends with the same bytes as without the interruption.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +22,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tclora.config import AdapterConfig
+from tclora.errors import NonFiniteLossError
 from tclora.jobs.call import EventCallback
 from tclora.jobs.devices import visible_gpus
 from tclora.model.base import Base, LoadedBase
 from tclora.model.loss import response_nll, supervised_nll
 from tclora.model.tokens import Batch, TokenRow, batches
-from tclora.train.course import Checkpoint, Course, Destination, TrainingResult
+from tclora.train.budget import TokenBudget
+from tclora.train.course import (
+    Checkpoint,
+    Course,
+    Destination,
+    StepLoss,
+    TrainingResult,
+    hold_out,
+)
+from tclora.train.loop import validation_nll
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
 from tclora.train.registry import AdapterRequest, engines
 
+logger = logging.getLogger(__name__)
 Weights = dict[str, nn.Parameter]
 
 
@@ -59,17 +74,17 @@ class Together:
         # Their order in a batch must not depend on the order of the requests.
         ordered = sorted(requests, key=lambda request: request.name)
         weights = _weights(loaded.model, config, [request.init_seed for request in ordered])
+        mixed = MixedLora(loaded.model, weights, scaling=config.scaling, dropout=config.dropout)
+        place = _Place(loaded, mixed, config, checkpoint_steps, on_event)
         members = [
-            _member(loaded, request, own, config, checkpoint_steps, on_event)
-            for request, own in zip(ordered, weights, strict=True)
+            place.member(owner, request, own)
+            for owner, (request, own) in enumerate(zip(ordered, weights, strict=True))
         ]
-        mixed = MixedLora(
-            loaded.model, weights, scaling=config.alpha / config.r, dropout=config.dropout
-        )
         if config.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         loaded.model.train()
-        results = _Job(loaded.model, mixed, members, config, ordered[0].seed).run()
+        budget = TokenBudget(config.tokens_per_forward)
+        results = _Job(loaded.model, mixed, members, config, ordered[0].seed, budget).run()
         return {request.name: results[request.name] for request in requests}
 
 
@@ -105,22 +120,41 @@ def _weights(
     ]
 
 
-def _member(
-    loaded: LoadedBase,
-    request: AdapterRequest,
-    weights: Weights,
-    config: AdapterConfig,
-    checkpoint_steps: int,
-    on_event: EventCallback,
-) -> _Member:
-    def on_step(record: dict[str, Any]) -> None:
-        on_event({"name": request.name, **record})
+class _Place(NamedTuple):
+    """Where the adapters of a job are trained."""
 
-    rows = loaded.encode(request.rows)
-    checkpoint = Checkpoint(request.checkpoint, checkpoint_steps)
-    destination = Destination(request.target, loaded.base.location, checkpoint, on_step)
-    course = Course(weights, len(rows), config, seed=request.seed, destination=destination)
-    return _Member(request.name, rows, course)
+    loaded: LoadedBase
+    mixed: MixedLora
+    config: AdapterConfig
+    checkpoint_steps: int
+    on_event: EventCallback
+
+    def member(self, owner: int, request: AdapterRequest, weights: Weights) -> _Member:
+        """Begin or resume the course of one adapter."""
+
+        def on_step(record: dict[str, Any]) -> None:
+            self.on_event({"name": request.name, **record})
+
+        config = self.config
+        rows = self.loaded.encode(request.rows)
+        rows, watched = hold_out(rows, config.validation_fraction, request.seed)
+        checkpoint = Checkpoint(request.checkpoint, self.checkpoint_steps)
+        course = Course(
+            weights,
+            len(rows),
+            config,
+            seed=request.seed,
+            destination=Destination(request.target, self.loaded.base.location, checkpoint, on_step),
+            validate=partial(self._validate, owner, watched) if watched else None,
+        )
+        return _Member(request.name, rows, course)
+
+    def _validate(self, owner: int, rows: Sequence[TokenRow]) -> float:
+        model, budget = self.loaded.model, self.config.tokens_per_forward
+        return validation_nll(model, rows, budget, partial(self._alone, owner))
+
+    def _alone(self, owner: int, batch: Batch) -> AbstractContextManager[None]:
+        return self.mixed.rows([owner] * len(batch.rows))
 
 
 class _Job(NamedTuple):
@@ -131,6 +165,7 @@ class _Job(NamedTuple):
     members: Sequence[_Member]
     config: AdapterConfig
     seed: int  # of dropout
+    budget: TokenBudget
 
     @property
     def nll(self) -> Callable[[PreTrainedModel, Batch], Tensor]:
@@ -140,32 +175,69 @@ class _Job(NamedTuple):
         return response_nll if any(module is head for module in trained) else supervised_nll
 
     def run(self) -> dict[str, TrainingResult]:
-        """Take all steps of all adapters; return the results by name."""
+        """Take all steps of all adapters; return the results by name.
+
+        Raises
+        ------
+        NonFiniteLossError
+            Once the others are finished, if the loss of an adapter became NaN or infinite.
+        """
         courses = [member.course for member in self.members]
         start = min(len(course.history) for course in courses)
         orders = [course.orders(start) for course in courses]
-        results = {}
+        results: dict[str, TrainingResult] = {}
+        failed: dict[int, NonFiniteLossError] = {}
         for step in range(start, max(course.total for course in courses) + 1):
             for member in self.members:
-                if member.course.total == step or (step == start and member.course.total < step):
-                    results[member.name] = member.course.finish()
+                course = member.course
+                if member.name not in results and course.done and len(course.history) <= step:
+                    results[member.name] = course.finish()
             rows = [
                 _Row(owner, member.rows[index])
                 for owner, (member, order) in enumerate(zip(self.members, orders, strict=True))
+                if owner not in failed
                 for index in next(order, ())
             ]
             if rows:
-                self._step(step, rows)
+                failed |= self._step(step, rows)
+        if failed:
+            raise NonFiniteLossError("; ".join(str(error) for error in failed.values()))
         return results
 
-    def _step(self, step: int, rows: Sequence[_Row]) -> None:
+    def _step(self, step: int, rows: Sequence[_Row]) -> dict[int, NonFiniteLossError]:
         """Take a step with every adapter that has not taken it before a resume."""
         tokens: Counter[int] = Counter()
         for row in rows:
             tokens[row.owner] += len(row.tokens.response)
         live = {owner for owner in tokens if len(self.members[owner].course.history) == step}
+        seen = self.budget.within(
+            partial(self._losses, step, rows, tokens, live),
+            partial(self._forget, tokens),
+            max(len(row.tokens) for row in rows),
+        )
+        self._forget(set(tokens) - live)
+        failed = {}
+        for owner in sorted(live):
+            try:
+                self.members[owner].course.advance(seen[owner])
+            except NonFiniteLossError as error:  # its siblings go on; raised at the end
+                logger.error("%s", error)
+                failed[owner] = error
+        return failed
+
+    def _losses(
+        self,
+        step: int,
+        rows: Sequence[_Row],
+        tokens: Mapping[int, int],
+        live: set[int],
+        token_budget: int,
+    ) -> dict[int, StepLoss]:
+        """Add up the gradients of a step; return every adapter's loss."""
         losses = dict.fromkeys(tokens, 0.0)
-        for number, (batch, owners) in enumerate(_parts(rows, self.config.tokens_per_forward)):
+        read: Counter[int] = Counter()
+        computed = 0
+        for number, (batch, owners) in enumerate(_parts(rows, token_budget)):
             if live.isdisjoint(owners):
                 continue
             if self.config.dropout:  # the same after a resume
@@ -173,12 +245,17 @@ class _Job(NamedTuple):
             shares = [1 / tokens[owner] for owner in owners]
             for owner, loss in zip(owners, self._gradients(batch, owners, shares), strict=True):
                 losses[owner] += loss
-        for owner in losses:
-            course = self.members[owner].course
-            if owner in live:
-                course.advance(losses[owner], tokens[owner])
-            else:
-                course.stand()
+            for owner, length in zip(owners, batch.attention_mask.sum(1).tolist(), strict=True):
+                read[owner] += length
+            computed += batch.input_ids.numel()
+        padding = 1 - read.total() / computed if computed else 0.0
+        return {
+            owner: StepLoss(losses[owner], tokens[owner], read[owner], padding) for owner in tokens
+        }
+
+    def _forget(self, owners: Iterable[int]) -> None:
+        for owner in owners:
+            self.members[owner].course.stand()
 
     def _gradients(
         self, batch: Batch, owners: Sequence[int], shares: Sequence[float]

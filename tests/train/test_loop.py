@@ -12,7 +12,7 @@ from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode
-from tclora.train.course import Checkpoint, total_steps
+from tclora.train.course import Checkpoint, hold_out, total_steps
 from tclora.train.loop import train_adapter
 from tclora.train.lora import attach_lora, linear_layer_names
 
@@ -263,3 +263,121 @@ def test_warm_up_and_decay(train):
     assert rates[0] == 0
     assert max(rates) == rates[3] == pytest.approx(5e-2)
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+WATCHED = {"validation_fraction": 0.34, "validation_steps": 2}
+
+
+def test_the_adapter_of_the_lowest_validation_loss_is_kept(train, tiny_model_dir, rows):
+    kept, watched = hold_out(rows, 0.34, 0)
+    assert (len(kept), len(watched)) == (4, 2)
+    result, target = train(epochs=12, **WATCHED)
+    seen = {r["step"]: r["validation_nll"] for r in result.history if "validation_nll" in r}
+    assert list(seen) == [1, 3, 5, 7, 9, 11]
+    assert result.validation_nll == min(seen.values()) < seen[11]  # it overfits four rows
+    best = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model_dir), target)
+    with torch.no_grad():
+        (batch,) = batches(watched, pad_id=0)
+        nll = response_nll(best.eval(), batch).sum() / batch.supervised
+    assert nll.item() == pytest.approx(result.validation_nll, rel=1e-4)
+
+
+def test_rows_held_out_are_not_trained_on(train, rows):
+    kept, _ = hold_out(rows, 0.34, 0)
+    watched, alone = train("a", **WATCHED), train("b", on=kept)
+    losses = [[record["loss"] for record in result.history] for result, _ in (watched, alone)]
+    assert losses[0] == losses[1]
+    assert watched[0].steps == total_steps(len(rows), AdapterConfig(**FAST | WATCHED))
+
+
+def test_training_stops_when_the_validation_loss_has_stopped_falling(train):
+    result, _ = train(epochs=60, patience=2, **WATCHED)
+    seen = [r["validation_nll"] for r in result.history if "validation_nll" in r]
+    assert len(seen) - 1 - seen.index(min(seen)) == 2
+    assert result.steps < 60
+
+
+@pytest.mark.parametrize("stop", [4, 9])
+def test_a_resumed_training_keeps_its_best(train, tmp_path, stop):
+    changes = {"epochs": 60, "patience": 2, **WATCHED}
+    whole, target = train("whole", **changes)
+    assert whole.steps > stop
+
+    def interrupt(record):
+        if record["step"] == stop:
+            raise StopHereError
+
+    place = Checkpoint(tmp_path / "checkpoint", 2)
+    with pytest.raises(StopHereError):
+        train("cut", **changes, options={"checkpoint": place, "on_step": interrupt})
+    resumed, again = train("cut", **changes, options={"checkpoint": place})
+    assert sha256_path(again) == sha256_path(target)
+    assert resumed.validation_nll == whole.validation_nll
+    repeated, again = train("cut", **changes, options={"checkpoint": place})
+    assert repeated.steps == whole.steps
+    assert sha256_path(again) == sha256_path(target)
+
+
+def test_patience_needs_rows_to_watch():
+    with pytest.raises(ValueError, match="patience must come with a validation_fraction above 0"):
+        AdapterConfig(patience=2)
+
+
+def test_one_row_is_never_held_out(rows):
+    assert hold_out(rows[:1], 0.5, 0) == (rows[:1], [])
+    assert hold_out(rows, 0, 0) == (rows, [])
+    assert [len(part) for part in hold_out(rows, 0.99, 0)] == [1, 5]
+
+
+@pytest.mark.parametrize(("r", "alpha"), [(4, 8), (16, 8)])
+def test_rank_stabilised_scaling_is_that_of_peft(train, tiny_model_dir, r, alpha):
+    trained = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    _, target = train(model=trained, r=r, alpha=alpha, rslora=True)
+    stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model_dir), target)
+    with torch.no_grad():
+        assert torch.allclose(stock.eval()(IDS).logits, trained.eval()(IDS).logits, atol=1e-5)
+    assert AdapterConfig(r=r, alpha=alpha, rslora=True).scaling == pytest.approx(alpha / r**0.5)
+
+
+def test_b_learns_at_its_own_rate(train):
+    """The first step of Adam is the learning rate in size; A has no gradient while B is zero."""
+    plain, fast = (
+        read_adapter(train(str(ratio), max_steps=1, lr=1e-3, lr_ratio=ratio)[1]).modules
+        for ratio in (1.0, 8.0)
+    )
+    for module, factors in plain.items():
+        assert torch.allclose(fast[module].B, 8 * factors.B, rtol=1e-3, atol=1e-7)
+        assert torch.equal(fast[module].A, factors.A)
+
+
+def test_what_exceeds_the_memory_is_tried_in_smaller_parts(train, tiny_model_dir, caplog):
+    class Small(LlamaForCausalLM):
+        largest = 0
+
+        def forward(self, input_ids=None, **kwargs):
+            if input_ids.numel() > 40:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            Small.largest = max(Small.largest, input_ids.numel())
+            return super().forward(input_ids=input_ids, **kwargs)
+
+    wanted, one = train("wanted")
+    found, other = train("small", model=Small.from_pretrained(tiny_model_dir))
+    assert 0 < Small.largest <= 40
+    assert [r["loss"] for r in found.history] == pytest.approx(
+        [r["loss"] for r in wanted.history], rel=1e-3
+    )
+    for module, factors in read_adapter(one).modules.items():
+        assert torch.allclose(
+            read_adapter(other).modules[module].delta(), factors.delta(), atol=1e-3
+        )
+    assert "train.tokens_per_forward is 32 from here on" in caplog.text
+    assert caplog.text.count("out of memory") == 5  # from 1024 to 32, once
+
+
+def test_a_row_that_exceeds_the_memory_alone_is_an_error(train, tiny_model_dir):
+    class Tiny(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ModelError, match=r"a row of \d+ tokens must fit .* lower train.max_tokens"):
+        train(model=Tiny.from_pretrained(tiny_model_dir))

@@ -111,6 +111,13 @@ def digests(folder, names=tuple(ROWS)):
         {"freeze_a": True, "inits": {"birds": 5}},
         {"inits": {"animals": 1, "cars": 2}},
         {"gradient_checkpointing": True, "epochs": 3},
+        {
+            "validation_fraction": 0.3,
+            "validation_steps": 2,
+            "patience": 2,
+            "rslora": True,
+            "lr_ratio": 2.0,
+        },
         {"target_modules": ("q_proj", "lm_head"), "epochs": 3},
     ],
     ids=str,
@@ -147,7 +154,7 @@ def test_events_are_the_records_with_the_adapters_name(train):
     for name, result in results.items():
         own = [event for event in events if event["name"] == name]
         assert own == [{"name": name, **record} for record in result.history]
-        assert own[0].keys() == {"name", *KEYS, "seconds"}
+        assert own[0].keys() == {"name", *KEYS, "tokens_per_s", "padding", "seconds", "memory"}
 
 
 def observe_batches(tokenizer, seen):
@@ -285,7 +292,9 @@ def test_their_order_in_the_batches_does_not_matter(train, rows):
     assert_same_adapters(one, two, tolerance=1e-6)
 
 
-def test_a_loss_that_is_not_finite_names_the_adapter(train, rows, base, tiny_model, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
+    train, rows, base, tiny_model, tmp_path
+):
     tokenizer = base.load().tokenizer
     with torch.no_grad():  # of a token that one adapter's rows alone have
         tiny_model.model.embed_tokens.weight[tokenizer("~").input_ids] = float("nan")
@@ -294,14 +303,14 @@ def test_a_loss_that_is_not_finite_names_the_adapter(train, rows, base, tiny_mod
     tiny_model.save_pretrained(model)
     pd.DataFrame({"prompt": ["~"], "response": ["x"]}).to_parquet(rows / "broken")
     seen = []
+    changed = base.model_copy(update={"location": str(model)})
+    _, _, alone = train("separate", "alone", names=("birds",), on=changed)
     with pytest.raises(NonFiniteLossError, match=r"loss of adapter 'broken' became nan at step 0"):
-        train(
-            names=("birds", "broken"), on_event=seen.append,
-            on=base.model_copy(update={"location": str(model)}),
-        )  # fmt: skip
-    assert [event["name"] for event in seen] == ["birds"]
-    assert all(math.isfinite(seen[0][key]) for key in KEYS)
+        train("together", "out", names=("birds", "broken"), on_event=seen.append, on=changed)
+    assert [event["name"] for event in seen] == ["birds"] * 27
+    assert all(math.isfinite(event[key]) for event in seen for key in KEYS)
     assert not (tmp_path / "out" / "broken").exists()
+    assert_same_adapters(alone, tmp_path / "out", ("birds",))
 
 
 def test_a_module_that_does_not_see_rows_is_refused(tiny_model):

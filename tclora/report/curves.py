@@ -18,7 +18,10 @@ _WINDOWS = 15  # running means per curve
 
 
 def loss_curves(contents: Contents) -> Figure | None:
-    """Draw the training loss of each adapter, smoothed over its steps, the joint LoRA behind."""
+    """Draw the training loss of each adapter, smoothed over its steps, the joint LoRA behind.
+
+    Diamonds are its loss on rows held out from training, where there are any.
+    """
     logs = contents.losses
     names = [name for name in logs if name != JOINT] or list(logs)
     if not names:
@@ -70,6 +73,8 @@ def _draw_loss(axes: Axes, log: pd.DataFrame, colour: str, *, raw: bool) -> None
     if raw:
         axes.plot(share, log["loss"], color=colour, lw=0.6, alpha=0.4)
     axes.plot(share, log["loss"].rolling(window, min_periods=1).mean(), color=colour, lw=1.5)
+    if raw and "validation_nll" in log:
+        axes.plot(share, log["validation_nll"], "D", color=LIGHT["ink"], ms=2.5)
 
 
 def _draw_spread(axes: Axes, modules: pd.DataFrame) -> None:

@@ -78,3 +78,18 @@ def test_inline_svg_has_own_ids_and_takes_its_colours_from_the_page(drawn):
 def test_every_colour_has_a_dark_form_and_a_variable():
     assert list(LIGHT) == list(DARK)
     assert css_variables(" ".join(LIGHT.values())) == " ".join(f"var(--{name})" for name in LIGHT)
+
+
+def test_validation_losses_stand_on_the_curve(library):
+    log = json.loads((library / "training/cluster-0.json").read_text())
+    for place, nll in ((9, 1.5), (19, 1.25)):
+        log[place]["validation_nll"] = nll
+    (library / "training/cluster-0.json").write_text(json.dumps(log))
+    seal(library)
+    panel = figures(library)["loss_curves"].axes[0]
+    (marks,) = [line for line in panel.lines if line.get_marker() == "D"]
+    seen = [float(y) for y in marks.get_ydata() if y == y]
+    assert seen == [1.5, 1.25]
+    assert not any(
+        line.get_marker() == "D" for line in figures(library)["loss_curves"].axes[1].lines
+    )

@@ -27,13 +27,14 @@ def report(name: str, title: str, frame: pd.DataFrame, note: str = "") -> None:
     machine = (
         f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
     )
-    text = f"# {title}\n\n{_markdown(frame)}\n\n{note}\n\nMachine: {machine}.\n"
+    text = f"# {title}\n\n{markdown(frame)}\n\n{note}\n\nMachine: {machine}.\n"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def _markdown(frame: pd.DataFrame) -> str:
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a table in Markdown."""
     rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1]]
     rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,5 +1,7 @@
 """From adapters to merges: statistics, CP rank, joint factors, scales, merges, routed library."""
 
+from typing import Any
+
 from prefect import flow
 
 from flows.context import Context, Merged, Prepared, Trained
@@ -19,6 +21,7 @@ from tasks.merging import statistics as statistics_stage
 from tasks.routing import route
 from tasks.tracking import announce
 from tclora.config import RouterConfig, SolverConfig
+from tclora.library.names import unrefitted_name
 from tclora.merge import methods
 from tclora.route import ModelIdentity, RoutedInfo
 from tclora.tune.scale import is_scaled
@@ -43,9 +46,9 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     full = Given(adapters, factors, statistics, rank, cfg.seed)
     given = {name: full if name in informed else blind for name in cfg.merge.methods}
     scales = _scales(context, prepared, given)
-    merges = {
-        name: _merge(context, prepared, name, given[name], scales.get(name)) for name in given
-    }
+    merges: dict[str, Artifact] = {}
+    for name in given:
+        merges |= _merge(context, prepared, name, given[name], scales.get(name, {}))
     routed = None
     if cfg.route.enabled:
         seeing = Given(adapters, None, statistics, None, cfg.seed)
@@ -63,10 +66,11 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
 
 def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Artifact | None:
     """Collect activation statistics, unless the configuration forgoes them."""
-    count = context.config.merge.sample_rows
-    if not count:
+    cfg = context.config.merge
+    if not cfg.sample_rows:
         return None
-    return statistics_stage(adapters, context.rows(prepared.rows, count), context.where)
+    rows = context.rows(prepared.rows, cfg.sample_rows)
+    return statistics_stage(adapters, rows, cfg.activations, context.where)
 
 
 def _rank(context: Context, prepared: Prepared, given: Given) -> int:
@@ -81,31 +85,38 @@ def _rank(context: Context, prepared: Prepared, given: Given) -> int:
 
 
 @parallel_flow("tune-scales")
-def _scales(context: Context, prepared: Prepared, given: dict[str, Given]) -> dict[str, float]:
-    """Choose the scale of every method that has one, where the configuration asks for it."""
+def _scales(
+    context: Context, prepared: Prepared, given: dict[str, Given]
+) -> dict[str, dict[str, Any]]:
+    """Choose scale and density of every method that has one, where the configuration asks for it.
+
+    Returns the options chosen, per method.
+    """
     cfg = context.config.merge
     scaled = [name for name in given if cfg.scales and is_scaled(name)]
     where = context.where.shared_by(len(scaled))
     rows = context.rows(prepared.rows, cfg.sample_rows)
     futures = {
-        name: tune_scale.submit(name, given[name], cfg.scales, rows, where) for name in scaled
+        name: tune_scale.submit(name, given[name], cfg.scales, cfg.densities, rows, where)
+        for name in scaled
     }
     found = collect("tune-scale", futures, context)
-    return {name: part.info["scale"] for name, part in found.items()}
+    return {name: dict(part.info) for name, part in found.items()}
 
 
 def _merge(
-    context: Context, prepared: Prepared, method: str, given: Given, scale: float | None
-) -> Artifact:
-    """Merge by one method; the primary merge's component weights are refitted if asked for."""
+    context: Context, prepared: Prepared, method: str, given: Given, options: dict[str, Any]
+) -> Artifacts:
+    """Merge by one method; refitted if asked for, and then as it was before too."""
     cfg, where = context.config.merge, context.where
-    refitted = method == cfg.primary and bool(cfg.refit_steps and cfg.sample_rows)
-    merged = merge_stage(method, given, scale, refitted, where)
+    refitted = method in cfg.refitted
+    merged = merge_stage(method, given, options, refitted, where)
     if not refitted:
-        return merged
+        return {method: merged}
     with where.progress.shown():
         rows = context.rows(prepared.rows, cfg.sample_rows)
-        return refit(method, merged, cfg.refit_steps, rows, where)
+        fitted = refit(method, merged, cfg.refit_steps, rows, where)
+    return {method: fitted, unrefitted_name(method): merged}
 
 
 def _routed_info(context: Context, adapters: list[str]) -> RoutedInfo:

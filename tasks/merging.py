@@ -12,6 +12,7 @@ from tclora.adapter import read_adapter, write_adapter
 from tclora.config import SolverConfig
 from tclora.files import atomic_path
 from tclora.jobs.call import Event
+from tclora.library.names import unrefitted_name
 from tclora.merge import merge as merge_adapters
 from tclora.merge.inputs import MergeInputs
 from tclora.model.base import Base
@@ -65,8 +66,11 @@ class Given(NamedTuple):
 
 
 @stage("statistics")
-def statistics(adapters: Artifacts, rows: Rows, where: Where) -> Artifact:
-    """Collect the base model's activation statistics on each cluster, for merges that use them."""
+def statistics(adapters: Artifacts, rows: Rows, of: str, where: Where) -> Artifact:
+    """Collect activation statistics on each cluster, for merges that use them.
+
+    They are `of` the "base" model, or with each cluster's "own" adapter.
+    """
     layout = where.layout
     targets = {name: layout.statistics(name) for name in adapters}
     # Cluster adapters differ in their numbers alone, so that one speaks for all.
@@ -77,6 +81,7 @@ def statistics(adapters: Artifacts, rows: Rows, where: Where) -> Artifact:
         sample=rows.sample("statistics"),
         modules=modules,
         targets=targets,
+        adapters=paths_of(adapters) if of == "own" else {},
     )
     return Artifact.of(layout.root, *targets.values(), info={"tokens": tokens})
 
@@ -166,9 +171,14 @@ def diagnose(adapters: Artifacts, factors: Artifact, where: Where) -> Artifact:
 
 @stage("tune-scale", "tune-{method}")
 def tune_scale(
-    method: str, given: Given, scales: tuple[float, ...], rows: Rows, where: Where
+    method: str,
+    given: Given,
+    scales: tuple[float, ...],
+    densities: tuple[float, ...],
+    rows: Rows,
+    where: Where,
 ) -> Artifact:
-    """Choose a method's scale on rows of every cluster."""
+    """Choose a method's scale, and its density where it has one, on rows of every cluster."""
     file = where.layout.scale(method)
     found = where.executor.run_isolated(
         choose_scale,
@@ -177,24 +187,24 @@ def tune_scale(
         sample=rows.sample("scale"),
         given=given.inputs(),
         scales=list(scales),
+        densities=list(densities),
         target=file,
     )
-    listing = ", ".join(f"{scale:g}" for scale in scales)
+    listing = ", ".join(f"{scale:g}" for scale in sorted(found.losses))
     get_run_logger().info("%s: scale %g of %s", method, found.scale, listing)
-    figures = {"scale": found.scale}
-    return Artifact.of(where.layout.root, file, metrics={"merge/scale": found.scale}, info=figures)
+    metrics = {f"merge/{name}": value for name, value in found.options.items()}
+    return Artifact.of(where.layout.root, file, metrics=metrics, info=found.options)
 
 
 @stage("merge", "merge-{method}")
 def merge(
-    method: str, given: Given, scale: float | None, unrefitted: bool, where: Where
+    method: str, given: Given, options: dict[str, Any], unrefitted: bool, where: Where
 ) -> Artifact:
     """Merge the cluster adapters by one method and write a stock PEFT directory.
 
-    `scale` is given where it was tuned; an `unrefitted` merge is one to be refitted.
+    `options` are those that were tuned; an `unrefitted` merge is one to be refitted.
     """
     inputs = given.inputs()
-    options: dict[str, Any] = {} if scale is None else {"scale": scale}
     merged = merge_adapters(
         inputs.read_adapters(),
         method,
@@ -204,9 +214,9 @@ def merge(
         seed=inputs.seed,
         **options,
     )
-    target = where.layout.unrefitted(method) if unrefitted else where.layout.merged(method)
+    target = where.layout.merged(unrefitted_name(method) if unrefitted else method)
     write_adapter(merged.adapter, target)
-    tuned = () if scale is None else ("scale tuned on rows of every cluster",)
+    tuned = (f"{' and '.join(options)} tuned on rows of every cluster",) if options else ()
     figures = {
         "rank": merged.rank,
         "parameters": merged.parameters,

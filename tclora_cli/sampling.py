@@ -80,4 +80,4 @@ def settings_from_sample(
         statistics=statistics,
         **settings,
     )
-    return {"statistics": statistics, "scale": found.scale}
+    return {"statistics": statistics, **found.options}

@@ -219,15 +219,38 @@ class MergeConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (),
         description="grid from which every method with a scale takes the one of lowest loss on the "
-        "sample rows, such as [0.2, 0.4, 0.7, 1.0]; empty: each at its published scale",
+        "sample rows, such as [0.2, 0.4, 0.7, 1.0], going on beyond an end where the best lies "
+        "there; empty: each at its default",
     )
-
+    densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (),
+        description="with scales: shares of elements kept to try for methods that have a density; "
+        "empty: each at its default",
+    )
+    activations: Literal["base", "own"] = Field(
+        "base",
+        description="whose activations the statistics are: the base model's, or with each "
+        "cluster's own adapter, as RegMean was published",
+    )
+    refit: Literal["primary", "all"] | tuple[str, ...] = Field(
+        "primary",
+        description="merges whose component weights are refitted in refit_steps: the primary one, "
+        "all, or names of some; each stands in the tables without the refit too",
+    )
     refit_steps: int = Field(
         10,
         ge=0,
-        description="steps in which the weights of the primary merge's components are refitted by "
-        "the base model's loss on the sample rows, its factors kept; 0: none",
+        description="steps in which the weights of a merge's components are refitted by the base "
+        "model's loss on the sample rows, its factors kept; 0: none",
     )
+
+    @property
+    def refitted(self) -> tuple[str, ...]:
+        """The merges to refit."""
+        if not (self.refit_steps and self.sample_rows):
+            return ()
+        named = {"primary": (self.primary,), "all": self.methods}
+        return named[self.refit] if isinstance(self.refit, str) else self.refit
 
     @model_validator(mode="after")
     def _check_together(self) -> "MergeConfig":
@@ -235,6 +258,14 @@ class MergeConfig(Section):
             raise ValueError(
                 f"primary must be one of methods {list(self.methods)}, got {self.primary!r}"
             )
+        strange = set(() if isinstance(self.refit, str) else self.refit) - set(self.methods)
+        if strange:
+            raise ValueError(
+                f"refit must be of methods {list(self.methods)}, 'primary' or 'all', got "
+                f"{sorted(strange)}"
+            )
+        if self.densities and not self.scales:
+            raise ValueError("densities are chosen together with scales, but scales is empty")
         if self.scales and not self.sample_rows:
             raise ValueError("scales are chosen on sample rows, but sample_rows is 0")
         return self

@@ -159,10 +159,6 @@ class Layout:
         """Scale chosen for a merge method; JSON."""
         return self.work / "scales" / f"{method}.json"
 
-    def unrefitted(self, method: str) -> Path:
-        """PEFT directory of a merge before its component weights are refitted."""
-        return self.work / "unrefitted" / method
-
     def items(self, method: str) -> Path:
         """Measurements of one method, one row per held-out row."""
         return self.work / "items" / f"{method}.parquet"

@@ -12,6 +12,11 @@ REFERENCES = (BASE, OWN, JOINT)
 _CLUSTER = "cluster-"
 
 
+def unrefitted_name(method: str) -> str:
+    """Return the name of a merge as it was before its component weights were refitted."""
+    return f"{method}-unrefitted"
+
+
 def cluster_name(number: int) -> str:
     """Return the adapter name of a cluster, "cluster-3" for 3."""
     return f"{_CLUSTER}{number}"

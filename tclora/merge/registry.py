@@ -44,6 +44,8 @@ class MethodInfo:
         "" for adapters alone, "factors" for joint CP factors, "statistics" for activations.
     weighted : bool
         Whether it takes weights of the adapters.
+    invariant : bool
+        Whether it depends on the updates alone, not on how each was split into B and A.
     options : Mapping[str, Any]
         Its own options and their defaults.
     """
@@ -54,6 +56,7 @@ class MethodInfo:
     exact: bool
     needs: str
     weighted: bool
+    invariant: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,13 +82,14 @@ def register(
     exact: bool = True,
     needs: str = "",
     weighted: bool = False,
+    invariant: bool = True,
     truncation: Truncation = truncate,
 ) -> Callable[[Function], Function]:
     """Register a function as a merge method; its keyword-only parameters become its options.
 
     Parameters
     ----------
-    name, summary, paper, exact, needs, weighted
+    name, summary, paper, exact, needs, weighted, invariant
         See `MethodInfo`.
     truncation : Truncation
         How to truncate the result; best in the Frobenius norm by default.
@@ -105,7 +109,7 @@ def register(
             for p in inspect.signature(function).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
-        info = MethodInfo(name, summary, paper, exact, needs, weighted, options)
+        info = MethodInfo(name, summary, paper, exact, needs, weighted, invariant, options)
         enter(Method(info, function, truncation))
         return function
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Shown = Sequence[tuple[str, str]]  # prompts with their responses, shown before a prompt
 Shots = Sequence[Shown]  # one per row
 IGNORED = -100  # label of a position without loss, as torch's cross-entropy has it
+_PROMPT_SHARE = 0.25  # of the longest row that a prompt keeps, however long its response
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ def encode(
         The tokenizer's chat template with the prompt as the user's turn, or the prompt and a
         newline.
     max_tokens : int
-        Longest row in tokens. What exceeds it is cut from the start of the prompt; a response that
-        is longer by itself loses its end.
+        Longest row in tokens. What exceeds it is cut from the start of the prompt, behind what the
+        template begins with, down to a quarter of `max_tokens`; beyond that the response loses its
+        end.
     shots : sequence of sequences of (prompt, response), optional
         What is shown before each prompt: earlier turns of a chat, or text and an empty line.
 
@@ -102,8 +104,10 @@ def encode(
     # A rendered chat template already carries the special tokens.
     encoded = tokenizer(texts, add_special_tokens=template == "plain").input_ids
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
-    eos = tokenizer.eos_token_id
-    return [_fit(tuple(p), (*a, eos), max_tokens) for p, a in zip(encoded, answers, strict=True)]
+    eos, head = tokenizer.eos_token_id, _head(tokenizer, template)
+    return [
+        _fit(tuple(p), (*a, eos), max_tokens, head) for p, a in zip(encoded, answers, strict=True)
+    ]
 
 
 def encode_frame(
@@ -177,11 +181,25 @@ def _render(tokenizer: "PreTrainedTokenizerBase", prompt: str, shots: Shown, tem
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def _fit(prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int) -> TokenRow:
+def _head(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:
+    """Return how many tokens a template begins with, whatever the prompt."""
+    texts = render(tokenizer, ("a", "b"), template)
+    one, two = tokenizer(texts, add_special_tokens=template == "plain").input_ids
+    pairs = zip(one, two, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
+
+
+def _fit(
+    prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int, head: int
+) -> TokenRow:
+    """Cut a row to the limit: the prompt behind its head, then the response's end."""
     if len(prompt) + len(response) <= max_tokens:
         return TokenRow(prompt, response)
-    response = response[: max_tokens - 1]
-    return TokenRow(prompt[-(max_tokens - len(response)) :], response, truncated=True)
+    least = min(len(prompt), max(1, int(_PROMPT_SHARE * max_tokens)))
+    response = response[: max_tokens - least]
+    room = max_tokens - len(response)
+    head = head if 2 * head <= room else 0  # the prompt itself matters more than its frame
+    return TokenRow(prompt[:head] + prompt[len(prompt) - room + head :], response, truncated=True)
 
 
 def batches(

@@ -105,11 +105,17 @@ def sample_batches(
     *,
     template: str = "chat",
     max_tokens: int = 1024,
-) -> list[Batch]:
-    """Return the rows of all adapters as batches to measure a loss on; see `collect_all`."""
-    whole = pd.concat(rows.values())
-    encoded = encode_frame(tokenizer, whole, template=template, max_tokens=max_tokens)
-    return list(batches(encoded, pad_id=tokenizer.pad_token_id))
+) -> dict[str, list[Batch]]:
+    """Return the rows of every adapter as batches to measure a loss on; see `collect_all`."""
+    return {
+        name: list(
+            batches(
+                encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens),
+                pad_id=tokenizer.pad_token_id,
+            )
+        )
+        for name, frame in rows.items()
+    }
 
 
 def _canonical(path: str) -> pd.DataFrame:

@@ -1,18 +1,18 @@
-"""The scale λ of a merge chosen by the base model's loss on sample rows.
+"""The scale λ of a merge, and its density, chosen by the base model's loss on sample rows.
 
 Methods that add updates up (task arithmetic, TIES, TSV-M and others) depend on λ more than on
 anything else, so that they can be compared at a scale chosen in the same way for all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from tclora.adapter import Adapter
+from tclora.adapter import Adapter, LoraFactors
 from tclora.files import write_json
 from tclora.jobs.call import EventCallback
 from tclora.merge.engine import merge
@@ -25,6 +25,10 @@ from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 
 GRID = (0.2, 0.4, 0.7, 1.0)
+_EXTENSIONS = 6  # steps beyond the grid's ends
+
+Batches = Mapping[str, Sequence[Batch]]
+Measure = Callable[[float], float]
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,21 @@ class ScaleSearch:
     scale : float
         The scale with the lowest loss.
     losses : Mapping[float, float]
-        Scale → mean response NLL (nats per token) on the sample rows.
+        Scale → mean over clusters of the response NLL (nats per token) on the sample rows, at the
+        density chosen.
+    density : float or None
+        The density with the lowest loss; None where none was searched.
     """
 
     scale: float
     losses: Mapping[float, float]
+    density: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What `merge` is to be given."""
+        chosen = {} if self.density is None else {"density": self.density}
+        return {"scale": self.scale, **chosen}
 
 
 def is_scaled(method: str) -> bool:
@@ -48,18 +62,24 @@ def is_scaled(method: str) -> bool:
     return "scale" in get(method).info.options
 
 
+def is_sparse(method: str) -> bool:
+    """Whether a method has a density."""
+    return "density" in get(method).info.options
+
+
 @torch.no_grad()
 def tune_scale(
     model: PreTrainedModel,
     adapters: Sequence[Adapter],
     method: str,
-    batches: Sequence[Batch],
+    batches: Batches,
     scales: Sequence[float] = GRID,
     *,
+    densities: Sequence[float] = (),
     progress: Callable[[float, float], None] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> ScaleSearch:
-    """Choose the scale of a merge from a grid.
+    """Choose the scale of a merge, and its density where it has one.
 
     Parameters
     ----------
@@ -69,10 +89,12 @@ def tune_scale(
         What is merged.
     method : str
         A method with a scale.
-    batches : sequence of Batch
-        Sample rows of all clusters, in equal shares.
+    batches : Mapping[str, sequence of Batch]
+        Cluster → its sample rows; every cluster counts the same.
     scales : sequence of float
-        The grid.
+        The grid; it goes on beyond an end as long as the best scale lies there.
+    densities : sequence of float
+        Densities to try, for a method that has one; empty: its own default.
     progress : callable, optional
         Called with (scale, loss) after each.
     **settings
@@ -86,20 +108,73 @@ def tune_scale(
     ------
     ValueError
         If the method has no scale, or the grid is empty or not positive.
+
+    Notes
+    -----
+    A merge is proportional to λ, so that each density is merged once.
     """
     if not is_scaled(method):
         raise ValueError(f"method must have a scale to tune, {method} has none")
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be positive and at least one, got {list(scales)}")
-    tokens = sum(batch.supervised for batch in batches)
-    losses: dict[float, float] = {}
-    for scale in scales:
-        merged = merge(adapters, method, **settings, scale=scale).adapter
-        with attached(model, merged):
-            total = sum(float(response_nll(model, batch).sum()) for batch in batches)
-        losses[scale] = total / tokens
-        if progress:
-            progress(scale, losses[scale])
+    found: list[ScaleSearch] = []
+    for density in densities if densities and is_sparse(method) else [None]:
+        chosen = {} if density is None else {"density": density}
+        merged = merge(adapters, method, **settings, **chosen, scale=1.0).adapter
+
+        def measure(scale: float, merged: Adapter = merged) -> float:
+            loss = mean_nll(model, scaled(merged, scale), batches)
+            if progress:
+                progress(scale, loss)
+            return loss
+
+        start = _around(min(found, key=_loss)) if found else sorted(set(scales))
+        found.append(replace(_on_line(measure, start), density=density))
+    return min(found, key=_loss)
+
+
+def _loss(search: ScaleSearch) -> float:
+    return min(search.losses.values())
+
+
+def mean_nll(model: PreTrainedModel, adapter: Adapter | None, batches: Batches) -> float:
+    """Return the response NLL (nats per token) with an adapter, the mean over clusters."""
+    with attached(model, adapter):
+        parts = [
+            sum(float(response_nll(model, batch).sum()) for batch in part)
+            / sum(batch.supervised for batch in part)
+            for part in batches.values()
+        ]
+    return sum(parts) / len(parts)
+
+
+def scaled(adapter: Adapter, scale: float) -> Adapter:
+    """Return λ times an adapter."""
+    modules = {m: LoraFactors(f.B * scale, f.A) for m, f in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
+def _around(best: ScaleSearch) -> list[float]:
+    """Return the best scale of another density and those next to it."""
+    known = sorted(best.losses)
+    at = known.index(best.scale)
+    return known[max(0, at - 1) : at + 2]
+
+
+def _on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
+    """Measure a rising grid, and beyond an end while the best scale lies there."""
+    losses = {scale: measure(scale) for scale in scales}
+    ratio = scales[-1] / scales[-2] if len(scales) > 1 else 2.0
+    for _ in range(_EXTENSIONS):
+        known = sorted(losses)
+        best = min(losses, key=losses.__getitem__)
+        if best == known[-1]:
+            beyond = known[-1] * ratio
+        elif best == known[0]:
+            beyond = known[0] / ratio
+        else:
+            break
+        losses[beyond] = measure(beyond)
     return ScaleSearch(min(losses, key=losses.__getitem__), losses)
 
 
@@ -110,6 +185,7 @@ def choose_scale(
     sample: Sample,
     given: MergeInputs,
     scales: list[float],
+    densities: list[float],
     target: Path,
     on_event: EventCallback = lambda _: None,
 ) -> ScaleSearch:
@@ -125,8 +201,8 @@ def choose_scale(
         The rows.
     given : MergeInputs
         What is merged.
-    scales : list of float
-        The grid.
+    scales, densities : list of float
+        The grids.
     target : Path
         JSON file of the outcome.
     on_event : callable
@@ -141,8 +217,9 @@ def choose_scale(
         loaded.model,
         given.adapters_in_memory(),
         name,
-        sample.together(loaded),
+        sample.batches(loaded),
         scales,
+        densities=densities,
         progress=lambda scale, loss: on_event({"scale": scale, "loss": loss}),
         factors=given.read_factors(),
         statistics=given.read_statistics(),

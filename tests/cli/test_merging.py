@@ -129,9 +129,13 @@ def test_the_scale_is_chosen_on_sample_rows(folders, sample, tmp_path, tiny_mode
     flags = ["--template", "plain", "--scales", 0.01, "--scales", 3]
     result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
                     "--sample", sample, *flags)  # fmt: skip
-    pairs = [pair for rows in ROWS.values() for pair in rows]
-    encoded = encode(tokenizer, *zip(*pairs, strict=True), template="plain")
-    adapters, rows = read_adapters(folders), list(batches(encoded, pad_id=0))
+    rows = {
+        name: list(
+            batches(encode(tokenizer, *zip(*pairs, strict=True), template="plain"), pad_id=0)
+        )
+        for name, pairs in ROWS.items()
+    }
+    adapters = read_adapters(folders)
     scale = tune_scale(tiny_model, adapters, "task-arithmetic", rows, (0.01, 3)).scale
     assert f"scale {scale:g}" in result.stdout
     wanted = merge(adapters, "task-arithmetic", scale=scale).adapter

@@ -275,7 +275,7 @@ def test_the_uniform_merge_is_the_mean_of_the_adapters(library):
 
 
 def test_the_primary_merge_has_its_component_weights_refitted(library):
-    before = read_adapter(library / "work" / "unrefitted" / "tc-lora").modules
+    before = read_adapter(library / "merged" / "tc-lora-unrefitted").modules
     after = read_adapter(library / "merged" / "tc-lora").modules
     changed = 0
     for name, (B, A) in after.items():
@@ -284,9 +284,12 @@ def test_the_primary_merge_has_its_component_weights_refitted(library):
         assert torch.allclose(B, before[name].B * scaled, atol=1e-6)  # a factor per component
         changed += int(not torch.allclose(scaled, torch.ones(1)))
     assert changed > 0
-    notes = read_manifest(library).merges["tc-lora"].notes
-    assert "component weights refitted in 2 steps on 8 rows per cluster" in notes
-    assert not (library / "work" / "unrefitted" / "uniform").exists()
+    merges = read_manifest(library).merges
+    assert "component weights refitted in 2 steps on 8 rows per cluster" in merges["tc-lora"].notes
+    assert "refitted" not in merges["tc-lora-unrefitted"].notes
+    assert "uniform-unrefitted" not in merges
+    measured = pd.read_parquet(Layout(library).evaluation.recovery)["method"]
+    assert {"tc-lora", "tc-lora-unrefitted"} < set(measured)
 
 
 def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):

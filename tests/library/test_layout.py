@@ -19,7 +19,7 @@ FILES = (
 )  # fmt: skip
 FOLDERS = (
     "adapters", "training", "merged", "routed", "evaluation", "work", "rows", "statistics",
-    "scales", "unrefitted", "items", "checkpoints",
+    "scales", "items", "checkpoints",
 )  # fmt: skip
 NAMED = re.compile(
     "|".join(map(re.escape, FILES)) + rf"|^({'|'.join(FOLDERS)})/|/({'|'.join(FOLDERS)})$|^cluster-"
@@ -42,8 +42,7 @@ def test_no_two_things_have_one_place(tmp_path):
     values = [getattr(layout, name) for name in vars(Layout) if name[0] != "_"]
     paths = [value for value in values if isinstance(value, Path)]
     for make in (layout.adapter, layout.training, layout.merged, layout.rows, layout.statistics,
-                 layout.scale, layout.unrefitted, layout.items, layout.lm_eval,
-                 layout.checkpoint):  # fmt: skip
+                 layout.scale, layout.items, layout.lm_eval, layout.checkpoint):  # fmt: skip
         paths.append(make("x"))
     routed, tables = layout.routed, layout.evaluation
     paths += [routed.folder, routed.info, routed.gates, routed.router]

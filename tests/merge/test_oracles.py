@@ -1,7 +1,9 @@
 """Every method against its dense, published form on small shapes."""
 
 import pytest
+import tensorly
 import torch
+from tensorly.decomposition import partial_tucker
 from torch.linalg import svd
 
 from tclora.adapter import Adapter, LoraFactors
@@ -113,6 +115,93 @@ def test_core_space_on_balanced_factors(adapters):
     Q_B, Q_A = Q_B[:, s_B > 1e-8], Q_A[:, s_A > 1e-8]
     cores = Q_B.mT @ X @ Q_A
     check(merged(adapters, "core-space", density=0.4), Q_B @ ties(cores, 0.4) @ Q_A.mT)
+
+
+def test_core_space_on_factors_as_they_are(adapters):
+    """The published gauge: singular bases of the raw B_k and A_k."""
+    factors = [a.modules[MODULE] for a in adapters]
+    Q_B, s_B, _ = svd(torch.cat([f.B for f in factors], dim=1), full_matrices=False)
+    Q_A, s_A, _ = svd(torch.cat([f.A.mT for f in factors], dim=1), full_matrices=False)
+    Q_B, Q_A = Q_B[:, s_B > 1e-8], Q_A[:, s_A > 1e-8]
+    cores = Q_B.mT @ dense(adapters) @ Q_A
+    found = merged(adapters, "core-space", density=0.4, gauge="published")
+    check(found, Q_B @ ties(cores, 0.4) @ Q_A.mT)
+    balanced = merged(adapters, "core-space", density=0.4)
+    assert (found - balanced).norm() > 0.05 * balanced.norm()
+
+
+@pytest.mark.parametrize("method", ["tsv-m", "iso-c"])
+def test_merges_of_singular_vectors_are_the_same_in_core_space(adapters, method):
+    """Of the cores of published Core Space, whose bases they do not depend on."""
+    factors = [a.modules[MODULE] for a in adapters]
+    Q_B, *_ = svd(torch.cat([f.B for f in factors], dim=1), full_matrices=False)
+    Q_A, *_ = svd(torch.cat([f.A.mT for f in factors], dim=1), full_matrices=False)
+    inside = [
+        Adapter(a.name, {MODULE: LoraFactors(Q_B.mT @ f.B, f.A @ Q_A)}, a.base_model)
+        for a, f in zip(adapters, factors, strict=True)
+    ]
+    check(merged(adapters, method), Q_B @ merged(inside, method) @ Q_A.mT)
+
+
+def test_svc(adapters):
+    X = dense(adapters)
+    U, S, Vh = svd(X.mean(0), full_matrices=False)
+    expected = torch.zeros_like(X[0])
+    for u, s, vh in zip(U.mT[:9], S[:9], Vh[:9], strict=True):
+        responses = X.mT @ u  # (K, d_in)
+        shares = (responses @ (s * vh)) / responses.square().sum(1)
+        expected += s / shares.clamp_min(1 / 3).mean() * torch.outer(u, vh)
+    check(merged(adapters, "svc"), expected)
+    check(merged(adapters, "svc", rank=4), truncated(expected, 4))
+
+
+def test_svc_leaves_what_all_share_and_adds_up_what_one_has_alone():
+    eye = torch.eye(D_IN, dtype=torch.float64)
+    alike = [Adapter(n, {MODULE: LoraFactors(eye[:, :2], eye[:2])}, "base") for n in NAMES]
+    check(merged(alike, "svc"), dense(alike).mean(0))
+    apart = [
+        Adapter(n, {MODULE: LoraFactors(eye[:, 2 * k : 2 * k + 2], eye[2 * k : 2 * k + 2])}, "base")
+        for k, n in enumerate(NAMES)
+    ]
+    check(merged(apart, "svc"), dense(apart).sum(0))
+
+
+@pytest.mark.parametrize("gauge", ["published", "balanced"])
+def test_pico(adapters, gauge):
+    X = dense(adapters)
+    Bs = [a.modules[MODULE].B for a in adapters]
+    if gauge == "balanced":
+        U, S, _ = svd(X, full_matrices=False)
+        Bs = list(U[..., :3] * S[:, None, :3].sqrt())
+    U, S, _ = svd(torch.cat(Bs, dim=1), full_matrices=False)
+    damping = 1 / (1 + 2 * S.square() / S.square().sum())
+    calm = X + U @ ((damping - 1)[:, None] * (U.mT @ X))
+    total, norm = calm.sum(0), X.flatten(1).norm(dim=1).mean()
+    check(merged(adapters, "pico", gauge=gauge), total / total.norm() * norm)
+    sparse = ties(calm, 0.2)
+    found = merged(adapters, "pico", gauge=gauge, rule="ties", rank=16)
+    check(found, sparse / sparse.norm() * norm)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        merged(adapters, "pico", rule="average")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_compress_then_merge(adapters, beta):
+    X = dense(adapters)
+    norms = X.flatten(1).norm(dim=1)[:, None, None]
+    rescaled = X / norms * (beta * norms + (1 - beta) * norms.mean())
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (_, (U, V)), _ = partial_tucker(
+            rescaled, rank=[4, 4], modes=[1, 2], n_iter_max=2000, tol=1e-14
+        )
+    cores = U.mT @ X @ V
+    found = merged(adapters, "compress-then-merge", rank=4, density=1, beta=beta)
+    signs = torch.where(cores.sum(0) >= 0, 1, -1)
+    agree = cores.sign() == signs
+    expected = U @ ((cores * agree).sum(0) / agree.sum(0).clamp_min(1)) @ V.mT
+    check(found, expected, 1e-3)
+    with pytest.raises(ValueError, match="beta must be between 0 and 1"):
+        merged(adapters, "compress-then-merge", beta=2)
 
 
 def test_tsv_m_at_the_published_number_of_components():

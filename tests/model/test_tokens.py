@@ -49,6 +49,27 @@ def test_a_response_longer_than_the_limit_loses_its_end(tokenizer):
     assert len(row.prompt) == 1
 
 
+def test_a_response_that_fills_the_window_leaves_a_quarter_of_it_to_the_prompt(tokenizer):
+    (row,) = encode(tokenizer, ["abcdefgh"], ["0" * 90], template="plain", max_tokens=20)
+    assert tokenizer.decode(row.prompt) == "efgh\n"
+    assert (len(row.response), row.truncated) == (15, True)
+    (short,) = encode(tokenizer, ["ab"], ["0" * 90], template="plain", max_tokens=20)
+    assert tokenizer.decode(short.prompt) == "ab\n"
+    assert len(short) == 20
+
+
+def test_what_a_template_begins_with_survives_truncation(tokenizer):
+    prompt, response = "x" * 200 + "end", "yes"
+    (whole,) = encode(tokenizer, [prompt], [response])
+    (row,) = encode(tokenizer, [prompt], [response], max_tokens=100)
+    head = tokenizer.decode(whole.prompt).split("x")[0]
+    assert head
+    cut = tokenizer.decode(row.prompt)
+    assert cut.startswith(head + "x")
+    assert cut.endswith(tokenizer.decode(whole.prompt).split("end")[1])
+    assert len(row) == 100
+
+
 def test_batches_are_padded_on_the_left_and_labelled_one_ahead():
     (batch,) = batches(ROWS, pad_id=0, token_budget=100)
     assert batch.rows == (0, 1, 2)

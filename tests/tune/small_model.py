@@ -36,15 +36,15 @@ def make_model_adapters():
     ]
 
 
-def loss_of(model, adapter, folder):
-    """Response NLL per token, as stock PEFT measures a saved adapter."""
+def loss_of(model, adapter, folder, rows=ROWS):
+    """Response NLL per token of rows, as stock PEFT measures a saved adapter."""
     write_adapter(adapter, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = PeftModel.from_pretrained(model, folder).eval()
     total = tokens = 0
     with torch.inference_mode():
-        for batch in batches(ROWS, pad_id=0):
+        for batch in batches(rows, pad_id=0):
             total += float(response_nll(tuned, batch).sum())
             tokens += batch.supervised
     tuned.unload()

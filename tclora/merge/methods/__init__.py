@@ -2,6 +2,7 @@
 
 from tclora.merge.methods import (
     activation,
+    calibrated,
     cp,
     dense,
     interference,
@@ -13,6 +14,7 @@ from tclora.merge.methods import (
 
 __all__ = [
     "activation",
+    "calibrated",
     "cp",
     "dense",
     "interference",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tclora.adapter import LoraFactors
 from tclora.merge.stack import ModuleStack
+from tclora.tensor.compress import Core
 from tclora.tensor.lowrank import slice_svd
 
 # Singular values below this share of the largest count as zero.
@@ -34,19 +36,32 @@ class ReducedCore:
     cores: Tensor
 
 
-def reduced_core(stack: ModuleStack) -> ReducedCore:
+def reduced_core(stack: ModuleStack, *, as_given: bool = False) -> ReducedCore:
     """Return the updates in the smallest bases that hold them all.
 
     Balanced factors (equal singular values on both sides) make the bases independent of how each
-    update was split into B and A.
+    update was split into B and A; factors taken as given do not.
     """
     core = stack.core
+    B, A = (core.B, core.A) if as_given else _balanced(core)
+    left, right = _span(B), _span(A.mT)
+    cores = (left.mT @ core.B) @ (core.A @ right)
+    return ReducedCore(core.left @ left, core.right @ right, cores)
+
+
+def balanced(stack: ModuleStack) -> list[LoraFactors]:
+    """Return the updates with their singular values split evenly between both factors."""
+    core = stack.core
+    B, A = _balanced(core)
+    return [LoraFactors(core.left @ b, a @ core.right.mT) for b, a in zip(B, A, strict=True)]
+
+
+def _balanced(core: Core) -> tuple[Tensor, Tensor]:
+    """Return balanced factors (K, m, q) and (K, q, n) of the cores."""
     U, S, V = slice_svd(core.B, core.A)  # (K, m, q), (K, q), (K, n, q)
     # Rounding is cut before the square root would lift it above the tolerance.
     root = torch.where(SPAN_TOLERANCE * S.amax(1, keepdim=True) < S, S, 0).sqrt()[:, None]
-    left, right = _span(U * root), _span(V * root)
-    cores = (left.mT @ core.B) @ (core.A @ right)
-    return ReducedCore(core.left @ left, core.right @ right, cores)
+    return U * root, (V * root).mT
 
 
 def _span(blocks: Tensor) -> Tensor:

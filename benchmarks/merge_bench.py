@@ -1,0 +1,230 @@
+"""A real library under many merges: what is merged, the rows it is measured on, a store of results.
+
+Everything measured lands in a folder as it comes, one table of items and one record per cell, so
+that a command that was stopped goes on where it was.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from tclora.activations import ActivationStatistics, collect
+from tclora.adapter import Adapter, read_adapter, write_adapter
+from tclora.adapter.union import module_names
+from tclora.files import atomic_path, write_json
+from tclora.library.layout import Layout
+from tclora.library.manifest import read_manifest
+from tclora.library.names import BASE, JOINT, OWN, cluster_name
+from tclora.model.attach import attached
+from tclora.model.base import Base
+from tclora.model.sample import Sample, Use
+from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
+from tclora.tensor import LibraryFactors, factorise
+
+_BUDGET = 4096  # padded tokens per forward pass
+Adapters = Mapping[int, Adapter] | Adapter | None
+
+
+class Bench:
+    """A library, held-out rows of trained and of other tasks, and a few sample rows.
+
+    Parameters
+    ----------
+    library : Path
+        A finished library of `real_library.py`.
+    store : Path
+        Folder of what has been measured.
+    rows, other_rows : int
+        Held-out rows per trained task and per other task.
+    """
+
+    def __init__(self, library: Path, store: Path, rows: int, other_rows: int) -> None:
+        self.layout, self.store = Layout(library), store
+        self.manifest = manifest = read_manifest(library)
+        self.seed, train = manifest.settings.seed, manifest.settings.train
+        self.loaded = Base(
+            location=manifest.base_model.location,
+            digest=manifest.base_model.digest,
+            dtype="auto",
+            template=train.template,
+            max_tokens=train.max_tokens,
+        ).load()
+        self.model = self.loaded.model
+        self.names = [cluster_name(k) for k in range(manifest.clustering.k)]
+        self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
+        self.r = max(f.rank for f in self.adapters[0].modules.values())
+        held_out = pd.read_parquet(self.layout.held_out)
+        self.rows = pd.concat(
+            part.sample(min(len(part), rows if split == "test" else other_rows), random_state=0)
+            for (split, _), part in held_out.groupby(["split", "task"], sort=True)
+        ).reset_index(drop=True)
+        self.tokens = self.loaded.encode(self.rows)
+
+    @staticmethod
+    def read(folder: Path, name: str) -> Adapter:
+        """Read an adapter into memory."""
+        opened = read_adapter(folder, name)
+        return Adapter(name, dict(opened.modules), opened.base_model)
+
+    @cached_property
+    def joint(self) -> Adapter:
+        """The adapter trained on the rows of all clusters."""
+        return self.read(self.layout.adapter(JOINT), JOINT)
+
+    @property
+    def references(self) -> dict[str, Adapters]:
+        """Return what every table holds beside the merges."""
+        return {BASE: None, OWN: dict(enumerate(self.adapters)), JOINT: self.joint}
+
+    def sample(self, use: Use, count: int = 8) -> Sample:
+        """Return sample rows of every cluster, others for every use."""
+        rows = {name: self.layout.rows(name) for name in self.names}
+        return Sample(rows=rows, count=count, use=use, seed=self.seed, token_budget=_BUDGET)
+
+    def sample_tokens(self, use: Use) -> dict[str, list[TokenRow]]:
+        """Return sample rows as tokens."""
+        sample = self.sample(use)
+        return {name: self.loaded.encode(sample.frame(name)) for name in self.names}
+
+    @cached_property
+    def tuning(self) -> dict[str, list[Batch]]:
+        """Rows that scales and densities are chosen on."""
+        return self.sample("scale").batches(self.loaded)
+
+    def statistics(self, of: str) -> ActivationStatistics:
+        """Return the activation statistics of the base model, or with each own adapter."""
+        folder = self.store / "statistics" / of
+        files = [folder / f"{name}.safetensors" for name in self.names]
+        modules = module_names(self.adapters)
+        rows = self.sample_tokens("statistics") if not all(f.exists() for f in files) else {}
+        for adapter, file in zip(self.adapters, files, strict=True):
+            if not file.exists():
+                with attached(self.model, adapter if of == "own" else None):
+                    found = collect(
+                        self.model, rows[adapter.name], adapter.name, modules,
+                        pad_id=self.loaded.pad_id,
+                    )  # fmt: skip
+                found.save(file)
+        return ActivationStatistics.load(*files)
+
+    def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
+        """Return the joint CP factors of the updates."""
+        file = self.store / f"factors-{rank}{'-normalised' * normalise}.safetensors"
+        if not file.exists():
+            factorise(self.adapters, rank, normalise=normalise, n_starts=2).save(file)
+        return LibraryFactors.load(file)
+
+    def keep(self, key: str, make: Callable[[], tuple[Adapter, dict[str, Any]]]) -> Adapter:
+        """Return an adapter of an earlier run, or make it; its record goes beside it."""
+        folder = self.store / "adapters" / key
+        if not folder.exists():
+            begin = time.perf_counter()
+            adapter, record = make()
+            record = {"seconds": time.perf_counter() - begin} | record
+            write_json(folder.with_suffix(".json"), record)
+            write_adapter(adapter, folder)
+        return self.read(folder, key)
+
+    def record(self, key: str) -> dict[str, Any]:
+        """Return what `keep` noted."""
+        text = (self.store / "adapters" / key).with_suffix(".json").read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def measure(self, key: str, make: Callable[[], Adapters]) -> None:
+        """Measure an adapter, or one per cluster, on all rows, unless that has been done."""
+        file = self.store / "items" / f"{key}.parquet"
+        if file.exists():
+            return
+        items = self.items(make()).assign(method=key)
+        with atomic_path(file) as fresh:
+            items.to_parquet(fresh)
+        print(key, summary(items), flush=True)
+
+    def items(self, adapters: Adapters) -> pd.DataFrame:
+        """Return NLL, tokens and correctness of every row."""
+        parts = []
+        for chosen, adapter in self._groups(adapters):
+            parts.append(self._items([int(i) for i in chosen.index], adapter))
+        labels = self.rows[["id", "split", "task", "cluster"]]
+        return labels.join(pd.concat(parts))
+
+    def _groups(self, adapters: Adapters) -> Iterator[tuple[pd.DataFrame, Adapter | None]]:
+        if not isinstance(adapters, Mapping):
+            yield self.rows, adapters
+            return
+        for cluster, part in self.rows.groupby("cluster"):
+            yield part, adapters[int(str(cluster))]
+
+    def _items(self, places: Sequence[int], adapter: Adapter | None) -> pd.DataFrame:
+        """Measure rows: NLL; correct if the greedy answer, or the likeliest choice, is right.
+
+        A greedy answer is the reference where each of its tokens is the likeliest one after the
+        reference's earlier ones. Choices are compared for tasks that nothing was trained on.
+        """
+        rows = [self.tokens[place] for place in places]
+        found = self._score(rows, adapter).set_axis(places)
+        choices = self._choices(places)
+        if choices:
+            scored = self._score([row for _, _, row in choices], adapter)
+            table = pd.DataFrame([c[:2] for c in choices], columns=["place", "right"])
+            best = table.assign(nll=scored["nll"].to_numpy()).sort_values("nll", kind="stable")
+            right = best.groupby("place")["right"].first().astype(float)
+            found.loc[right.index, "correct"] = right
+        return found
+
+    def _choices(self, places: Sequence[int]) -> list[tuple[int, bool, TokenRow]]:
+        """Return every choice of the rows of other tasks: place, whether it is right, tokens."""
+        listed = [
+            (place, choice.strip() == row["response"], row["prompt"], choice.strip())
+            for place, row in self.rows.loc[list(places)].iterrows()
+            if row["split"] == "ood" and row["choices"] is not None
+            for choice in row["choices"]
+        ]
+        frame = pd.DataFrame(listed, columns=["place", "right", "prompt", "response"])
+        encoded = self.loaded.encode(frame)
+        return list(zip(frame["place"].tolist(), frame["right"].tolist(), encoded, strict=True))
+
+    @torch.inference_mode()
+    def _score(self, rows: Sequence[TokenRow], adapter: Adapter | None) -> pd.DataFrame:
+        """Return nll, tokens and correct (greedy) of rows, in their order."""
+        found: dict[int, tuple[float, int, float]] = {}
+        with attached(self.model, adapter):
+            for batch in batches(rows, pad_id=self.loaded.pad_id, token_budget=_BUDGET):
+                nll, right = score_batch(self.model, batch)
+                for index, value, greedy in zip(
+                    batch.rows, nll.tolist(), right.tolist(), strict=True
+                ):
+                    found[index] = (value, len(rows[index].response), float(greedy))
+        columns = ["nll", "tokens", "correct"]
+        return pd.DataFrame([found[i] for i in range(len(rows))], columns=columns)
+
+
+def score_batch(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+    """Return each row's NLL (nats) and whether every response token is the likeliest one."""
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.labels.shape[1],
+        use_cache=False,
+    ).logits.float()  # (rows, S, vocabulary)
+    labels = batch.labels
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    ).sum(1)
+    return nll, ((logits.argmax(2) == labels) | (labels == IGNORED)).all(1)
+
+
+def summary(items: pd.DataFrame) -> str:
+    """Return the NLL per token and the accuracy of each split, for the log."""
+    return "  ".join(
+        f"{split} {part['nll'].sum() / part['tokens'].sum():.4f} {part['correct'].mean():.3f}"
+        for split, part in items.groupby("split")
+    )

@@ -288,7 +288,7 @@ def test_the_primary_merge_has_its_component_weights_refitted(library):
     assert "component weights refitted in 2 steps on 8 rows per cluster" in merges["tc-lora"].notes
     assert "refitted" not in merges["tc-lora-unrefitted"].notes
     assert "uniform-unrefitted" not in merges
-    measured = pd.read_parquet(Layout(library).evaluation.recovery)["method"]
+    measured = pd.read_parquet(library / "evaluation" / "recovery.parquet")["method"]
     assert {"tc-lora", "tc-lora-unrefitted"} < set(measured)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_the_grid_goes_on_while_the_best_scale_is_at_its_end(small_model, small_
     found = tune_scale(small_model, small_adapters, "task-arithmetic", BATCHES, grid)
     known = sorted(found.losses)
     assert len(known) > 2
-    ratios = [high / low for low, high in zip(known, known[1:], strict=False)]
+    ratios = [high / low for low, high in pairwise(known)]
     assert ratios == pytest.approx([2.0] * len(ratios))
     assert len(known) == 8 or known[0] < found.scale < known[-1]
 

@@ -60,10 +60,15 @@ class Bench:
         self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
         self.r = max(f.rank for f in self.adapters[0].modules.values())
         held_out = pd.read_parquet(self.layout.held_out)
-        self.rows = pd.concat(
+        chosen = [
             part.sample(min(len(part), rows if split == "test" else other_rows), random_state=0)
             for (split, _), part in held_out.groupby(["split", "task"], sort=True)
-        ).reset_index(drop=True)
+        ]
+        self.use(pd.concat(chosen))
+
+    def use(self, rows: pd.DataFrame) -> None:
+        """Measure on these rows (columns as of the held-out ones)."""
+        self.rows = rows.reset_index(drop=True)
         self.tokens = self.loaded.encode(self.rows)
 
     @staticmethod

@@ -71,7 +71,7 @@ def make(data: Path, out: Path, seed: int, epochs: float) -> None:
     rows, config = out / f"{name}.jsonl", out / f"{name}.yaml"
     draw(data, seed).to_json(rows, orient="records", lines=True)
     config.write_text(yaml.safe_dump(settings(name, rows, seed, epochs)), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "tclora_cli.main", "run", str(config)], check=True)
+    subprocess.run([sys.executable, "-m", "tclora_cli", "run", str(config)], check=True)
 
 
 if __name__ == "__main__":

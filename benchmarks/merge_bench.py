@@ -104,7 +104,7 @@ class Bench:
 
     def statistics(self, of: str) -> ActivationStatistics:
         """Return the activation statistics of the base model, or with each own adapter."""
-        folder = self.store / "statistics" / of
+        folder = self.store / "grams" / of
         files = [folder / f"{name}.safetensors" for name in self.names]
         modules = module_names(self.adapters)
         rows = self.sample_tokens("statistics") if not all(f.exists() for f in files) else {}
@@ -120,14 +120,14 @@ class Bench:
 
     def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
         """Return the joint CP factors of the updates."""
-        file = self.store / f"factors-{rank}{'-normalised' * normalise}.safetensors"
+        file = self.store / f"cp-{rank}{'-normalised' * normalise}.safetensors"
         if not file.exists():
             factorise(self.adapters, rank, normalise=normalise, n_starts=2).save(file)
         return LibraryFactors.load(file)
 
     def keep(self, key: str, make: Callable[[], tuple[Adapter, dict[str, Any]]]) -> Adapter:
         """Return an adapter of an earlier run, or make it; its record goes beside it."""
-        folder = self.store / "adapters" / key
+        folder = self.store / "merges" / key
         if not folder.exists():
             begin = time.perf_counter()
             adapter, record = make()
@@ -138,13 +138,13 @@ class Bench:
 
     def record(self, key: str) -> dict[str, Any]:
         """Return what `keep` noted."""
-        text = (self.store / "adapters" / key).with_suffix(".json").read_text(encoding="utf-8")
+        text = (self.store / "merges" / key).with_suffix(".json").read_text(encoding="utf-8")
         found: dict[str, Any] = json.loads(text)
         return found
 
     def measure(self, key: str, make: Callable[[], Adapters]) -> None:
         """Measure an adapter, or one per cluster, on all rows, unless that has been done."""
-        file = self.store / "items" / f"{key}.parquet"
+        file = self.store / "cells" / f"{key}.parquet"
         if file.exists():
             return
         items = self.items(make()).assign(method=key)

@@ -39,7 +39,7 @@ def write_tables(stores: Sequence[Path]) -> None:
 
 
 def _items(store: Path, number: int) -> pd.DataFrame:
-    tables = [pd.read_parquet(file) for file in sorted((store / "items").glob("*.parquet"))]
+    tables = [pd.read_parquet(file) for file in sorted((store / "cells").glob("*.parquet"))]
     items = pd.concat(tables, ignore_index=True)
     return items.assign(
         store=store.name,
@@ -93,7 +93,7 @@ def _table(
     rows = []
     for key in order:
         f = figures.loc[key]
-        kept = store / "adapters" / (key if "few-step" not in key else "few-step")
+        kept = store / "merges" / (key if "few-step" not in key else "few-step")
         record = _record(kept)
         rows.append({
             "method": key.rpartition("@")[2].replace("_", " "),

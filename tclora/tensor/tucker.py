@@ -48,6 +48,7 @@ def _side_by_side(blocks: Tensor) -> Tensor:
 
 
 def _leading(columns: Tensor, rank: int) -> Tensor:
-    """Return the R leading left singular vectors of columns (d, q), in full where q < R."""
+    """Return the R leading left singular vectors of columns (d, q); R is at most d."""
     _, vectors = torch.linalg.eigh(columns @ columns.mT)
-    return vectors[:, -rank:].flip(1)
+    leading: Tensor = vectors[:, -rank:].flip(1)
+    return leading

@@ -51,7 +51,7 @@ class ScaleSearch:
     density: float | None = None
 
     @property
-    def options(self) -> dict[str, float]:
+    def options(self) -> dict[str, Any]:
         """What `merge` is to be given."""
         chosen = {} if self.density is None else {"density": self.density}
         return {"scale": self.scale, **chosen}
@@ -119,7 +119,7 @@ def tune_scale(
         raise ValueError(f"scales must be positive and at least one, got {list(scales)}")
     found: list[ScaleSearch] = []
     for density in densities if densities and is_sparse(method) else [None]:
-        chosen = {} if density is None else {"density": density}
+        chosen: dict[str, Any] = {} if density is None else {"density": density}
         merged = merge(adapters, method, **settings, **chosen, scale=1.0).adapter
 
         def measure(scale: float, merged: Adapter = merged) -> float:

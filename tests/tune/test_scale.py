@@ -71,7 +71,7 @@ def test_a_merge_is_proportional_to_its_scale(method, adapters):
         merge(adapters, method, rank=3, statistics=make_statistics(), scale=scale).adapter
         for scale in (1.0, 0.3)
     )
-    assert_same_updates(other, scaled(one, 0.3), 1e-6)
+    assert_same_updates(other, scaled(one, 0.3), 1e-5)
 
 
 def test_the_mean_is_over_clusters(small_model, small_adapters, tmp_path):

@@ -3,19 +3,20 @@
 Usage: ``python benchmarks/real_library.py DATA OUT [--seeds 0 1 2] [--epochs E]``. DATA holds
 ``train/TASK.jsonl`` and ``test/TASK.jsonl`` with columns prompt, response, answer and choices. For
 every seed other rows are drawn, clustered by the embedding of their prompts, and made a library
-OUT/seedN by the pipeline: SmolLM2-135M-Instruct, eight adapters and the joint one. Its held-out
-rows are test rows of the eight tasks and, as split ``ood``, of all others. A command that was
-stopped goes on where it was.
+OUT/seedN by the pipeline's own steps up to the merge: SmolLM2-135M-Instruct, eight adapters and the
+joint one. Nothing is evaluated; the held-out rows that lie in the library are test rows of the
+eight tasks and, as split ``ood``, of all others. A command that was stopped goes on where it was.
 """
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import yaml
+
+from tclora_cli.commands.shared import settle_environment
+from tclora_cli.server import TemporaryServer
 
 TASKS = (
     "mawps", "nl2bash", "boolq", "arc_easy", "commonsense_qa", "snli", "clinc_domain", "e2e_nlg",
@@ -47,7 +48,7 @@ def _parts(
         yield rows.sample(count, random_state=seed).assign(split=split)
 
 
-def settings(name: str, rows: Path, seed: int, epochs: float) -> dict[str, object]:
+def settings(name: str, rows: Path, seed: int, epochs: float) -> dict[str, Any]:
     """Return the configuration of one library."""
     return {
         "name": name,
@@ -59,19 +60,34 @@ def settings(name: str, rows: Path, seed: int, epochs: float) -> dict[str, objec
             "lr": 2e-3, "batch_size": 8, "epochs": epochs, "max_tokens": 512, "template": "plain",
         },
         "factorise": {"ranks": [4, 8, 16, 32]},
-        "merge": {"methods": ["tc-lora"]},
-        "evaluate": {"generate": False},
+        "merge": {"methods": ["tc-lora"], "refit_steps": 0},
     }  # fmt: skip
 
 
 def make(data: Path, out: Path, seed: int, epochs: float) -> None:
     """Make one library, unless it is there; what a run that was stopped has made is kept."""
+    from prefect import flow
+
+    from flows import merge, prepare, publish, train
+    from flows.opening import opened
+    from tclora.config import load_config
+    from tclora.preflight import check
+
     name = f"seed{seed}"
     out.mkdir(parents=True, exist_ok=True)
-    rows, config = out / f"{name}.jsonl", out / f"{name}.yaml"
+    rows = out / f"{name}.jsonl"
     draw(data, seed).to_json(rows, orient="records", lines=True)
-    config.write_text(yaml.safe_dump(settings(name, rows, seed, epochs)), encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "tclora_cli", "run", str(config)], check=True)
+    config = load_config(settings(name, rows, seed, epochs))
+
+    @flow(name="real-library", validate_parameters=False)
+    def steps() -> None:
+        with opened(config, check(config)) as context:
+            prepared = prepare.prepare(context)
+            trained = train.train(context, prepared)
+            merged = merge.merge(context, prepared, trained)
+            publish.publish(context, prepared, trained, merged, None)
+
+    steps()
 
 
 if __name__ == "__main__":
@@ -79,7 +95,11 @@ if __name__ == "__main__":
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, default=0.5)
     arguments = parser.parse_args()
+    settle_environment()
+    server = TemporaryServer()  # before anything imports Prefect
+    server.start()
+    server.wait()
     for seed in arguments.seeds:
         make(arguments.data, arguments.out, seed, arguments.epochs)

@@ -193,6 +193,8 @@ class Bench:
             if row["split"] == "ood" and row["choices"] is not None
             for choice in row["choices"]
         ]
+        if not listed:
+            return []
         frame = pd.DataFrame(listed, columns=["place", "right", "prompt", "response"])
         encoded = self.loaded.encode(frame)
         return list(zip(frame["place"].tolist(), frame["right"].tolist(), encoded, strict=True))

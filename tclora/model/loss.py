@@ -1,5 +1,7 @@
 """Response log-likelihoods of a causal LM, with logits only where a response token is predicted."""
 
+from collections.abc import Callable
+
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,7 +15,8 @@ def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
     Parameters
     ----------
     model : PreTrainedModel or PeftModel
-        A causal LM whose forward accepts ``logits_to_keep``.
+        A causal LM whose forward accepts ``logits_to_keep`` and whose output embeddings are a
+        module that its logits come from.
     batch : Batch
         Left-padded rows (T columns) with labels for the last S columns.
 
@@ -22,16 +25,8 @@ def response_nll(model: PreTrainedModel | PeftModel, batch: Batch) -> Tensor:
     Tensor
         (rows, S) float32, nats; 0 where no response token stands.
     """
-    device = model.device
-    labels = batch.labels.to(device)
-    logits = model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        position_ids=batch.position_ids.to(device),
-        logits_to_keep=labels.shape[1],
-        use_cache=False,
-    ).logits  # (rows, S, vocabulary)
-    return _cross_entropy(logits, labels)
+    labels = batch.labels.to(model.device)
+    return _cross_entropy(_logits(model, batch, Tensor.contiguous), labels)  # (rows, S)
 
 
 def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -53,26 +48,37 @@ def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     Tensor
         (rows, S) float32, nats; 0 where no response token stands.
     """
-    device = model.device
-    labels = batch.labels.to(device)
+    labels = batch.labels.to(model.device)
     kept = labels != IGNORED
+    # (rows, S, d) -> (1, supervised, d)
+    logits = _logits(model, batch, lambda hidden: hidden[kept].unsqueeze(0))
+    losses = _cross_entropy(logits, labels[kept][None])[0]  # (supervised,)
+    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][kept].unsqueeze(0),)  # (rows, S, d) -> (1, supervised, d)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+def _logits(
+    model: PreTrainedModel | PeftModel, batch: Batch, of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the logits of what `of` makes of the last S hidden states, (rows, S, d).
+
+    They are a slice with gaps in memory; a product with one copies the vocabulary's matrix for
+    every row, so that nothing should be multiplied that is not contiguous.
+    """
+    device = model.device
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (of(inputs[0]),)
+    )
     try:
-        logits = model(
+        logits: Tensor = model(
             input_ids=batch.input_ids.to(device),
             attention_mask=batch.attention_mask.to(device),
             position_ids=batch.position_ids.to(device),
-            logits_to_keep=labels.shape[1],
+            logits_to_keep=batch.labels.shape[1],
             use_cache=False,
-        ).logits  # (1, supervised, vocabulary)
+        ).logits
     finally:
         handle.remove()
-    losses = _cross_entropy(logits, labels[kept][None])[0]  # (supervised,)
-    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+    return logits
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def tune_scale(
             return loss
 
         start = _around(min(found, key=_loss)) if found else sorted(set(scales))
-        found.append(replace(_on_line(measure, start), density=density))
+        found.append(replace(on_line(measure, start), density=density))
     return min(found, key=_loss)
 
 
@@ -161,8 +161,8 @@ def _around(best: ScaleSearch) -> list[float]:
     return known[max(0, at - 1) : at + 2]
 
 
-def _on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
-    """Measure a rising grid, and beyond an end while the best scale lies there."""
+def on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
+    """Measure a rising grid of scales, and beyond an end while the best one lies there."""
     losses = {scale: measure(scale) for scale in scales}
     ratio = scales[-1] / scales[-2] if len(scales) > 1 else 2.0
     for _ in range(_EXTENSIONS):

@@ -1,9 +1,9 @@
 """Which weights make the best data-free merge of joint CP factors, chosen on rows of their own.
 
 Usage: ``python benchmarks/cp_weights.py LIBRARY DATA --out FOLDER``, a library of `real_library.py`
-and its data. Every merge is U diag(w) Vᵀ with weights w from the loadings C alone, at several scales;
-the rivals at the same rank stand beside them. Rows are test rows of the trained tasks that the
-library does not hold out, so that `merges.py` measures the choice on others.
+and its data. Every merge is U diag(w) Vᵀ with weights w from the loadings C alone, at several
+scales; the rivals at the same rank stand beside them. Rows are test rows of the trained tasks that
+the library does not hold out, so that `merges.py` measures the choice on others.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from tclora.model.sample import Sample, Use
 from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
 from tclora.tensor import LibraryFactors, factorise
 
+SAMPLE_ROWS: dict[Use, int] = {"statistics": 8, "scale": 4, "refit": 4}  # per cluster
 _BUDGET = 4096  # padded tokens per forward pass
 Adapters = Mapping[int, Adapter] | Adapter | None
 
@@ -88,27 +89,28 @@ class Bench:
         """Return what every table holds beside the merges."""
         return {BASE: None, OWN: dict(enumerate(self.adapters)), JOINT: self.joint}
 
-    def sample(self, use: Use, count: int = 8) -> Sample:
+    def sample(self, use: Use) -> dict[str, list[TokenRow]]:
         """Return sample rows of every cluster, others for every use."""
         rows = {name: self.layout.rows(name) for name in self.names}
-        return Sample(rows=rows, count=count, use=use, seed=self.seed, token_budget=_BUDGET)
+        most = max(SAMPLE_ROWS.values())
+        sample = Sample(rows=rows, count=most, use=use, seed=self.seed, token_budget=_BUDGET)
+        frames = {name: sample.frame(name).head(SAMPLE_ROWS[use]) for name in self.names}
+        return {name: self.loaded.encode(frame) for name, frame in frames.items()}
 
-    def sample_tokens(self, use: Use) -> dict[str, list[TokenRow]]:
-        """Return sample rows as tokens."""
-        sample = self.sample(use)
-        return {name: self.loaded.encode(sample.frame(name)) for name in self.names}
-
-    @cached_property
-    def tuning(self) -> dict[str, list[Batch]]:
-        """Rows that scales and densities are chosen on."""
-        return self.sample("scale").batches(self.loaded)
+    def sample_batches(self, use: Use) -> dict[str, list[Batch]]:
+        """Return sample rows of every cluster as batches."""
+        pad = self.loaded.pad_id
+        return {
+            name: list(batches(rows, pad_id=pad, token_budget=_BUDGET))
+            for name, rows in self.sample(use).items()
+        }
 
     def statistics(self, of: str) -> ActivationStatistics:
         """Return the activation statistics of the base model, or with each own adapter."""
         folder = self.store / "grams" / of
         files = [folder / f"{name}.safetensors" for name in self.names]
         modules = module_names(self.adapters)
-        rows = self.sample_tokens("statistics") if not all(f.exists() for f in files) else {}
+        rows = self.sample("statistics") if not all(f.exists() for f in files) else {}
         for adapter, file in zip(self.adapters, files, strict=True):
             if not file.exists():
                 with attached(self.model, adapter if of == "own" else None):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from merge_bench import SAMPLE_ROWS
 from tables import RESULTS, markdown
 
 from tclora.evaluate.recovery import recovery, summarise
@@ -15,7 +16,7 @@ from tclora.library.names import BASE, OWN
 _APART = 100  # clusters of the n-th library are numbered from n times this
 _TITLES = {
     ("data-free", "r"): "Data-free, at rank r",
-    ("calibrated", "r"): "Calibrated on 8 sample rows per cluster, at rank r",
+    ("calibrated", "r"): "Calibrated on sample rows, at rank r",
     ("refitted", "r"): "Component weights refitted by the loss on sample rows, at rank r",
     ("data-free", "own"): "Data-free, at the method's own rank",
     ("calibrated", "own"): "Calibrated, at the method's own rank",
@@ -148,7 +149,9 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
         "the mean over clusters (of all seeds it was measured on); intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
         "reference. Accuracy on other tasks: the likeliest choice where there are choices, else "
-        "exact match. Scales are the defaults, or tuned on the sample rows with every cluster "
+        "exact match. Sample rows per cluster: "
+        f"{', '.join(f'{n} for {use}' for use, n in SAMPLE_ROWS.items())}. "
+        "Scales are the defaults, or tuned on the sample rows with every cluster "
         "counting the same, the grid going on where its end is best, densities of "
         "0.1, 0.3, 0.5, 0.9 and the method's default tried too where it has one."
     )

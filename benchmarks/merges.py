@@ -4,10 +4,11 @@ Usage: ``python benchmarks/merges.py LIBRARY... --out FOLDER``, libraries of `re
 per training seed. Each method runs data-free at the authors' scale where they name one, else at its
 default; *calibrated* with its scale and density tuned on sample rows, or with activation
 statistics; and *refitted*, its component weights fitted by the base model's loss; at the LoRA rank
-r and, without the refit, at its own rank. Sample rows are 8 training rows per cluster, others for
-statistics, tuning and refit. The control of the refit is a fresh LoRA trained on the same rows in
-as many steps. What has been measured is kept in FOLDER: a command that was stopped (or that ran
-out of ``--seconds``) goes on where it was; ``--only`` takes a regular expression of cells.
+r and, without the refit, at its own rank. Sample rows are training rows, 8 per cluster for
+statistics, 4 others for tuning and 4 others for the refit. The control of the refit is a fresh LoRA
+trained on the same rows in as many steps. What has been measured is kept in FOLDER: a command that
+was stopped (or that ran out of ``--seconds``) goes on where it was; ``--only`` takes a regular
+expression of cells.
 ``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
 """
 
@@ -135,7 +136,7 @@ def _merged(
 ) -> tuple[Adapter, dict[str, Any]]:
     settings: dict[str, Any] = {"rank": rank, **method.options}
     if method.statistics == "layers":
-        rows = bench.sample_tokens("statistics")
+        rows = bench.sample("statistics")
         adapter = merge_by_layers(
             bench.model, bench.adapters, rows, method.name, pad_id=bench.loaded.pad_id, **settings
         )
@@ -146,7 +147,12 @@ def _merged(
         settings["factors"] = bench.factors(bench.r)
     if variant == "calibrated" and is_scaled(method.name):
         found = tune_scale(
-            bench.model, bench.adapters, method.name, bench.tuning, densities=DENSITIES, **settings
+            bench.model,
+            bench.adapters,
+            method.name,
+            bench.sample_batches("scale"),
+            densities=DENSITIES,
+            **settings,
         )
         settings |= found.options
     begin = time.perf_counter()
@@ -160,15 +166,15 @@ def _merged(
 def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
     calibrated = method.statistics or is_scaled(method.name)
     start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", "r"))
-    batches = bench.sample("refit").together(bench.loaded)
-    found = fit_components(bench.model, start, batches, n_steps=STEPS)
+    rows = [batch for part in bench.sample_batches("refit").values() for batch in part]
+    found = fit_components(bench.model, start, rows, n_steps=STEPS)
     return found.adapter, {"setting": f"loss {found.losses[0]:.3f} to {min(found.losses):.3f}"}
 
 
 def few_steps(bench: Bench) -> tuple[Adapter, dict[str, Any]]:
     """Train a fresh LoRA on the rows of the refit, in as many steps."""
     loaded = bench.loaded.base.load()
-    rows = [row for part in bench.sample_tokens("refit").values() for row in part]
+    rows = [row for part in bench.sample("refit").values() for row in part]
     folder = bench.store / "few-step"
     train_adapter(
         loaded.model, rows, TRAINED, folder, base_model=loaded.base.location, seed=bench.seed

@@ -162,7 +162,19 @@ def _around(best: ScaleSearch) -> list[float]:
 
 
 def on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
-    """Measure a rising grid of scales, and beyond an end while the best one lies there."""
+    """Measure a grid of scales, and go on beyond an end as long as the best one lies there.
+
+    Parameters
+    ----------
+    measure : callable
+        Scale → loss.
+    scales : sequence of float
+        In rising order; beyond the ends the last ratio goes on.
+
+    Returns
+    -------
+    ScaleSearch
+    """
     losses = {scale: measure(scale) for scale in scales}
     ratio = scales[-1] / scales[-2] if len(scales) > 1 else 2.0
     for _ in range(_EXTENSIONS):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from prefect import get_run_logger
 from prefect.runtime import flow_run
@@ -21,8 +22,10 @@ from tclora.preflight import Models
 
 
 @contextmanager
-def opened(config: Config, models: Models) -> Iterator[Context]:
+def opened(config: Config, models: Models, shared: Path | None = None) -> Iterator[Context]:
     """Open a run on a library that is its own until the block is left.
+
+    `shared` is the folder of records of what it has in common with other runs, if it shares.
 
     A second run on the same folder waits for the first, then finds everything cached. The MLflow
     run is FAILED or KILLED if the block raises, and does not exist before the run begins.
@@ -32,7 +35,7 @@ def opened(config: Config, models: Models) -> Iterator[Context]:
     with exclusive(lock, on_wait=_say_waiting), _mlflow_run(config) as run:
         executor = LocalExecutor.of(config.resources.jobs, config.resources.job_timeout)
         steps = config.train.checkpoint_steps
-        where = Where(Layout(begin(library)), run, executor, JobProgress(), steps)
+        where = Where(Layout(begin(library)), run, executor, JobProgress(), steps, shared)
         yield Context(_settled(config), models, where)
 
 

@@ -5,6 +5,7 @@ Each step is a flow of its own, each of its stages a cached task (see `tasks.key
 
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -61,13 +62,18 @@ def pipeline(
 
 
 @flow(name=NAME, validate_parameters=False)
-def checked_pipeline(config: Config, models: Models, until: str = STEPS[-1]) -> dict[str, str]:
-    """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`."""
-    return _run(config, models, step_named(until))
+def checked_pipeline(
+    config: Config, models: Models, until: str = STEPS[-1], shared: Path | None = None
+) -> dict[str, str]:
+    """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`.
+
+    `shared` is the folder of records of what the run has in common with others; see `tasks.shared`.
+    """
+    return _run(config, models, step_named(until), shared)
 
 
-def _run(config: Config, models: Models, last: str) -> dict[str, str]:
-    with opened(config, models) as context:
+def _run(config: Config, models: Models, last: str, shared: Path | None = None) -> dict[str, str]:
+    with opened(config, models, shared) as context:
         for step in _steps(context):
             if step == last:
                 break

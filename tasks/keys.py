@@ -7,17 +7,20 @@ left out, except for the folder.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.cache_policies import CachePolicy
 from prefect.context import TaskRunContext
 from pydantic import BaseModel
 
 from tasks.artifact import Artifact
 from tasks.closure import closure
+from tasks.shared import record, take_over
 from tasks.where import Where
 from tclora.files import sha256_json
 from tclora.jobs import worker
@@ -54,20 +57,41 @@ def stage(name: str, run_name: str | None = None) -> Callable[[Callable[P, R]], 
     """
 
     def wrap(function: Callable[P, R]) -> Task[P, R]:
-        return task(
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature(function).bind(*args, **kwargs).arguments
+            return _shared(made, given, lambda: function(*args, **kwargs))
+
+        made = task(
             name=name,
             task_run_name=run_name,
             cache_policy=StageKey(),
             persist_result=True,
             result_serializer="json",
-        )(function)
+        )(run)
+        return made
 
     return wrap
 
 
-def stage_key(stage: Task[..., Any], inputs: Mapping[str, Any]) -> str:
-    """Return the key of a stage for its arguments."""
-    values = {name: _identity(value) for name, value in sorted(inputs.items())}
+def _shared(stage: Task[..., Any], inputs: Mapping[str, Any], run: Callable[[], R]) -> R:
+    """Run a stage, or take over what another run that shares with this one has made."""
+    where = next((value for value in inputs.values() if isinstance(value, Where)), None)
+    if where is None or where.shared is None:
+        return run()
+    key = stage_key(stage, inputs, placed=False)
+    found: Any = take_over(where.shared, key, where.layout.root)
+    if found is not None:
+        get_run_logger().info("%s: taken over from another run", stage.name)
+        return found  # type: ignore[no-any-return]
+    result: Any = run()
+    record(where.shared, key, result)
+    return result  # type: ignore[no-any-return]
+
+
+def stage_key(stage: Task[..., Any], inputs: Mapping[str, Any], *, placed: bool = True) -> str:
+    """Return the key of a stage for its arguments; one for any folder if not `placed`."""
+    values = {name: _identity(value, placed) for name, value in sorted(inputs.items())}
     given = set(_strings(values))
     source = closure([stage.fn], given)
     if _ISOLATED in source.names:
@@ -84,20 +108,20 @@ def current_key() -> str:
     return stage_key(context.task, context.parameters)
 
 
-def _identity(value: Any) -> Any:  # noqa: ANN401
+def _identity(value: Any, placed: bool) -> Any:  # noqa: ANN401
     """Return what counts of a value, as JSON."""
     if isinstance(value, Where):
-        return str(value.layout.root)
+        return str(value.layout.root) if placed else None
     if isinstance(value, Artifact):
-        return [str(value.root), value.files]
+        return [str(value.root) if placed else None, value.files]
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value) and not isinstance(value, type):
-        return _identity(asdict(value))
+        return _identity({f.name: getattr(value, f.name) for f in fields(value)}, placed)
     if isinstance(value, Mapping):
-        return {str(key): _identity(item) for key, item in value.items()}
+        return {str(key): _identity(item, placed) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_identity(item) for item in value]
+        return [_identity(item, placed) for item in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, Path):

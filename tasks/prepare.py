@@ -1,21 +1,27 @@
 """Stages from the input to the rows of each adapter: read, embed, cluster, divide."""
 
-import numpy as np
+from pathlib import Path
+
 import pandas as pd
 from prefect import get_run_logger
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from tasks.artifact import Artifact, Artifacts
-from tasks.keys import stage
+from tasks.keys import current_key, stage
 from tasks.where import Where
 from tclora.cluster.centroids import NOISE
 from tclora.cluster.embed import embed_texts
-from tclora.cluster.quality import agreement, map_2d
-from tclora.cluster.rows import cluster_rows
-from tclora.config import ClusterConfig, DataConfig, EmbedConfig
+from tclora.cluster.features.request import FeatureRequest, compute_features
+from tclora.cluster.given import place_vectors
+from tclora.cluster.quality import agreement
+from tclora.cluster.table import cluster_examples
+from tclora.cluster.vectors import VectorFile
+from tclora.config import AdapterConfig, ClusterConfig, DataConfig, EmbedConfig, FeatureConfig
 from tclora.data.examples import profile, read_examples
 from tclora.files import atomic_path
+from tclora.jobs.call import Event
 from tclora.library.names import JOINT, cluster_name
+from tclora.model.base import Base
 from tclora.model.locate import cache_dir, default_device, load_tokenizer
 
 HELD_OUT = "held-out"  # the rows that methods are measured on, among those of the adapters
@@ -43,43 +49,81 @@ def read(
 
 @stage("embed")
 def embed(
-    examples: Artifact, config: EmbedConfig, location: str, digest: str, where: Where
+    examples: Artifact,
+    config: EmbedConfig,
+    location: str,
+    digest: str,
+    given: str | None,
+    where: Where,
 ) -> Artifact:
-    """Embed the prompts of all rows."""
-    vectors = embed_texts(
-        pd.read_parquet(examples.path, columns=["prompt"])["prompt"].tolist(),
-        location,
-        batch_size=config.batch_size,
-        device=default_device(),
-        cache=cache_dir() / "embeddings",
-        model_digest=digest,
+    """Embed the prompts of all rows; `given` tells changed vectors made elsewhere from old ones."""
+    texts = pd.read_parquet(examples.path, columns=["prompt"])["prompt"].tolist()
+    target = where.layout.embeddings
+    if config.vectors:
+        vectors = place_vectors(texts, Path(config.vectors), target)
+    else:
+        vectors = embed_texts(
+            texts,
+            location,
+            target,
+            batch_size=config.batch_size,
+            device=default_device(),
+            cache=cache_dir() / "embeddings",
+            model_digest=digest,
+        )
+    info = {"dimensions": vectors.shape[1]}
+    return Artifact.of(where.layout.root, target, info=info)
+
+
+@stage("features", "features-{method}")
+def features(
+    method: str,
+    examples: Artifact,
+    embeddings: Artifact,
+    config: FeatureConfig,
+    adapter: AdapterConfig,
+    base: Base,
+    seed: int,
+    where: Where,
+) -> Artifact:
+    """Look at the training rows with the base model, for a clusterer that divides them by that."""
+    layout = where.layout
+
+    def on_event(event: Event) -> None:
+        where.progress.update(method, event["done"], event["of"], "features")
+
+    request = FeatureRequest(
+        base=base,
+        examples=examples.path,
+        embeddings=embeddings.path,
+        config=config,
+        adapter=adapter,
+        seed=seed,
+        scratch=layout.checkpoint(f"features-{current_key()[:16]}"),
     )
-    with atomic_path(where.layout.embeddings) as fresh:
-        save_file({"embeddings": vectors}, fresh)
-    info = {"dimensions": int(vectors.shape[1])}
-    return Artifact.of(where.layout.root, where.layout.embeddings, info=info)
+    width = where.executor.run_isolated(
+        compute_features, name=method, request=request, target=layout.features, on_event=on_event
+    )
+    return Artifact.of(layout.root, layout.features, info={"dimensions": width})
 
 
 @stage("cluster")
 def cluster(
-    examples: Artifact, embeddings: Artifact, config: ClusterConfig, seed: int, where: Where
+    examples: Artifact,
+    embeddings: Artifact,
+    features: Artifact | None,
+    config: ClusterConfig,
+    seed: int,
+    where: Where,
 ) -> Artifact:
     """Cluster the training rows and assign every other row to its nearest centroid."""
-    frame = pd.read_parquet(examples.path)
-    vectors = load_file(embeddings.path)["embeddings"]
-    training = (frame["split"] == "train").to_numpy()
-    tasks = frame["task"].to_numpy(object)
-    known, unseen = tasks[training].tolist(), tasks[~training].tolist()
-    result = cluster_rows(vectors[training], config, tasks=known, seed=seed)
-    labels = np.empty(len(frame), dtype=np.int64)
-    labels[training] = result.labels
-    labels[~training] = result.assign(vectors[~training], unseen)
-    points = map_2d(vectors, seed)
-    table = frame[["id", "prompt", "task", "split"]].assign(
-        cluster=labels,
-        similarity=(vectors * result.centroids[np.maximum(labels, 0)]).sum(axis=1),
-        x=points[:, 0],
-        y=points[:, 1],
+    frame = pd.read_parquet(examples.path, columns=["id", "prompt", "task", "split"])
+    result, table = cluster_examples(
+        frame,
+        VectorFile.open(embeddings.path),
+        config,
+        features=VectorFile.open(features.path) if features else None,
+        seed=seed,
     )
     with atomic_path(where.layout.clusters) as fresh:
         table.to_parquet(fresh)
@@ -87,6 +131,7 @@ def cluster(
         save_file({"centroids": result.centroids}, fresh)
     for notice in result.notices:
         get_run_logger().info(notice)
+    known = frame.loc[frame["split"] == "train", "task"].tolist()
     ari, nmi = agreement(result.labels, known) or (None, None)
     figures = {
         "k": result.k, "silhouette": result.silhouette, "ari": ari, "nmi": nmi,
@@ -109,24 +154,24 @@ def divide(examples: Artifact, clusters: Artifact, joint: bool, where: Where) ->
     A file's digest changes only with its own rows: re-clustering that leaves a cluster as it was
     leaves its adapter as it was.
     """
-    frame = pd.read_parquet(examples.path)
-    labels = pd.read_parquet(clusters.path, columns=["cluster"])["cluster"]
-    frame = frame.assign(cluster=labels.to_numpy())
-    training = frame[frame["split"] == "train"]
-    groups = {cluster_name(k): training["cluster"] == k for k in range(clusters.info["k"])}
+    labels = pd.read_parquet(clusters.path, columns=["cluster"])["cluster"].to_numpy()
+    training = (pd.read_parquet(examples.path, columns=["split"])["split"] == "train").to_numpy()
+    groups = {cluster_name(k): training & (labels == k) for k in range(clusters.info["k"])}
     if joint:
-        groups[JOINT] = training["cluster"] != NOISE
-    parts = {
-        name: training.loc[chosen, ["prompt", "response"]].reset_index(drop=True)
+        groups[JOINT] = training & (labels != NOISE)
+    texts = pd.read_parquet(examples.path, columns=["prompt", "response"])
+    written = {
+        name: _write_rows(where, where.layout.rows(name), texts[chosen])
         for name, chosen in groups.items()
     }
-    held_out = frame[frame["split"] != "train"].reset_index(drop=True)
-    if not held_out.empty:
-        parts[HELD_OUT] = held_out
-    written = {}
-    for name, rows in parts.items():
-        file = where.layout.held_out if name == HELD_OUT else where.layout.rows(name)
-        with atomic_path(file) as fresh:
-            rows.to_parquet(fresh)
-        written[name] = Artifact.of(where.layout.root, file, info={"rows": len(rows)})
+    if not training.all():
+        rows = pd.read_parquet(examples.path, filters=[("split", "!=", "train")])
+        held_out = rows.assign(cluster=labels[~training])
+        written[HELD_OUT] = _write_rows(where, where.layout.held_out, held_out)
     return written
+
+
+def _write_rows(where: Where, file: Path, rows: pd.DataFrame) -> Artifact:
+    with atomic_path(file) as fresh:
+        rows.reset_index(drop=True).to_parquet(fresh)
+    return Artifact.of(where.layout.root, file, info={"rows": len(rows)})

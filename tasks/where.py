@@ -1,6 +1,7 @@
 """Where the stages of a run work: the library's staging area, the executor, what is told of it."""
 
 from copy import copy
+from pathlib import Path
 
 from tasks.progress import JobProgress
 from tasks.tracking import Run
@@ -23,6 +24,8 @@ class Where:
         Shows how far jobs are.
     checkpoint_steps : int
         Optimiser steps between the checkpoints of a training.
+    shared : Path, optional
+        Folder of records of what runs have in common; see `tasks.shared`.
     """
 
     def __init__(
@@ -32,12 +35,14 @@ class Where:
         executor: Executor,
         progress: JobProgress,
         checkpoint_steps: int = 20,
+        shared: Path | None = None,
     ) -> None:
         self.layout = layout
         self.run = run
         self.executor = executor
         self.progress = progress
         self.checkpoint_steps = checkpoint_steps
+        self.shared = shared
 
     def shared_by(self, jobs: int) -> "Where":
         """Return the same for one of so many jobs that run beside each other."""

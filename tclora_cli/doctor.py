@@ -67,12 +67,12 @@ def _remote(config: Config) -> list[str]:
     from pathlib import Path
 
     named = {
-        "base model": (config.base_model, BUILTIN_BASE),
-        "embedding model": (config.embed.model, BUILTIN_EMBEDDER),
-        "data": (config.data.path, DEMO),
+        "base model": (config.base_model, {BUILTIN_BASE}),
+        "embedding model": (config.embed.model, {BUILTIN_EMBEDDER, BUILTIN_BASE}),
+        "data": (config.data.path, {DEMO}),
     }
     return [
         f"{kind} {value}"
         for kind, (value, builtin) in named.items()
-        if value != builtin and not Path(value).exists()
+        if value not in builtin and not Path(value).exists()
     ]

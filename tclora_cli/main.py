@@ -14,6 +14,7 @@ from tclora_cli.commands import (
     libraries,
     pipeline,
     routed,
+    studies,
 )
 from tclora_cli.commands.former import FormerOptions
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
     "run": pipeline.run,
+    "study": studies.study,
     "config": configuration.show_config,
     "doctor": configuration.doctor,
     "report": libraries.report,

@@ -1,31 +1,35 @@
 """Prompt embeddings: unit-norm vectors by a sentence-transformers model, cached by content."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
+from tclora.cluster.vectors import Embeddings, VectorFile, row_blocks
 from tclora.errors import ModelError
-from tclora.files import atomic_path, sha256_json
+from tclora.files import atomic_path
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Embeddings = NDArray[np.float32]
+_ENCODED = 16_384  # texts that a model is given at once
 
 
 def embed_texts(
     texts: Sequence[str],
     location: str,
+    target: Path,
     *,
     batch_size: int = 64,
     device: str = "cpu",
     cache: Path | None = None,
     model_digest: str = "",
-) -> Embeddings:
+) -> VectorFile:
     """Embed texts with a sentence-transformers model.
 
     Parameters
@@ -34,6 +38,9 @@ def embed_texts(
         Repeated texts are embedded once.
     location : str
         Local folder or id of the model.
+    target : Path
+        File to write: rows of unit Euclidean norm in the order of the texts, shape (N, D), so that
+        a dot product is the cosine similarity.
     batch_size : int
         Texts per forward pass; they are ordered by length, so little is padding.
     device : str
@@ -43,28 +50,62 @@ def embed_texts(
     model_digest : str
         Identity of the model for the cache.
 
-    Returns
-    -------
-    ndarray of float32, shape (N, D)
-        Rows of unit Euclidean norm, so that a dot product is the cosine similarity.
-
     Raises
     ------
     ModelError
         If the model cannot be loaded or gives a vector that is not finite.
     """
-    distinct = sorted(set(texts))
-    file = cache and cache / f"{sha256_json([model_digest, distinct])}.safetensors"
-    if file and file.is_file():
-        vectors = load_file(file)["embeddings"]
-    else:
+    place, distinct = distinct_texts(texts)
+
+    def compute(file: Path) -> VectorFile:
         model = load_embedder(location, device)
-        vectors = embed_prompts(model, distinct, batch_size=batch_size)
-        if file:
-            with atomic_path(file) as fresh:
-                save_file({"embeddings": vectors}, fresh)
-    place = {text: i for i, text in enumerate(distinct)}
-    return vectors[[place[text] for text in texts]]
+        return _embed_into(file, distinct, lambda t: embed_prompts(model, t, batch_size=batch_size))
+
+    if cache is None:
+        with TemporaryDirectory(dir=target.parent) as scratch:
+            return spread(compute(Path(scratch) / "distinct"), place, target)
+    file = cache / f"{_digest([model_digest, *distinct])}.safetensors"
+    if not file.is_file():
+        with atomic_path(file) as fresh:
+            compute(fresh)
+    return spread(VectorFile.open(file), place, target)
+
+
+def distinct_texts(texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """Return each text's place among the distinct texts, and those in order."""
+    place, distinct = pd.factorize(pd.Series(texts, dtype="str"), sort=True)
+    return place, distinct.tolist()
+
+
+def _embed_into(
+    file: Path, texts: Sequence[str], embed: Callable[[Sequence[str]], Embeddings]
+) -> VectorFile:
+    """Embed texts, some at a time, into a new file."""
+    written: VectorFile | None = None
+    for start in range(0, len(texts), _ENCODED):
+        vectors = embed(texts[start : start + _ENCODED])
+        written = written or VectorFile.create(file, len(texts), vectors.shape[1])
+        written[start : start + len(vectors)] = vectors
+    if written is None:
+        raise ValueError("texts must be at least one, got none")
+    return written
+
+
+def spread(distinct: VectorFile, place: NDArray[np.int64], target: Path) -> VectorFile:
+    """Write the vectors of all texts, equal ones for equal texts."""
+    with atomic_path(target) as fresh:
+        whole = VectorFile.create(fresh, len(place), distinct.shape[1])
+        for rows in row_blocks(len(place)):
+            whole[rows] = distinct[place[rows]]
+    return VectorFile.open(target)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
 
 
 def load_embedder(location: str, device: str = "cpu") -> "SentenceTransformer":

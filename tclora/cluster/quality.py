@@ -10,12 +10,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from tclora.cluster.centroids import NOISE, Labels
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Vectors, by_blocks, sample
 
 _SILHOUETTE_ROWS = 5_000
+_MAP_ROWS = 50_000  # that the axes of the map are fitted on
 
 
-def silhouette(vectors: Embeddings, labels: Labels, seed: int = 0) -> float | None:
+def silhouette(vectors: Vectors, labels: Labels, seed: int = 0) -> float | None:
     """Mean silhouette by cosine distance over a sample; None where it is not defined."""
     from sklearn.metrics import silhouette_score
 
@@ -51,10 +52,11 @@ def agreement(labels: Labels, tasks: Sequence[str | None]) -> tuple[float, float
     )
 
 
-def map_2d(vectors: Embeddings, seed: int = 0) -> NDArray[np.float32]:
-    """Project embeddings on their first two principal components, shape (N, 2)."""
+def map_2d(vectors: Vectors, seed: int = 0) -> NDArray[np.float32]:
+    """Project embeddings on the first two principal components of (a sample of) them, (N, 2)."""
     from sklearn.decomposition import PCA
 
     if len(vectors) < 3:
         return np.zeros((len(vectors), 2), dtype=np.float32)
-    return np.asarray(PCA(2, random_state=seed).fit_transform(vectors), dtype=np.float32)
+    pca = PCA(2, random_state=seed).fit(sample(vectors, _MAP_ROWS, seed))
+    return by_blocks(pca.transform, vectors).astype(np.float32)

@@ -5,12 +5,16 @@ Symbols: N rows, D embedding width, K clusters.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tclora.cluster.centroids import Labels
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Vectors
 from tclora.config import ClusterConfig
 from tclora.registry import Registry
+
+if TYPE_CHECKING:  # what needs the model is imported by what uses it
+    from tclora.cluster.features.request import FeatureRequest, Features
+    from tclora.jobs.call import EventCallback
 
 
 @dataclass(frozen=True)
@@ -19,14 +23,17 @@ class Rows:
 
     Attributes
     ----------
-    vectors : ndarray of float32, shape (N, D)
-        Unit-norm embeddings of the prompts.
+    vectors : array or VectorFile of float32, shape (N, D)
+        Unit-norm embeddings of the prompts; `numpy.asarray` reads those of a file into memory.
     tasks : sequence of N str or None
         Task labels, as far as there are any.
+    features : array or VectorFile of float32, shape (N, F), optional
+        What the base model says of the rows, for clusterers that asked for it; unit norm.
     """
 
-    vectors: Embeddings
+    vectors: Vectors
     tasks: Sequence[str | None]
+    features: Vectors | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -76,16 +83,21 @@ class Groups:
 # Divides the training rows, (rows, config, seed) → groups.
 ClusterFunction = Callable[[Rows, ClusterConfig, int], Groups]
 
+# Computes features of the training rows with the base model, (request, on_event) → (N, F).
+FeatureFunction = Callable[["FeatureRequest", "EventCallback"], "Features"]
+
 # Says what is wrong with settings for a clusterer, before anything starts.
 Check = Callable[[ClusterConfig], list[str]]
 
 
 @dataclass(frozen=True)
 class Clusterer:
-    """A registered clusterer: its function and what it asks of the settings."""
+    """A registered clusterer: its function, what it asks of the settings, what of the model."""
 
     function: ClusterFunction
     check: Check
+    features: FeatureFunction | None = None
+    counts: bool = True
 
 
 clusterers: Registry[Clusterer] = Registry(
@@ -98,7 +110,11 @@ def _any_settings(_: ClusterConfig) -> list[str]:
 
 
 def register(
-    name: str, *, check: Check = _any_settings
+    name: str,
+    *,
+    check: Check = _any_settings,
+    features: FeatureFunction | None = None,
+    counts: bool = True,
 ) -> Callable[[ClusterFunction], ClusterFunction]:
     """Register a function as a clusterer; the first line of its docstring is its summary.
 
@@ -108,6 +124,10 @@ def register(
         What configurations call it.
     check : callable
         Returns a message per setting that does not suit it, each naming its key.
+    features : callable, optional
+        Computes what it divides rows by with the base model; runs as a job before it.
+    counts : bool
+        Whether ``cluster.k`` counts, rather than K coming from the rows alone.
 
     Raises
     ------
@@ -117,7 +137,7 @@ def register(
     enter = clusterers.register(name)
 
     def add(function: ClusterFunction) -> ClusterFunction:
-        enter(Clusterer(function, check))
+        enter(Clusterer(function, check, features, counts))
         return function
 
     return add

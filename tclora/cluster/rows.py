@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tclora.cluster.centroids import NOISE, Labels, assign, centroids
-from tclora.cluster.embed import Embeddings
 from tclora.cluster.quality import silhouette
 from tclora.cluster.registry import HeldOut, Rows, clusterers, to_nearest
+from tclora.cluster.vectors import Vectors
 from tclora.config import ClusterConfig
 
 
@@ -48,7 +48,7 @@ class Clustering:
         """Number of clusters."""
         return len(self.centroids)
 
-    def assign(self, vectors: Embeddings, tasks: Sequence[str | None] | None = None) -> Labels:
+    def assign(self, vectors: Vectors, tasks: Sequence[str | None] | None = None) -> Labels:
         """Give held-out rows the cluster whose adapter answers for them.
 
         Parameters
@@ -63,22 +63,25 @@ class Clustering:
 
 
 def cluster_rows(
-    vectors: Embeddings,
+    vectors: Vectors,
     config: ClusterConfig,
     *,
     tasks: Sequence[str | None] | None = None,
+    features: Vectors | None = None,
     seed: int = 0,
 ) -> Clustering:
     """Cluster the training rows.
 
     Parameters
     ----------
-    vectors : ndarray of float32, shape (N, D)
+    vectors : array or VectorFile of float32, shape (N, D)
         Unit-norm embeddings.
     config : ClusterConfig
         Registered name of the clusterer, and settings.
     tasks : sequence of str or None, optional
         Labels of the rows, for clusterers that use them.
+    features : array or VectorFile of float32, shape (N, F), optional
+        What the base model says of the rows, for clusterers that use it.
     seed : int
         Seed of initial centroids, samples and random groups.
 
@@ -93,7 +96,7 @@ def cluster_rows(
     ValueError
         If no clusterer has the name of ``config.method``.
     """
-    rows = Rows(vectors, _labels(tasks, len(vectors)))
+    rows = Rows(vectors, _labels(tasks, len(vectors)), features)
     groups = clusterers[config.method].function(rows, config, seed)
     notices = list(groups.notices)
     labels = _by_size(_merge_small(vectors, groups.labels, config.min_rows, notices))
@@ -110,7 +113,7 @@ def _labels(tasks: Sequence[str | None] | None, n: int) -> Sequence[str | None]:
     return [None] * n if tasks is None else tasks
 
 
-def _merge_small(vectors: Embeddings, labels: Labels, min_rows: int, notices: list[str]) -> Labels:
+def _merge_small(vectors: Vectors, labels: Labels, min_rows: int, notices: list[str]) -> Labels:
     """Merge the smallest cluster into its nearest until every cluster can be trained."""
     labels = labels.copy()
     while True:

@@ -43,9 +43,17 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="stop at malformed or empty rows, or leave them out and report them"
     )
+    max_read_rows: Positive | None = Field(
+        None,
+        description="keep a random sample of this many rows of every source while it is read; a "
+        "hub dataset is then streamed, never stored or loaded whole",
+    )
     max_train_rows: Positive | None = Field(None, description="use a random sample of this size")
     max_test_rows: Positive | None = Field(
         None, description="at most this many rows of each evaluation split"
+    )
+    seed: int | None = Field(
+        None, ge=0, description="seed of the test split and of samples; else the run's seed"
     )
     demo_train_rows: Positive = Field(200, description="generated training rows per demo family")
     demo_test_rows: Positive = Field(40, description="generated test rows per demo family")
@@ -56,12 +64,29 @@ class EmbedConfig(Section):
 
     model: str = Field(
         "all-minilm-l6-v2",
-        description="'all-minilm-l6-v2' (built in), a local folder or a sentence-transformers id",
+        description="'all-minilm-l6-v2' (built in), a local folder or a sentence-transformers id; "
+        "of a causal LM, such as 'smollm2-135m-instruct' (built in), the mean hidden state",
     )
     batch_size: Positive = Field(64, description="prompts per forward pass")
+    vectors: str | None = Field(
+        None,
+        description="Parquet file of embeddings made elsewhere by the same model, columns prompt "
+        "and embedding; else the model embeds the prompts here",
+    )
 
 
-class ClusterConfig(Section):
+class FeatureConfig(Section):
+    """What clusterers that look at the base model measure on rows."""
+
+    probe_shards: Positive | Literal["task"] = Field(
+        32,
+        description="groups of similar prompts that get a probe adapter each (lora-parameters); "
+        "task: one per task label",
+    )
+    probe_steps: Positive = Field(8, description="optimiser steps of a probe adapter")
+
+
+class ClusterConfig(FeatureConfig):
     """How the training rows are divided among adapters."""
 
     method: str = Field(
@@ -71,6 +96,11 @@ class ClusterConfig(Section):
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"
     )
     k_range: tuple[Positive, Positive] = Field((2, 12), description="candidates of k: auto")
+    mix: Fraction = Field(
+        0.0,
+        description="weight of the text where rows are divided by what the model says of them "
+        "(hidden-states, gradients, lora-parameters): 0 the model alone, 1 the text alone",
+    )
     min_rows: Positive = Field(
         16, description="a smaller cluster is merged into its nearest (rows)"
     )

@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from tclora.config import DataConfig
 from tclora.data.demo import DEMO, demo_examples
-from tclora.data.frame import canonical_frame, content_ids
-from tclora.data.readers import read_table
+from tclora.data.frame import canonical_rows, content_ids
+from tclora.data.readers import read_blocks
 from tclora.errors import DataError
+
+_TOKENISED = 10_000  # texts whose tokens are in memory at once
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
     config : DataConfig
         Sources, column names, held-out tasks, sample sizes.
     seed : int
-        Seed of the test split and of sampling.
+        Seed of the test split and of sampling, where ``config.seed`` names no other.
 
     Returns
     -------
@@ -47,6 +50,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
     DataError
         If a source cannot be read or a split needed for training is empty.
     """
+    seed = seed if config.seed is None else config.seed
     main, skipped = read_rows(config, config.path, seed)
     parts = [_mark_held_out_tasks(main, config.ood_tasks)]
     for path, split in (
@@ -69,11 +73,12 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
 
 def read_rows(config: DataConfig, path: str, seed: int) -> tuple[pd.DataFrame, list[str]]:
     """Read one source of a configuration; return its canonical rows and the rows left out."""
+    limit = config.max_read_rows
     if path == DEMO:
         raw = demo_examples(config.demo_train_rows, config.demo_test_rows, seed)
-        return canonical_frame(raw, DEMO)
-    raw = read_table(path, config.hub_config, config.hub_split)
-    return canonical_frame(raw, path, config.columns, config.on_bad_row)
+        return canonical_rows([raw], DEMO, limit=limit, seed=seed)
+    blocks = read_blocks(path, config.hub_config, config.hub_split, stream=limit is not None)
+    return canonical_rows(blocks, path, config.columns, config.on_bad_row, limit=limit, seed=seed)
 
 
 def _mark_held_out_tasks(frame: pd.DataFrame, tasks: tuple[str, ...]) -> pd.DataFrame:
@@ -140,8 +145,8 @@ def profile(
         that will be truncated.
     """
     frame = examples.frame
-    prompts = pd.Series(count_tokens(frame["prompt"].tolist()))
-    responses = pd.Series(count_tokens(frame["response"].tolist()))
+    prompts = _token_counts(frame["prompt"], count_tokens)
+    responses = _token_counts(frame["response"], count_tokens)
     total = prompts + responses
     counts = {f"rows_{split}": float(n) for split, n in frame["split"].value_counts().items()}
     return counts | {
@@ -155,3 +160,14 @@ def profile(
         "response_tokens_max": float(responses.max()),
         "truncated_rows": float((total > max_tokens).sum()),
     }
+
+
+def _token_counts(
+    texts: "pd.Series[str]", count_tokens: Callable[[list[str]], list[int]]
+) -> "pd.Series[int]":
+    """Count the tokens of every text, some texts at a time."""
+    counts = np.empty(len(texts), dtype=np.int64)
+    for start in range(0, len(texts), _TOKENISED):
+        part = texts.iloc[start : start + _TOKENISED].tolist()
+        counts[start : start + len(part)] = count_tokens(part)
+    return pd.Series(counts)

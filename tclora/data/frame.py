@@ -2,35 +2,31 @@
 
 Columns: id, prompt, response, answer and scorer (str); task, metadata (JSON) and skills (tasks
 joined by "+"), str or null; choices (list of str or null); split ("train", "test", "ood",
-"composition" or null).
+"composition" or null). Rows come in blocks and are kept as Arrow, so that memory holds the texts
+once and one block of objects.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
+from tclora.data.forms import Form, Pair, Row, detect_form, plain_form
 from tclora.data.options import Options, options_of, resolve_answer
+from tclora.data.reservoir import Reservoir
 from tclora.errors import DataError
 from tclora.evaluate.scorers import CHOICES, Expected, check_scorer, default_scorer
 
 SPLITS = ("train", "test", "ood", "composition")
 OPTIONAL = ("task", "answer", "choices", "split", "scorer", "metadata", "skills")
 COLUMNS = ("id", "prompt", "response", *OPTIONAL)
-_PLAIN_FORMS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("inputs", "targets"),
-    ("input", "target"),
-    ("question", "answer"),
+SCHEMA = pa.schema(
+    {name: pa.list_(pa.string()) if name == "choices" else pa.string() for name in COLUMNS[1:]}
 )
-_OTHER_NAMES = ", ".join("/".join(pair) for pair in _PLAIN_FORMS[1:])
 _REPORTED = 10  # bad rows named in an error
-
-Row = Mapping[Any, Any]
-Pair = tuple[str, str]
 
 
 def canonical_frame(
@@ -39,19 +35,36 @@ def canonical_frame(
     columns: Mapping[str, str] | None = None,
     on_bad_row: str = "error",
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Map a raw table onto the canonical columns and check every row.
+    """Map a raw table onto the canonical columns; see `canonical_rows`."""
+    return canonical_rows([raw], source, columns, on_bad_row)
+
+
+def canonical_rows(
+    blocks: Iterable[pd.DataFrame],
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: str = "error",
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Map the blocks of a raw table onto the canonical columns and check every row.
 
     Parameters
     ----------
-    raw : DataFrame
+    blocks : iterable of DataFrame
         Rows in prompt/response, Alpaca (instruction, input, output) or chat (messages) form; the
         index holds each row's number in the source.
     source : str
         File or dataset name, for messages.
     columns : mapping, optional
-        Canonical column → column of `raw`, where names differ.
+        Canonical column → column of the source, where names differ.
     on_bad_row : {"error", "skip"}
         Whether a row without prompt or response is an error, or left out and listed.
+    limit : int, optional
+        Keep a uniform sample of this many good rows; memory holds no more than twice as many.
+    seed : int
+        Seed of that sample.
 
     Returns
     -------
@@ -66,22 +79,87 @@ def canonical_frame(
         If there are no rows, no known form, an unknown column in `columns`, a bad row (with
         "error"), no usable row, or an unknown split.
     """
-    if raw.empty:
-        raise DataError(f"{source}: must hold at least one row, got none; give rows")
-    raw = _rename(raw, source, columns or {})
-    mapped = {"prompt", "response"} <= set(columns or {})
-    pair_of = _plain_form("prompt", "response") if mapped else _detect_form(raw, source)
-    pairs, problems = {}, {}
-    for number, row in zip(raw.index, raw.to_dict("records"), strict=True):
+    reader = _Reader(source, columns or {}, Reservoir(limit, seed))
+    for block in blocks:
+        if not block.empty:
+            reader.add(block)
+    return reader.finish(on_bad_row)
+
+
+class _Reader:
+    """Takes the blocks of one source."""
+
+    def __init__(self, source: str, columns: Mapping[str, str], kept: Reservoir) -> None:
+        known = {"prompt", "response", "messages", *OPTIONAL}
+        if unknown := [name for name in columns if name not in known]:
+            raise DataError(f"data.columns: {unknown[0]!r} must be one of {sorted(known)}")
+        self._source = source
+        self._columns = columns
+        self._kept = kept
+        self._form: Form | None = None
+        self._present: dict[str, None] = {}  # columns of the source, in order
+        self._problems: list[str] = []
+        self._empty = True
+
+    def add(self, raw: pd.DataFrame) -> None:
+        """Check the rows of a block and keep the good ones."""
+        self._empty = False
+        self._present |= dict.fromkeys(map(str, raw.columns))
+        raw = self._rename(raw)
+        form = self._form = self._form or self._detect(raw)
+        pairs = {}
+        for number, row in zip(raw.index, raw.to_dict("records"), strict=True):
+            try:
+                pairs[number] = form(row)
+                _check_answer(row, pairs[number])
+            except ValueError as problem:
+                pairs.pop(number, None)
+                self._problems.append(f"{self._source}, row {number}: {problem}")
+        if pairs:
+            self._kept.add(_assemble(raw.loc[list(pairs)], list(pairs.values()), self._source))
+
+    def finish(self, on_bad_row: str) -> tuple[pd.DataFrame, list[str]]:
+        """Return all rows kept and a line per row left out; see `canonical_rows`."""
+        if self._empty:
+            raise DataError(f"{self._source}: must hold at least one row, got none; give rows")
+        self._check_columns()
+        if self._problems and (on_bad_row == "error" or not self._kept.seen):
+            raise DataError(_list_problems(self._problems))
+        frame = self._kept.table().to_pandas()
+        return frame.assign(id=content_ids(frame))[list(COLUMNS)], self._problems
+
+    def _detect(self, raw: pd.DataFrame) -> Form:
+        if {"prompt", "response"} <= set(self._columns):
+            return plain_form("prompt", "response")
         try:
-            pairs[number] = pair_of(row)
-            _check_answer(row, pairs[number])
-        except ValueError as problem:
-            problems[number] = f"{source}, row {number}: {problem}"
-    if problems and (on_bad_row == "error" or not pairs):
-        raise DataError(_list_problems(list(problems.values())))
-    kept = raw.loc[list(pairs)]
-    return _assemble(kept, list(pairs.values()), source), list(problems.values())
+            return detect_form(raw.columns, self._source)
+        except DataError:
+            self._check_columns()  # says better what is wrong
+            raise
+
+    def _check_columns(self) -> None:
+        for canonical, column in self._columns.items():
+            if column not in self._present:
+                raise DataError(
+                    f"data.columns: {canonical} must name a column of {self._source}, got "
+                    f"{column!r}; it has {list(self._present)}"
+                )
+
+    def _rename(self, raw: pd.DataFrame) -> pd.DataFrame:
+        given = self._columns
+        if "task" not in raw and "task" not in given:  # as collections of tasks call it
+            raw = raw.rename(columns={"task_name": "task"})
+        replaced = raw.drop(columns=[c for c in given if c in raw and c not in given.values()])
+        return replaced.rename(columns={column: name for name, column in given.items()})
+
+
+def _list_problems(problems: list[str]) -> str:
+    shown = "\n".join(f"  - {line}" for line in problems[:_REPORTED])
+    more = f"\n  - and {len(problems) - _REPORTED} more" if len(problems) > _REPORTED else ""
+    return (
+        f"{len(problems)} bad row(s):\n{shown}{more}\n"
+        "repair them, or set data.on_bad_row: skip to leave them out"
+    )
 
 
 def _check_answer(row: Row, pair: Pair) -> None:
@@ -98,90 +176,8 @@ def _check_answer(row: Row, pair: Pair) -> None:
         check_scorer(str(scorer), Expected(answer, *pair, options, metadata))
 
 
-def _list_problems(problems: list[str]) -> str:
-    shown = "\n".join(f"  - {line}" for line in problems[:_REPORTED])
-    more = f"\n  - and {len(problems) - _REPORTED} more" if len(problems) > _REPORTED else ""
-    return (
-        f"{len(problems)} bad row(s):\n{shown}{more}\n"
-        "repair them, or set data.on_bad_row: skip to leave them out"
-    )
-
-
-def _rename(raw: pd.DataFrame, source: str, columns: Mapping[str, str]) -> pd.DataFrame:
-    known = {"prompt", "response", "messages", *OPTIONAL}
-    for canonical, column in columns.items():
-        if canonical not in known:
-            raise DataError(f"data.columns: {canonical!r} must be one of {sorted(known)}")
-        if column not in raw.columns:
-            raise DataError(
-                f"data.columns: {canonical} must name a column of {source}, got {column!r}; "
-                f"it has {list(raw.columns)}"
-            )
-    replaced = raw.drop(columns=[c for c in columns if c in raw and c not in columns.values()])
-    return replaced.rename(columns={column: name for name, column in columns.items()})
-
-
-def _detect_form(raw: pd.DataFrame, source: str) -> Callable[[Row], Pair]:
-    columns = set(raw.columns)
-    if {"instruction", "output"} <= columns:
-        return _alpaca_pair
-    if "messages" in columns:
-        return _chat_pair
-    for prompt, response in _PLAIN_FORMS:
-        if {prompt, response} <= columns:
-            return _plain_form(prompt, response)
-    raise DataError(
-        f"{source}: columns must be prompt/response (or {_OTHER_NAMES}), instruction/output "
-        f"(Alpaca) or messages (chat), got {list(raw.columns)}; name yours in data.columns"
-    )
-
-
-def _plain_form(prompt: str, response: str) -> Callable[[Row], Pair]:
-    return lambda row: (_text(row[prompt], prompt), _text(row[response], response))
-
-
-def _alpaca_pair(row: Row) -> Pair:
-    prompt = _text(row["instruction"], "instruction")
-    extra = row.get("input")
-    if isinstance(extra, str) and extra.strip():
-        prompt = f"{prompt}\n\n{extra.strip()}"
-    return prompt, _text(row["output"], "output")
-
-
-def _chat_pair(row: Row) -> Pair:
-    """Take the last assistant turn as the response, the turns before it as the prompt."""
-    turns = row["messages"]
-    turns = turns.tolist() if hasattr(turns, "tolist") else turns
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(f"messages must be a list of turns, got {turns!r:.60}")
-    if not all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns):
-        raise ValueError("every turn of messages must have role and content")
-    if turns[-1]["role"] != "assistant":
-        raise ValueError(f"the last turn must be the assistant's, got {turns[-1]['role']!r}")
-    response = _text(turns[-1]["content"], "the last turn's content")
-    earlier = [(turn["role"], _text(turn["content"], "content")) for turn in turns[:-1]]
-    if len(earlier) == 1:
-        return earlier[0][1], response
-    return _text("\n\n".join(f"{role}: {text}" for role, text in earlier), "prompt"), response
-
-
-def _text(value: Any, field: str) -> str:  # noqa: ANN401
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        raise ValueError(f"{field} must be text, got nothing")
-    if not isinstance(value, str):
-        if isinstance(value, (bool, int, float)):
-            return str(value)
-        raise ValueError(f"{field} must be text, got {type(value).__name__}")
-    if not value.strip():
-        raise ValueError(f"{field} must not be empty, got {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a character
-        raise ValueError(f"{field} must be Unicode text, got {value[error.start]!r}") from None
-    return value.strip()
-
-
-def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFrame:
+def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pa.Table:
+    """Return the canonical columns of one block, but for the id."""
     frame = pd.DataFrame(pairs, columns=["prompt", "response"], dtype=object)
     for column in OPTIONAL:
         values = [_optional(v) for v in kept[column]] if column in kept else [None] * len(kept)
@@ -200,7 +196,7 @@ def _assemble(kept: pd.DataFrame, pairs: list[Pair], source: str) -> pd.DataFram
     known = zip(frame["answer"], frame["response"], frame["choices"], strict=True)
     scorers = pd.Series([default_scorer(*row) for row in known], index=frame.index, dtype=object)
     frame["scorer"] = frame["scorer"].where(frame["scorer"].notna(), scorers)
-    return frame.assign(id=content_ids(frame))[list(COLUMNS)]
+    return pa.Table.from_pandas(frame, SCHEMA, preserve_index=False).replace_schema_metadata()
 
 
 def _with_options(frame: pd.DataFrame, options: list[Options | None]) -> pd.DataFrame:
@@ -230,12 +226,14 @@ def _optional(value: Any) -> Any:  # noqa: ANN401
     return value
 
 
-def content_ids(frame: pd.DataFrame) -> list[str]:
+def content_ids(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return stable content hashes; a repeated row gets its repetition number appended."""
-    seen: dict[str, int] = {}
-    ids = []
-    for prompt, response in zip(frame["prompt"], frame["response"], strict=True):
-        digest = hashlib.sha256(f"{prompt}\0{response}".encode()).hexdigest()[:16]
-        seen[digest] = seen.get(digest, 0) + 1
-        ids.append(digest if seen[digest] == 1 else f"{digest}-{seen[digest]}")
+    digests = [
+        hashlib.sha256(f"{prompt}\0{response}".encode()).hexdigest()[:16]
+        for prompt, response in zip(frame["prompt"], frame["response"], strict=True)
+    ]
+    ids = pd.Series(digests, index=frame.index, dtype="str")
+    again = ids.groupby(ids, sort=False).cumcount()
+    repeated = again > 0
+    ids[repeated] = ids[repeated] + "-" + (again[repeated] + 1).astype("str")
     return ids

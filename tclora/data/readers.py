@@ -1,21 +1,33 @@
-"""Readers: JSONL, Parquet, CSV, folders of them and Hugging Face datasets to raw tables."""
+"""Readers: JSONL, Parquet, CSV, folders of them and Hugging Face datasets to blocks of raw rows."""
 
-import io
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tclora.config import DataConfig
 from tclora.errors import DataError
 from tclora.files import sha256_json, sha256_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+BLOCK_ROWS = 25_000  # rows that are Python objects at once: some 60 MB of a few hundred bytes each
 
 
 def read_table(path: str, hub_config: str | None = None, hub_split: str = "train") -> pd.DataFrame:
-    """Read a file, a folder of files or a Hugging Face dataset.
+    """Read a source whole; see `read_blocks`."""
+    blocks = list(read_blocks(path, hub_config, hub_split))
+    return pd.concat(blocks) if blocks else pd.DataFrame()
+
+
+def read_blocks(
+    path: str, hub_config: str | None = None, hub_split: str = "train", *, stream: bool = False
+) -> Iterator[pd.DataFrame]:
+    """Read a file, a folder of files or a Hugging Face dataset, some rows at a time.
 
     Parameters
     ----------
@@ -24,11 +36,14 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
         folder of such files; or a dataset id.
     hub_config, hub_split : str
         Configuration and split of a hub dataset.
+    stream : bool
+        Read a hub dataset as it arrives, without storing it.
 
-    Returns
-    -------
+    Yields
+    ------
     DataFrame
-        Indexed by row number, counted from 1 (in JSONL files the line); "FILE:NUMBER" for a folder.
+        At most `BLOCK_ROWS` rows (but all of a JSON array), indexed by row number, counted from 1
+        (in JSONL files the line); "FILE:NUMBER" for a folder.
 
     Raises
     ------
@@ -40,16 +55,15 @@ def read_table(path: str, hub_config: str | None = None, hub_split: str = "train
         files = sorted(f for f in location.iterdir() if f.suffix in SUFFIXES)
         if not files:
             raise DataError(f"data folder {path!r} holds no file ending in {', '.join(SUFFIXES)}")
-        tables = [_read_file(file) for file in files]
-        return pd.concat(
-            table.set_axis([f"{file.name}:{number}" for number in table.index], axis=0)
-            for file, table in zip(files, tables, strict=True)
-        )
-    if location.is_file():
-        return _read_file(location)
-    if is_local(path):
+        for file in files:
+            for block in _read_file(file):
+                yield block.set_axis([f"{file.name}:{number}" for number in block.index], axis=0)
+    elif location.is_file():
+        yield from _read_file(location)
+    elif is_local(path):
         raise DataError(f"data file {path!r} does not exist")
-    return _read_hub(path, hub_config, hub_split)
+    else:
+        yield from read_hub(path, hub_config, hub_split, stream=stream)
 
 
 def is_local(path: str) -> bool:
@@ -67,86 +81,128 @@ def source_digest(config: DataConfig) -> str:
     )
 
 
-def _read_file(file: Path) -> pd.DataFrame:
+def _read_file(file: Path) -> Iterator[pd.DataFrame]:
     readers = {
-        ".jsonl": _read_json_lines,
-        ".json": _read_json_lines,
+        ".jsonl": _read_json,
+        ".json": _read_json,
         ".parquet": _read_parquet,
         ".csv": _read_csv,
     }
     if file.suffix not in readers:
         raise DataError(f"data file {str(file)!r} must end in one of {', '.join(SUFFIXES)}")
     try:
-        return readers[file.suffix](file)
+        yield from readers[file.suffix](file)
     except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        line = _undecodable_line(file)
         raise DataError(f"{file}, line {line}: must be UTF-8 text; re-encode the file") from error
 
 
-def _read_json_lines(file: Path) -> pd.DataFrame:
-    text = file.read_bytes().decode("utf-8-sig")
-    numbers, rows = [], []
-    for number, row in _json_rows(file, text):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{file}, row {number}: must be an object, got {type(row).__name__}; repair it"
-            )
-        numbers.append(number)
-        rows.append(row)
-    return pd.DataFrame(rows, index=pd.Index(numbers, name="row"), dtype=object)
+def _undecodable_line(file: Path) -> int:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise ValueError(f"file must hold a line that is not UTF-8, got {file}")
 
 
-def _json_rows(file: Path, text: str) -> Iterator[tuple[int, object]]:
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except ValueError as error:
-            raise DataError(f"{file}: is not a valid JSON array: {error}; repair it") from error
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
+def _read_json(file: Path) -> Iterator[pd.DataFrame]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        rows = _array_rows(file) if _is_array(file) else _line_rows(file, lines)
+        while part := list(islice(rows, BLOCK_ROWS)):
+            numbers = pd.Index([number for number, _ in part], name="row")
+            yield pd.DataFrame([row for _, row in part], index=numbers, dtype=object)
+
+
+def _is_array(file: Path) -> bool:
+    with file.open(encoding="utf-8-sig") as text:
+        return next((line for line in text if line.strip()), "").lstrip().startswith("[")
+
+
+def _array_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = file.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{file}: is not a valid JSON array: {error}; repair it") from error
+    for number, row in enumerate(rows, start=1):
+        yield number, _object(file, number, row)
+
+
+def _line_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                row = json.loads(line)
             except ValueError as error:
                 raise DataError(
                     f"{file}, line {number}: is not valid JSON: {error}; repair it"
                 ) from error
+            yield number, _object(file, number, row)
 
 
-def _read_parquet(file: Path) -> pd.DataFrame:
+def _object(file: Path, number: int, row: object) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{file}, row {number}: must be an object, got {type(row).__name__}; repair it"
+        )
+    return row
+
+
+def _read_parquet(file: Path) -> Iterator[pd.DataFrame]:
+    start = 1
     try:
-        frame = pd.read_parquet(file)
+        for batch in pq.ParquetFile(file).iter_batches(BLOCK_ROWS):
+            yield _numbered(pa.Table.from_batches([batch]).to_pandas(), start)
+            start += len(batch)
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: is not a readable Parquet file: {error}") from error
-    return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)
 
 
-def _read_csv(file: Path) -> pd.DataFrame:
-    text = file.read_bytes().decode("utf-8-sig")
+def _read_csv(file: Path) -> Iterator[pd.DataFrame]:
+    start = 1
     try:
         # Only an empty field is missing: "NA", "None" and "null" are answers.
-        frame = pd.read_csv(io.StringIO(text), dtype=object, keep_default_na=False, na_values=[""])
+        with pd.read_csv(
+            file, dtype=object, keep_default_na=False, na_values=[""], encoding="utf-8-sig",
+            chunksize=BLOCK_ROWS,
+        ) as blocks:  # fmt: skip
+            for block in blocks:
+                if not isinstance(block.index, pd.RangeIndex):  # took the surplus for an index
+                    raise DataError(
+                        f"{file}: is not valid CSV: row 1 has more fields than the header"
+                    )
+                yield _numbered(block, start)
+                start += len(block)
     except pd.errors.EmptyDataError:
         raise DataError(
             f"{file}: must hold at least one row, got an empty file; give rows"
         ) from None
     except pd.errors.ParserError as error:
         raise DataError(f"{file}: is not valid CSV: {error}; repair it") from error
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas took the surplus for an index
-        raise DataError(f"{file}: is not valid CSV: row 1 has more fields than the header")
-    return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)
 
 
-def _read_hub(name: str, config: str | None, split: str) -> pd.DataFrame:
+def read_hub(
+    name: str, config: str | None, split: str, *, stream: bool = False
+) -> Iterator[pd.DataFrame]:
+    """Read a dataset that `datasets` knows, some rows at a time; see `read_blocks`."""
     import datasets
 
+    start = 1
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=stream)
+        for columns in dataset.iter(BLOCK_ROWS):
+            block = pd.DataFrame(columns, dtype=object)
+            yield _numbered(block, start)
+            start += len(block)
     except (OSError, ValueError, ConnectionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"data.path {name!r} is neither a file or folder nor a dataset that can be reached "
             f"(config {config!r}, split {split!r}): {reason}"
         ) from error
-    frame: pd.DataFrame = dataset.to_pandas()
-    return frame.set_axis(pd.RangeIndex(1, len(frame) + 1), axis=0)
+
+
+def _numbered(block: pd.DataFrame, start: int) -> pd.DataFrame:
+    return block.set_axis(pd.RangeIndex(start, start + len(block)), axis=0)

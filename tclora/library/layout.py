@@ -137,6 +137,11 @@ class Layout:
         """Embeddings of all prompts, (N, dimensions)."""
         return self.work / "embeddings.safetensors"
 
+    @property
+    def features(self) -> Path:
+        """What the base model says of the training rows, (rows, width)."""
+        return self.work / "features.safetensors"
+
     def rows(self, name: str) -> Path:
         """Training rows of an adapter."""
         return self.work / "rows" / f"{name}.parquet"

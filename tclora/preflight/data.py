@@ -79,9 +79,12 @@ def _demo_rows(data: DataConfig) -> int:
 def _check_thresholds(cluster: ClusterConfig, rows: int, unlabelled: int) -> None:
     """Refuse what no clustering of this many training rows can satisfy."""
     fitted = min(rows, cluster.fit_rows)
-    if cluster.method in {"kmeans", "random"} and cluster.k != "auto":
+    from tclora.cluster.registry import clusterers
+
+    counting = cluster.method in clusterers and clusterers[cluster.method].counts
+    if counting and cluster.k != "auto":
         _check_at_most("k", cluster.k, rows)
-    if cluster.method == "kmeans" and cluster.k == "auto":
+    if counting and cluster.k == "auto":
         # A silhouette needs two clusters, and one of more than one row.
         _check_at_most("k_range[0]", max(2, cluster.k_range[0]), fitted - 1, "less one")
     if cluster.method == "hdbscan":

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tclora.cluster.centroids import Labels
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Embeddings
 from tclora.errors import LibraryError
 from tclora.registry import VARIABLE, Registry
 from tclora.route.routing import Routing

@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from tclora.cluster.centroids import NOISE, Labels, assign, centroids
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Embeddings
 from tclora.errors import LibraryError
 from tclora.route.router import RouterState
 from tclora.route.routing import Array, Routing, TokenRule

@@ -3,6 +3,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from tclora.cluster import embed as embedding
 from tclora.cluster.embed import embed_texts
 from tclora.errors import ModelError
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder
@@ -16,8 +17,14 @@ def location():
 
 
 @pytest.fixture(scope="module")
-def vectors(location):
-    return embed_texts(TEXTS, location)
+def vectors(location, tmp_path_factory):
+    return embed(TEXTS, location, tmp_path_factory.mktemp("embeddings"))
+
+
+def embed(texts, location, folder, **options):
+    target = folder / "target" / "vectors.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    return np.asarray(embed_texts(texts, location, target, **options))
 
 
 def test_rows_are_unit_vectors_in_the_order_of_the_texts(vectors, location):
@@ -35,28 +42,32 @@ def test_equal_texts_have_equal_vectors_and_similar_ones_similar(vectors):
     assert vectors[0] @ vectors[2] > vectors[0] @ vectors[1] + 0.3
 
 
-def test_the_batch_size_does_not_matter(vectors, location):
-    np.testing.assert_allclose(embed_texts(TEXTS, location, batch_size=1), vectors, atol=1e-5)
+def test_the_batch_size_does_not_matter(vectors, location, tmp_path, monkeypatch):
+    np.testing.assert_allclose(embed(TEXTS, location, tmp_path, batch_size=1), vectors, atol=1e-5)
+    monkeypatch.setattr(embedding, "_ENCODED", 2)
+    np.testing.assert_allclose(embed(TEXTS, location, tmp_path), vectors, atol=1e-5)
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["vectors.safetensors"]
 
 
 def test_results_are_read_from_the_cache(location, tmp_path, vectors):
-    first = embed_texts(TEXTS, location, cache=tmp_path, model_digest="m")
+    cache = tmp_path / "cache"
+    first = embed(TEXTS, location, tmp_path, cache=cache, model_digest="m")
     np.testing.assert_array_equal(first, vectors)
-    (file,) = tmp_path.iterdir()
+    (file,) = cache.iterdir()
     # Marked, so that a hit can be told from a computation.
     save_file({"embeddings": -load_file(file)["embeddings"]}, file)
-    again = embed_texts(TEXTS[::-1], location, cache=tmp_path, model_digest="m")
+    again = embed(TEXTS[::-1], location, tmp_path, cache=cache, model_digest="m")
     np.testing.assert_array_equal(again, -first[::-1])
-    other = embed_texts(TEXTS, location, cache=tmp_path, model_digest="another model")
+    other = embed(TEXTS, location, tmp_path, cache=cache, model_digest="another model")
     np.testing.assert_array_equal(other, first)
-    fewer = embed_texts(TEXTS[:2], location, cache=tmp_path, model_digest="m")
+    fewer = embed(TEXTS[:2], location, tmp_path, cache=cache, model_digest="m")
     np.testing.assert_allclose(fewer, first[:2], atol=1e-5)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_a_model_that_is_not_there_is_a_model_error(tmp_path):
     with pytest.raises(ModelError, match=r"embed.model .* cannot be loaded"):
-        embed_texts(["a"], str(tmp_path / "none"))
+        embed(["a"], str(tmp_path / "none"), tmp_path)
 
 
 def test_vectors_that_are_not_finite_are_refused(location, tmp_path):
@@ -64,4 +75,4 @@ def test_vectors_that_are_not_finite_are_refused(location, tmp_path):
     model[0].auto_model.embeddings.word_embeddings.weight.data[:] = float("nan")
     model.save(str(tmp_path / "broken"))
     with pytest.raises(ModelError, match="gave vectors that are not finite"):
-        embed_texts(["a"], str(tmp_path / "broken"))
+        embed(["a"], str(tmp_path / "broken"), tmp_path)

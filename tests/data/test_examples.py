@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from tclora.config import DataConfig
+from tclora.data import examples as reading
 from tclora.data.examples import ExampleSet, profile, read_examples
 from tclora.errors import DataError
 
@@ -142,3 +143,47 @@ def test_the_demo_has_every_split():
     frame = read_examples(DataConfig(demo_train_rows=6, demo_test_rows=3)).frame
     counts = frame["split"].value_counts().to_dict()
     assert counts == {"train": 36, "test": 18, "ood": 6, "composition": 3}
+
+
+def test_a_source_is_sampled_while_it_is_read(path):
+    config = DataConfig(path=path, max_read_rows=30, test_fraction=0.2)
+    frame = read_examples(config, seed=1).frame
+    assert len(frame) == 30
+    pd.testing.assert_frame_equal(frame, read_examples(config, seed=1).frame)
+    assert set(frame["id"]) != set(read_examples(config, seed=2).frame["id"])
+
+
+def test_only_a_sampled_dataset_of_the_hub_is_streamed(path, monkeypatch):
+    asked = []
+
+    def read_blocks(*_, stream):
+        asked.append(stream)
+        yield pd.DataFrame({"source": ["a", "b"], "target": ["c", "d"]}, index=[1, 2])
+
+    monkeypatch.setattr(reading, "read_blocks", read_blocks)
+    for limit in (None, 2):
+        read_examples(DataConfig(path="someone/flan", max_read_rows=limit, test_fraction=0))
+    assert asked == [False, True]
+
+
+def test_the_datas_own_seed_wins_over_the_runs(path):
+    config = DataConfig(path=path, test_fraction=0.5, seed=4)
+    frames = [read_examples(config, seed=seed).frame for seed in (0, 1)]
+    pd.testing.assert_frame_equal(*frames)
+    pd.testing.assert_frame_equal(
+        frames[0], read_examples(config.model_copy(update={"seed": None}), seed=4).frame
+    )
+
+
+def test_tokens_are_counted_some_texts_at_a_time(path, monkeypatch):
+    examples = read_examples(DataConfig(path=path, test_fraction=0))
+    sizes = []
+
+    def count(texts):
+        sizes.append(len(texts))
+        return [len(text) for text in texts]
+
+    whole = profile(examples, count, 10)
+    monkeypatch.setattr(reading, "_TOKENISED", 7)
+    assert profile(examples, count, 10) == whole
+    assert max(sizes[2:]) == 7

@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from tclora.data.frame import COLUMNS, canonical_frame
+from tclora.data.frame import COLUMNS, canonical_frame, canonical_rows
 from tclora.errors import DataError
 
 
@@ -24,8 +24,8 @@ def test_prompt_and_response():
     row = one(prompt=" a ", response="b\n")
     assert (row["prompt"], row["response"], row["answer"]) == ("a", "b", "b")
     assert row["scorer"] == "exact"
-    assert row["task"] is None
-    assert row["split"] is None
+    assert pd.isna(row["task"])
+    assert pd.isna(row["split"])
     assert tuple(row.index) == COLUMNS
 
 
@@ -68,6 +68,14 @@ def test_columns_map_names_and_the_mapped_column_wins():
     assert row.iloc[0][["prompt", "response", "task"]].tolist() == ["q", "a", "t"]
 
 
+def test_the_name_of_a_task_is_its_label_where_there_is_no_other():
+    assert one(source="p", target="r", task_name="sums")["task"] == "sums"
+    assert one(source="p", target="r", task_name="sums", task="t")["task"] == "t"
+    mapped, _ = read({"source": "p", "target": "r", "task_name": "s", "kind": "k"},
+                     columns={"task": "kind"})  # fmt: skip
+    assert mapped["task"].tolist() == ["k"]
+
+
 def test_columns_may_swap_two_names():
     frame, _ = read(
         {"prompt": "p", "response": "r"}, columns={"prompt": "response", "response": "prompt"}
@@ -78,7 +86,7 @@ def test_columns_may_swap_two_names():
 def test_optional_columns_travel():
     row = one(prompt="p", response="It is 4.", answer="4", choices=["3", "4"], split="test",
               task="sums", scorer="exact", metadata={"a": 1})  # fmt: skip
-    assert row["choices"] == ["3", "4"]
+    assert list(row["choices"]) == ["3", "4"]
     assert row["metadata"] == '{"a": 1}'
     assert (row["answer"], row["split"], row["task"]) == ("4", "test", "sums")
 
@@ -90,8 +98,11 @@ def test_a_row_without_scorer_gets_one_that_fits_its_answer():
 
 @pytest.mark.parametrize(
     ("prompt", "response"),
-    [("prompt", "completion"), ("inputs", "targets"), ("input", "target"), ("question", "answer")],
-)
+    [
+        ("prompt", "completion"), ("inputs", "targets"), ("input", "target"),
+        ("source", "target"), ("question", "answer"),
+    ],
+)  # fmt: skip
 def test_other_usual_column_names(prompt, response):
     row = one(**{prompt: "p", response: "r"})
     assert (row["prompt"], row["response"]) == ("p", "r")
@@ -172,3 +183,55 @@ def test_ids_depend_on_the_content_alone_and_are_unique():
     assert frame.loc[0, "id"] == one(prompt=" 0", response="r ", task="x")["id"]
     # The boundary between prompt and response counts.
     assert one(prompt="ab", response="c")["id"] != one(prompt="a", response="bc")["id"]
+
+
+def blocks(rows, size):
+    raw = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1), dtype=object)
+    return [raw[start : start + size] for start in range(0, len(raw), size)]
+
+
+def test_blocks_give_what_the_whole_gives():
+    rows = [
+        {
+            "prompt": f"p{i % 7}",
+            "response": "r" if i % 5 else "",
+            "task": i % 3,
+            "choices": ["r", "s"],
+        }
+        for i in range(40)
+    ]
+    whole = canonical_rows(blocks(rows, 40), "rows", on_bad_row="skip")
+    parts = canonical_rows(blocks(rows, 6), "rows", on_bad_row="skip")
+    pd.testing.assert_frame_equal(whole[0], parts[0])
+    assert whole[1] == parts[1]
+    assert whole[1][1] == "rows, row 6: response must not be empty, got ''"
+    with pytest.raises(DataError, match="8 bad row"):
+        canonical_rows(blocks(rows, 6), "rows")
+
+
+def test_a_mapped_column_may_first_appear_in_a_later_block():
+    rows = [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "s", "kind": "sums"}]
+    parts = [pd.DataFrame([row], index=[i]) for i, row in enumerate(rows, start=1)]
+    frame, _ = canonical_rows(parts, "rows", {"task": "kind"})
+    assert frame["task"].fillna("-").tolist() == ["-", "sums"]
+    with pytest.raises(DataError, match="task must name a column of rows, got 'sort'"):
+        canonical_rows(parts, "rows", {"task": "sort"})
+
+
+def test_a_sample_is_uniform_ordered_and_the_same_for_any_blocks():
+    rows = [{"prompt": f"p{i:03}", "response": "r"} for i in range(200)]
+    one_block, _ = canonical_rows(blocks(rows, 200), "rows", limit=20, seed=3)
+    assert len(one_block) == 20
+    assert one_block["prompt"].is_monotonic_increasing
+    for size in (7, 20, 90):
+        again, _ = canonical_rows(blocks(rows, size), "rows", limit=20, seed=3)
+        pd.testing.assert_frame_equal(again, one_block)
+    drawn = [
+        canonical_rows(blocks(rows, 50), "rows", limit=20, seed=seed)[0]["prompt"]
+        for seed in range(200)
+    ]
+    counts = pd.concat(drawn).value_counts()
+    assert len(counts) == 200  # every row is drawn, 20 times on average
+    assert counts.max() < 40
+    all_of_them, _ = canonical_rows(blocks(rows, 50), "rows", limit=300)
+    assert len(all_of_them) == 200

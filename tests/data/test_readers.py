@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 
 from tclora.config import DataConfig
-from tclora.data.readers import read_table, source_digest
+from tclora.data import readers
+from tclora.data.frame import canonical_rows
+from tclora.data.readers import read_blocks, read_hub, read_table, source_digest
 from tclora.errors import DataError
 
 ROWS = [{"prompt": "a", "response": "1"}, {"prompt": "b", "response": "2"}]
@@ -92,6 +94,7 @@ def test_rows_of_a_folder_are_numbered_by_file(tmp_path):
         ("bad.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "bad.jsonl, line 2"),
         ("list.jsonl", b'{"prompt": "a"}\n[1]\n3\n', "list.jsonl, row 2: must be an object"),
         ("bad.json", b'[{"prompt": "a"}', "not a valid JSON array"),
+        ("latin.json", b'[{"prompt": "a"},\n{"prompt": "\xe9"}]', "latin.json, line 2: must be"),
         (
             "latin.jsonl",
             b'{"prompt": "a"}\n{"prompt": "\xe9"}\n',
@@ -140,3 +143,68 @@ def test_source_digest_follows_the_bytes_of_every_source(tmp_path):
     write(test, ROWS[:1], "jsonl")
     assert source_digest(config) != before
     assert source_digest(DataConfig(path="demo")) != source_digest(DataConfig(path="org/name"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv", "parquet"])
+def test_blocks_cover_a_file_and_keep_its_row_numbers(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 3)
+    rows = [{"prompt": str(i), "response": "r"} for i in range(8)]
+    write(tmp_path / f"rows.{form}", rows, form)
+    blocks = list(read_blocks(str(tmp_path / f"rows.{form}")))
+    assert [len(block) for block in blocks] == [3, 3, 2]
+    assert [number for block in blocks for number in block.index] == list(range(1, 9))
+    assert pd.concat(blocks)["prompt"].tolist() == [str(i) for i in range(8)]
+
+
+def test_a_bad_line_of_a_later_block_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n' * 7 + "{\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 8: is not valid JSON"):
+        list(read_blocks(str(path)))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset repository on disk, which `datasets` builds or streams without a network."""
+    folder = tmp_path / "flan"
+    folder.mkdir()
+    for part in range(2):
+        rows = [
+            {"source": f"question {part}-{i}", "target": str(i), "task_name": "sums"}
+            for i in range(50)
+        ]
+        write(folder / f"part-{part}.jsonl", rows, "jsonl")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: flat\n  data_files: part-*.jsonl\n---\n"
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dataset_is_read_in_blocks_and_streamed_where_asked(dataset, monkeypatch, stream):
+    monkeypatch.setattr(readers, "BLOCK_ROWS", 30)
+    blocks = list(read_hub(dataset, "flat", "train", stream=stream))
+    whole = pd.concat(blocks)
+    assert max(len(block) for block in blocks) == 30
+    assert whole.index.tolist() == list(range(1, 101))
+    assert whole["source"].iloc[[0, 99]].tolist() == ["question 0-0", "question 1-49"]
+
+
+def test_the_papers_collection_is_read_as_it_comes(dataset, tmp_path):
+    """Columns source, target and task_name, beside rows of another form for composition."""
+    frame, skipped = canonical_rows(
+        read_hub(dataset, "flat", "train", stream=True), "flan", limit=20
+    )
+    assert not skipped
+    assert len(frame) == 20
+    assert set(frame["task"]) == {"sums"}
+    assert frame["prompt"].str.startswith("question").all()
+    write(tmp_path / "hard.jsonl", [{"input": "2 + 2", "code": "4", "target": 4.0}], "jsonl")
+    hard, _ = canonical_rows(read_blocks(str(tmp_path / "hard.jsonl")), "hard")
+    assert hard[["prompt", "answer", "scorer"]].to_numpy().tolist() == [["2 + 2", "4.0", "number"]]
+
+
+def test_a_dataset_without_the_configuration_asked_for_says_so(dataset):
+    with pytest.raises(DataError, match=r"config 'deep', split 'train'"):
+        list(read_hub(dataset, "deep", "train"))

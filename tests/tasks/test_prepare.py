@@ -72,14 +72,14 @@ def embeddings(where, examples):
 def test_prompts_are_embedded_in_order(tmp_path, where, examples, monkeypatch):
     monkeypatch.setenv("TCLORA_CACHE", str(tmp_path / "cache"))
     location = locate_embedder(BUILTIN_EMBEDDER)
-    found = embed.fn(examples, EmbedConfig(), location, "digest", where)
+    found = embed.fn(examples, EmbedConfig(), location, "digest", None, where)
     vectors = load_file(found.path)["embeddings"]
     assert vectors.shape == (10, found.info["dimensions"])
     assert vectors[0] @ vectors[2] > vectors[0] @ vectors[1]
 
 
 def test_training_rows_are_clustered_and_the_others_assigned(where, examples, embeddings):
-    found = cluster.fn(examples, embeddings, ClusterConfig(k=2, min_rows=2), 0, where)
+    found = cluster.fn(examples, embeddings, None, ClusterConfig(k=2, min_rows=2), 0, where)
     table = pd.read_parquet(found.path)
     labels = table["cluster"].to_numpy()
     assert (labels[::2] == labels[0]).all()
@@ -91,7 +91,7 @@ def test_training_rows_are_clustered_and_the_others_assigned(where, examples, em
 
 
 def test_a_clusters_file_changes_only_with_its_own_rows(where, examples, embeddings):
-    clusters = cluster.fn(examples, embeddings, ClusterConfig(k=2, min_rows=2), 0, where)
+    clusters = cluster.fn(examples, embeddings, None, ClusterConfig(k=2, min_rows=2), 0, where)
     first = divide.fn(examples, clusters, True, where)
     assert set(first) == {"cluster-0", "cluster-1", JOINT, HELD_OUT}
     assert [first[n].info["rows"] for n in ("cluster-0", "cluster-1", JOINT, HELD_OUT)] == [

@@ -1,3 +1,3 @@
 """The clusterers that are registered here; one file each."""
 
-from tclora.cluster.clusterers import hdbscan, kmeans, random, task  # noqa: F401
+from tclora.cluster.clusterers import by_model, hdbscan, kmeans, random, task  # noqa: F401

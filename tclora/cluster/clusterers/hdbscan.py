@@ -3,14 +3,13 @@
 import numpy as np
 
 from tclora.cluster.centroids import NOISE, Labels, assign, centroids
-from tclora.cluster.clusterers.sample import sample
-from tclora.cluster.embed import Embeddings
 from tclora.cluster.registry import Groups, Rows, register
+from tclora.cluster.vectors import Embeddings, sample
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
 
 
-@register("hdbscan")
+@register("hdbscan", counts=False)
 def hdbscan(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
     """HDBSCAN on the prompts' embeddings in reduced dimensions; finds K itself.
 

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from tclora.cluster.clusterers.sample import check_k, sample
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.clusterers.limits import check_k
 from tclora.cluster.quality import silhouette
 from tclora.cluster.registry import Groups, Rows, register
+from tclora.cluster.vectors import Embeddings, by_blocks, sample
 from tclora.config import ClusterConfig
 from tclora.errors import DataError
 
@@ -25,7 +25,7 @@ def kmeans(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
     fitted = sample(rows.vectors, config.fit_rows, seed)
     if config.k != "auto":
         k = check_k(len(rows), config.k)
-        return Groups(_fit(fitted, k, seed).predict(rows.vectors))
+        return Groups(by_blocks(_fit(fitted, k, seed).predict, rows.vectors))
     low, high = max(2, config.k_range[0]), min(config.k_range[1], len(fitted) - 1)
     if low > high:
         raise DataError(
@@ -36,7 +36,7 @@ def kmeans(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
     scores = {k: silhouette(fitted, fit.labels_, seed) or -1.0 for k, fit in fits.items()}
     best = max(scores, key=lambda k: scores[k])
     notice = f"K = {best} has the best silhouette ({scores[best]:.3f}) of {low} … {high}"
-    return Groups(fits[best].predict(rows.vectors), (notice,))
+    return Groups(by_blocks(fits[best].predict, rows.vectors), (notice,))
 
 
 def _fit(vectors: Embeddings, k: int, seed: int) -> "KMeans":

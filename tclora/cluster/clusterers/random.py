@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from tclora.cluster.centroids import Labels
-from tclora.cluster.clusterers.sample import check_k
+from tclora.cluster.clusterers.limits import check_k
 from tclora.cluster.registry import Groups, Rows, register
 from tclora.config import ClusterConfig
 

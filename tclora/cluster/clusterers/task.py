@@ -11,7 +11,7 @@ from tclora.config import ClusterConfig
 from tclora.errors import DataError
 
 
-@register("task")
+@register("task", counts=False)
 def task(rows: Rows, config: ClusterConfig, seed: int) -> Groups:
     """One cluster per task label, a control; held-out rows of a trained task go to its cluster.
 

@@ -6,7 +6,7 @@ from typing import Self, Unpack
 import numpy as np
 
 from tclora.cluster.centroids import Labels
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Embeddings
 from tclora.route.router import FitOptions, RouterState, routers
 from tclora.route.routing import Routing
 from tclora.route.text import TextClusters, strongest

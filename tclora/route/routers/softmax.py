@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Self, Unpack
 
 from tclora.cluster.centroids import Labels
-from tclora.cluster.embed import Embeddings
+from tclora.cluster.vectors import Embeddings
 from tclora.route.router import FitOptions, RouterState, routers
 from tclora.route.routing import Routing
 from tclora.route.text import TextClusters

@@ -1,0 +1,1 @@
+"""What the base model says of the training rows: features that clusterers other than text use."""

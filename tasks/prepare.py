@@ -10,7 +10,7 @@ from tasks.artifact import Artifact, Artifacts
 from tasks.keys import current_key, stage
 from tasks.where import Where
 from tclora.cluster.centroids import NOISE
-from tclora.cluster.embed import embed_texts
+from tclora.cluster.embed import embed_file
 from tclora.cluster.features.request import FeatureRequest, compute_features
 from tclora.cluster.given import place_vectors
 from tclora.cluster.quality import agreement
@@ -62,7 +62,7 @@ def embed(
     if config.vectors:
         vectors = place_vectors(texts, Path(config.vectors), target)
     else:
-        vectors = embed_texts(
+        vectors = embed_file(
             texts,
             location,
             target,

@@ -23,6 +23,29 @@ _ENCODED = 16_384  # texts that a model is given at once
 def embed_texts(
     texts: Sequence[str],
     location: str,
+    *,
+    batch_size: int = 64,
+    device: str = "cpu",
+    cache: Path | None = None,
+    model_digest: str = "",
+) -> Embeddings:
+    """Embed texts that fit in memory; see `embed_file`."""
+    with TemporaryDirectory() as scratch:
+        file = embed_file(
+            texts,
+            location,
+            Path(scratch) / "vectors",
+            batch_size=batch_size,
+            device=device,
+            cache=cache,
+            model_digest=model_digest,
+        )
+        return file[:]
+
+
+def embed_file(
+    texts: Sequence[str],
+    location: str,
     target: Path,
     *,
     batch_size: int = 64,

@@ -126,6 +126,8 @@ class _Reader:
         if self._problems and (on_bad_row == "error" or not self._kept.seen):
             raise DataError(_list_problems(self._problems))
         frame = self._kept.table().to_pandas()
+        if frame["choices"].notna().any():
+            frame["choices"] = [own if own is None else own.tolist() for own in frame["choices"]]
         return frame.assign(id=content_ids(frame))[list(COLUMNS)], self._problems
 
     def _detect(self, raw: pd.DataFrame) -> Form:

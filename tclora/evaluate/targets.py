@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from tclora.adapter import CONFIG_FILE, locate_adapter, read_adapter
 from tclora.cluster.centroids import assign
-from tclora.cluster.embed import Embeddings, embed_texts
+from tclora.cluster.embed import embed_texts
+from tclora.cluster.vectors import Embeddings
 from tclora.errors import ConfigError, ModelError
 from tclora.evaluate.subjects import ALL, Adapted, Routed
 from tclora.files import sha256_json, sha256_path

@@ -4,7 +4,7 @@ from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from tclora.cluster import embed as embedding
-from tclora.cluster.embed import embed_texts
+from tclora.cluster.embed import embed_file, embed_texts
 from tclora.errors import ModelError
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder
 
@@ -24,7 +24,7 @@ def vectors(location, tmp_path_factory):
 def embed(texts, location, folder, **options):
     target = folder / "target" / "vectors.safetensors"
     target.parent.mkdir(exist_ok=True)
-    return np.asarray(embed_texts(texts, location, target, **options))
+    return np.asarray(embed_file(texts, location, target, **options))
 
 
 def test_rows_are_unit_vectors_in_the_order_of_the_texts(vectors, location):
@@ -35,6 +35,11 @@ def test_rows_are_unit_vectors_in_the_order_of_the_texts(vectors, location):
     for text, vector in zip(TEXTS, vectors, strict=True):
         (wanted,) = model.encode([text], normalize_embeddings=True, show_progress_bar=False)
         np.testing.assert_allclose(vector, wanted, atol=1e-5)
+
+
+def test_a_few_texts_need_no_file(vectors, location, tmp_path):
+    found = embed_texts(TEXTS, location, cache=tmp_path, model_digest="m")
+    np.testing.assert_array_equal(found, vectors)
 
 
 def test_equal_texts_have_equal_vectors_and_similar_ones_similar(vectors):

@@ -104,7 +104,17 @@ class ClusterConfig(FeatureConfig):
     min_rows: Positive = Field(
         16, description="a smaller cluster is merged into its nearest (rows)"
     )
-    hdbscan_min_cluster_size: Positive = Field(20, description="HDBSCAN's smallest cluster (rows)")
+    hdbscan_min_cluster_size: Positive | Literal["auto"] = Field(
+        "auto", description="HDBSCAN's smallest cluster (rows); auto: 2 % of them, 10 at least"
+    )
+    hdbscan_min_samples: Positive = Field(
+        1, description="rows around a row that count for its density; more gives more noise"
+    )
+    hdbscan_selection: Literal["leaf", "eom"] = Field(
+        "leaf",
+        description="which clusters of HDBSCAN's tree: the leaves, or by excess of mass, which on "
+        "mixed tasks tends to one large cluster and a few small ones",
+    )
     hdbscan_dimensions: Positive = Field(
         15, description="PCA dimensions HDBSCAN works in, where the embedding has more"
     )

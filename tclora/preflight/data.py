@@ -87,7 +87,7 @@ def _check_thresholds(cluster: ClusterConfig, rows: int, unlabelled: int) -> Non
     if counting and cluster.k == "auto":
         # A silhouette needs two clusters, and one of more than one row.
         _check_at_most("k_range[0]", max(2, cluster.k_range[0]), fitted - 1, "less one")
-    if cluster.method == "hdbscan":
+    if cluster.method == "hdbscan" and cluster.hdbscan_min_cluster_size != "auto":
         _check_at_most("hdbscan_min_cluster_size", cluster.hdbscan_min_cluster_size, fitted)
     if cluster.method == "task" and unlabelled:
         raise DataError(

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, homogeneity_score
 
 from tclora.cluster.centroids import NOISE, assign, centroids
 from tclora.cluster.quality import agreement, map_2d, silhouette
@@ -33,7 +33,10 @@ def config(method="kmeans", **changes):
     return ClusterConfig(**{"method": method, "k": 3, "min_rows": 1} | changes)
 
 
-HDBSCAN = {"hdbscan_min_cluster_size": 10, "hdbscan_dimensions": 5}
+HDBSCAN = {
+    "hdbscan_min_cluster_size": 10, "hdbscan_dimensions": 5, "hdbscan_min_samples": 10,
+    "hdbscan_selection": "eom",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,15 @@ def test_noise_goes_to_the_nearest_centroid_otherwise():
 def test_hdbscan_that_finds_nothing_is_an_error(vectors, message):
     with pytest.raises(DataError, match=message):
         cluster_rows(vectors, config("hdbscan", **HDBSCAN))
+
+
+@pytest.mark.parametrize("sizes", [(400, 300, 200, 100), (30, 25, 20, 15)])
+def test_hdbscan_finds_groups_of_any_size_by_default(sizes):
+    vectors, truth = blobs(sizes, width=64, spread=0.06)
+    found = cluster_rows(vectors, ClusterConfig(method="hdbscan", min_rows=1))
+    assert 4 <= found.k <= 6  # a leaf may be part of a group
+    assert homogeneity_score(truth, found.labels) > 0.98
+    assert adjusted_rand_score(truth, found.labels) > 0.85
 
 
 @pytest.mark.parametrize("method", ["kmeans", "random"])

@@ -9,17 +9,15 @@ from rich.console import Console
 
 from tasks.tracking import tracking_uri
 from tclora.config import Config
-from tclora.data.demo import DEMO
 from tclora.errors import TcloraError
 from tclora.jobs.devices import parallel_jobs
 from tclora.model.locate import (
-    BUILTIN_BASE,
-    BUILTIN_EMBEDDER,
     cache_dir,
     choose_dtype,
     default_device,
 )
 from tclora.preflight import check
+from tclora.preflight.plan import fetched
 
 _PACKAGES = (
     "prefect", "mlflow", "torch", "transformers", "peft", "sentence-transformers", "hdbscan",
@@ -40,7 +38,7 @@ def print_diagnosis(config: Config, console: Console) -> bool:
         ("hub cache", str(HF_HUB_CACHE)),
         ("library", str(config.library_dir)),
         ("MLflow", tracking_uri(config.output)),
-        ("fetched", ", ".join(_remote(config)) or "nothing: models and data are on this machine"),
+        ("fetched", ", ".join(fetched(config)) or "nothing: models and data are on this machine"),
     ]
     for label, value in lines:
         console.print(f"{label:<32}{value}", highlight=False, markup=False, soft_wrap=True)
@@ -60,19 +58,3 @@ def _installed(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "missing"
-
-
-def _remote(config: Config) -> list[str]:
-    """List what a run would take from the Hugging Face hub, unless its cache has it."""
-    from pathlib import Path
-
-    named = {
-        "base model": (config.base_model, {BUILTIN_BASE}),
-        "embedding model": (config.embed.model, {BUILTIN_EMBEDDER, BUILTIN_BASE}),
-        "data": (config.data.path, {DEMO}),
-    }
-    return [
-        f"{kind} {value}"
-        for kind, (value, builtin) in named.items()
-        if value not in builtin and not Path(value).exists()
-    ]

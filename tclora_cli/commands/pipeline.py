@@ -1,10 +1,13 @@
 """``tclora run``: the pipeline, after everything that files can tell has been checked."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tclora_cli.commands.shared import ConfigArgument, SetOption, console, settle_environment
+
+if TYPE_CHECKING:
+    from tclora.config import Config
 
 
 def run(
@@ -12,6 +15,13 @@ def run(
     overrides: SetOption = [],  # noqa: B006
     until: Annotated[
         str | None, typer.Option(help="Stop after this stage.", show_default="the last")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what it would fetch and cost; run nothing.")
+    ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s of one job's device, for --plan; else measured here."),
     ] = None,
 ) -> None:
     """Run the pipeline here; stages that are already done are taken from the cache."""
@@ -21,6 +31,9 @@ def run(
     values = load_config(config, overrides)
     check_data(values)
     settle_environment()
+    if plan:
+        _print_plan(values, rate)
+        return
     from tclora_cli.server import TemporaryServer
 
     server = TemporaryServer()  # imports Prefect while the models are checked
@@ -34,3 +47,11 @@ def run(
     server.wait()
     outcome = checked_pipeline(values, models, until or STEPS[-1])
     print_results(outcome, console, finished=outcome["until"] == STEPS[-1])
+
+
+def _print_plan(config: "Config", rate: float | None) -> None:
+    from tclora.preflight.models import check_models
+    from tclora.preflight.plan import make_plan
+    from tclora_cli.planning import print_plan
+
+    print_plan(make_plan(config, check_models(config), rate and rate * 1e12), console)

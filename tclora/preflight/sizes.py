@@ -1,0 +1,126 @@
+"""Sizes that a plan is made of: rows and tokens, parameters of models; no weights are read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from tclora.config import Config, TrainConfig
+from tclora.data.demo import DEMO
+from tclora.data.examples import profile, read_examples
+from tclora.data.readers import is_local
+from tclora.errors import DataError
+from tclora.model.locate import load_tokenizer
+from tclora.preflight.models import Models
+from tclora.train.lora import attach_lora
+
+HUB_TOKENS = 256  # per row of a dataset that is not here, or train.max_tokens where that is less
+RESPONSE_SHARE = 0.3  # of such a row
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Rows of a run and their mean tokens.
+
+    Attributes
+    ----------
+    train, held_out : int
+        Rows.
+    prompt, response : float
+        Mean tokens of the base model's tokenizer.
+    source : str
+        How that is known.
+    """
+
+    train: int
+    held_out: int
+    prompt: float
+    response: float
+    source: str
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens of a whole row."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """A causal LM's size.
+
+    Attributes
+    ----------
+    parameters, trained : int
+        Of the model, and of an adapter on it.
+    layers, width, vocabulary : int
+        As its configuration says.
+    """
+
+    parameters: int
+    trained: int
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def count_rows(config: Config, models: Models) -> RowCounts:
+    """Count what is here; take the configured limits of what is on the hub.
+
+    Raises
+    ------
+    DataError
+        If a dataset of the hub has no limit.
+    """
+    data = config.data
+    if data.path != DEMO and not is_local(data.path):
+        return _from_limits(config)
+    examples = read_examples(data, config.seed)
+    tokenizer = load_tokenizer(models.base)
+
+    def count(texts: list[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer(texts).input_ids]
+
+    figures = profile(examples, count, config.train.max_tokens)
+    train = int(figures["rows_train"])
+    return RowCounts(
+        train, int(figures["rows"]) - train, figures["prompt_tokens_mean"],
+        figures["response_tokens_mean"], "rows and tokens are counted",
+    )  # fmt: skip
+
+
+def _from_limits(config: Config) -> RowCounts:
+    data = config.data
+    limits = [n for n in (data.max_read_rows, data.max_train_rows) if n]
+    if not limits:
+        raise DataError(
+            f"data.max_read_rows must be set to plan a run on {data.path!r}, a dataset of the hub "
+            "whose rows are not known before it is read; set it or data.max_train_rows"
+        )
+    train = min(limits)
+    held_out = min(round(train * data.test_fraction), data.max_test_rows or train)
+    tokens = min(HUB_TOKENS, config.train.max_tokens)
+    return RowCounts(
+        train, held_out, tokens * (1 - RESPONSE_SHARE), tokens * RESPONSE_SHARE,
+        f"rows are the configured limits, {tokens} tokens per row are assumed",
+    )  # fmt: skip
+
+
+def base_size(location: str, train: TrainConfig) -> BaseSize:
+    """Return the size of a causal LM and of an adapter on it; no weights are read."""
+    settings: Any = AutoConfig.from_pretrained(location)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
+        parameters = sum(weight.numel() for weight in model.parameters())
+        adapted = attach_lora(model, train, seed=0)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    return BaseSize(
+        parameters, trained, settings.num_hidden_layers, settings.hidden_size, settings.vocab_size
+    )
+
+
+def embedder_size(location: str) -> int:
+    """Return the parameters of an embedding model; no weights are read."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(location))
+    return sum(weight.numel() for weight in model.parameters())

@@ -1,0 +1,25 @@
+"""``tclora run --plan``: what a run would cost, as a table."""
+
+from rich.console import Console
+from rich.table import Table
+
+from tclora.preflight.plan import Plan
+from tclora.report.notation import duration, number, size
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print what would be fetched, the cost of every stage, and what it rests on."""
+    places = plan.fetched or ("nothing: models and data are on this machine",)
+    for place in places:
+        console.print(f"fetched  {place}", highlight=False, soft_wrap=True, markup=False)
+    table = Table("stage", title="Plan", title_justify="left")
+    for column in ("jobs", "rows", "tokens", "steps", "time", "memory of a job"):
+        table.add_column(column, justify="right")
+    for stage in plan.stages:
+        counts = (stage.jobs, stage.rows, stage.tokens, stage.steps)
+        table.add_row(stage.name, *map(number, counts), duration(stage.seconds), size(stage.memory))
+    total = sum(stage.seconds for stage in plan.stages)
+    table.add_row("all", "", "", "", "", duration(total), size(max(s.memory for s in plan.stages)))
+    console.print(table)
+    for line in plan.assumptions:
+        console.print(f"- {line}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,149 @@
+"""What a run would cost, against what the parts of it say of themselves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, MistralConfig
+
+from tclora.config import parse_config
+from tclora.errors import DataError
+from tclora.preflight.models import Models
+from tclora.preflight.plan import START, UTILISATION, fetched, make_plan, matmul_rate
+from tclora.preflight.sizes import base_size, embedder_size
+from tclora.train.course import total_steps
+from tclora.train.lora import attach_lora
+
+RATE = 1e12
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model_dir):
+    rows = [{"prompt": f"p{i:08}", "response": f"{i:05}"} for i in range(100)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**sections):
+        values = {
+            "base_model": str(tiny_model_dir),
+            "embed": {"model": str(tiny_model_dir)},
+            "data": {"path": str(path), "test_fraction": 0.2},
+            "cluster": {"k": 4},
+            "train": {"batch_size": 10, "epochs": 2, "dtype": "float32", "r": 2},
+            "merge": {"methods": ["tc-lora"], "sample_rows": 3},
+            "evaluate": {"generate": False},
+            "resources": {"jobs": 1},
+        }
+        for name, section in sections.items():
+            values[name] = values.get(name, {}) | section
+        return parse_config(values)
+
+    return make
+
+
+def plan(config, rate=RATE):
+    models = Models(config.base_model, "", config.embed.model, "")
+    made = make_plan(config, models, rate)
+    return made, {stage.name: stage for stage in made.stages}
+
+
+def test_sizes_are_those_of_the_loaded_model(tiny_model_dir, config):
+    model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    size = base_size(str(tiny_model_dir), config().train)
+    assert size.parameters == sum(w.numel() for w in model.parameters())
+    assert (size.layers, size.width, size.vocabulary) == (2, 32, model.config.vocab_size)
+    assert embedder_size(str(tiny_model_dir)) == sum(w.numel() for w in model.model.parameters())
+    adapted = attach_lora(model, config().train, seed=0)
+    assert size.trained == sum(w.numel() for w in adapted.parameters() if w.requires_grad)
+
+
+def test_rows_tokens_and_steps_are_counted(config):
+    made, stages = plan(config())
+    train = stages["train"]
+    assert (train.jobs, train.rows) == (5, 320)  # 80 rows twice: in clusters, and in all
+    assert train.steps == 4 * total_steps(20, config().train) + total_steps(80, config().train)
+    assert train.tokens == 320 * 14  # a byte is a token: 9 and 5
+    assert stages["embed"].tokens == 100 * 9
+    assert stages["statistics"].rows == 12
+    assert (stages["evaluate"].jobs, stages["evaluate"].rows) == (5, 100)
+    assert made.fetched == ()
+    assert "rows and tokens are counted" in made.assumptions
+
+
+def test_time_follows_the_operations_and_the_rate(config, tiny_model_dir):
+    parameters = base_size(str(tiny_model_dir), config().train).parameters
+    work = 4 * parameters * 320 * 14 / (RATE * UTILISATION)
+    _, stages = plan(config())
+    assert stages["train"].seconds == pytest.approx(work + 5 * START)
+    _, slower = plan(config(), rate=RATE / 1e6)
+    assert slower["train"].seconds == pytest.approx(1e6 * work + 5 * START)
+    _, recomputed = plan(config(train={"gradient_checkpointing": True}))
+    assert recomputed["train"].seconds == pytest.approx(1.5 * work + 5 * START)
+
+
+def test_more_in_less_out(config):
+    _, stages = plan(config())
+    _, bigger = plan(config(train={"tokens_per_forward": 65536}))
+    _, thrifty = plan(config(train={"tokens_per_forward": 65536, "gradient_checkpointing": True}))
+    assert stages["train"].memory < thrifty["train"].memory < bigger["train"].memory
+    assert "statistics" not in plan(config(merge={"sample_rows": 0}))[1]
+    assert plan(config(cluster={"method": "gradients"}))[1]["features"].tokens == 80 * 14
+    assert plan(config(embed={"vectors": "given.parquet"}))[1]["embed"].seconds == 0
+    alone = plan(config(train={"joint": False}))[1]["train"]
+    assert (alone.jobs, alone.rows) == (4, 160)
+
+
+def test_a_dataset_of_the_hub_is_planned_by_its_limits(config):
+    hub = {"path": "sordonia/flan-10k-flat", "max_read_rows": 5000, "test_fraction": 0.1}
+    made, stages = plan(config(data=hub))
+    assert stages["train"].rows == 4 * 5000
+    assert stages["evaluate"].rows == 5 * 500
+    assert made.fetched == ("data sordonia/flan-10k-flat",)
+    assert any("256 tokens per row are assumed" in line for line in made.assumptions)
+    with pytest.raises(DataError, match=r"data\.max_read_rows must be set to plan"):
+        plan(config(data=hub | {"max_read_rows": None}))
+
+
+def test_a_model_of_seven_billion_parameters_takes_the_memory_it_is_known_to(
+    tmp_path, tokenizer, config
+):
+    folder = tmp_path / "mistral"
+    MistralConfig().save_pretrained(folder)  # of the size of Mistral-7B; no weights
+    tokenizer.save_pretrained(folder)
+    big = config(train={"dtype": "bfloat16", "gradient_checkpointing": True}).model_copy(
+        update={"base_model": str(folder)}
+    )
+    _, stages = plan(big)
+    assert base_size(str(folder), big.train).parameters == pytest.approx(7.24e9, rel=0.01)
+    assert 14e9 < stages["train"].memory < 20e9
+
+
+def test_what_comes_from_the_hub_is_named(config):
+    found = list(
+        fetched(
+            config(
+                data={"path": "demo", "composition_path": "org/hard"},
+                evaluate={"lm_eval": ["piqa"]},
+            ).model_copy(update={"base_model": "org/base"})
+        )
+    )
+    assert found == ["base model org/base", "composition data org/hard", "lm-eval task piqa"]
+
+
+def test_the_rate_is_measured_in_a_moment():
+    assert 1e9 < matmul_rate(torch.float32, seconds=0.05) < 1e16
+
+
+def test_the_command_prints_the_plan_and_runs_nothing(config, tmp_path):
+    (tmp_path / "plan.yaml").write_text(config().model_dump_json())
+    command = [sys.executable, "-m", "tclora_cli", "run", str(tmp_path / "plan.yaml"), "--plan"]
+    done = subprocess.run(
+        [*command, "--rate", "1", "--set", f"output={tmp_path / 'runs'}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "train" in done.stdout
+    assert "1 TFLOP/s per job (given)" in done.stdout
+    assert not (tmp_path / "runs").exists()

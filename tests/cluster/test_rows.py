@@ -124,7 +124,7 @@ def test_hdbscan_finds_groups_of_any_size_by_default(sizes):
     found = cluster_rows(vectors, ClusterConfig(method="hdbscan", min_rows=1))
     assert 4 <= found.k <= 6  # a leaf may be part of a group
     assert homogeneity_score(truth, found.labels) > 0.98
-    assert adjusted_rand_score(truth, found.labels) > 0.85
+    assert adjusted_rand_score(truth, found.labels) > 0.75
 
 
 @pytest.mark.parametrize("method", ["kmeans", "random"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from tasks.artifact import Artifact, Artifacts
 from tasks.merging import Rows
@@ -34,7 +35,7 @@ class Context:
     def rows(self, rows: Mapping[str, Artifact], count: int) -> Rows:
         """Return so many rows of every cluster, to look at the base model's behaviour on."""
         budget = self.config.train.tokens_per_forward
-        return Rows(self.base, dict(rows), count, budget, self.config.seed)
+        return Rows(self.base, dict(rows), count, budget, self.config.of_training)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class Prepared:
     rows: Artifacts
     joint_rows: Artifact | None
     held_out: Artifact | None
+
+    def linked(self, root: Path) -> "Prepared":
+        """Return the same in another library's folder."""
+        return Prepared(
+            self.examples.linked(root),
+            self.embeddings.linked(root),
+            self.clusters.linked(root),
+            {name: part.linked(root) for name, part in self.rows.items()},
+            self.joint_rows and self.joint_rows.linked(root),
+            self.held_out and self.held_out.linked(root),
+        )
 
 
 @dataclass(frozen=True)

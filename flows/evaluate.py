@@ -5,7 +5,7 @@ from prefect import flow, get_run_logger
 from flows.context import Context, Merged, Prepared, Trained
 from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
-from tasks.evaluation import cross, measure_routed, summarise_items
+from tasks.evaluation import Measured, cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.scorers import LEAVE, check_leave
@@ -16,9 +16,16 @@ from tclora.model.base import read_rows
 
 @flow(name="evaluate-library", validate_parameters=False)
 def evaluate(
-    context: Context, prepared: Prepared, trained: Trained, merged: Merged
+    context: Context,
+    prepared: Prepared,
+    trained: Trained,
+    merged: Merged,
+    replicas: Artifacts,
 ) -> Artifact | None:
-    """Measure base, own adapters, joint, merges and the routed library; None without rows."""
+    """Measure base, own adapters, joint, merges and the routed library; None without rows.
+
+    `replicas` maps further training seeds to what their runs have measured.
+    """
     if prepared.held_out is None:
         get_run_logger().warning("nothing is held out (data.test_fraction is 0): no evaluation")
         return None
@@ -27,8 +34,9 @@ def evaluate(
     check_leave(scorers, allowed=cfg.allow_code_execution, remedy=LEAVE)
     items = _measure(context, prepared.held_out, _methods(trained, merged), merged.routed)
     crossed = _cross(context, prepared.held_out, trained) if cfg.cross_rows else None
+    measured = Measured(items, replicas, context.config.of_training)
     return summarise_items(
-        items, crossed, cfg.only(IntervalConfig), context.config.seed, context.where
+        measured, crossed, cfg.only(IntervalConfig), context.config.seed, context.where
     )
 
 

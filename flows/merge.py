@@ -36,14 +36,14 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     informed = {method.name for method in methods() if method.needs} & set(cfg.merge.methods)
     seen = bool(informed) or cfg.route.enabled
     statistics = _statistics(context, prepared, adapters) if seen else None
-    rank = _rank(context, prepared, Given(adapters, None, statistics, None, cfg.seed))
+    rank = _rank(context, prepared, Given(adapters, None, statistics, None, cfg.of_training))
     solver = cfg.factorise.only(SolverConfig)
-    factors = factorise(adapters, rank, solver, cfg.seed, where)
-    variance = explained_variance(adapters, cfg.factorise.ranks, cfg.seed, where)
+    factors = factorise(adapters, rank, solver, cfg.of_training, where)
+    variance = explained_variance(adapters, cfg.factorise.ranks, cfg.of_training, where)
     diagnosis = diagnose(adapters, factors, where)
     announce("factorise", factors.metrics | diagnosis.metrics)
-    blind = Given(adapters, None, None, None, cfg.seed)
-    full = Given(adapters, factors, statistics, rank, cfg.seed)
+    blind = Given(adapters, None, None, None, cfg.of_training)
+    full = Given(adapters, factors, statistics, rank, cfg.of_training)
     given = {name: full if name in informed else blind for name in cfg.merge.methods}
     scales = _scales(context, prepared, given)
     merges: dict[str, Artifact] = {}
@@ -51,7 +51,7 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
         merges |= _merge(context, prepared, name, given[name], scales.get(name, {}))
     routed = None
     if cfg.route.enabled:
-        seeing = Given(adapters, None, statistics, None, cfg.seed)
+        seeing = Given(adapters, None, statistics, None, cfg.of_training)
         routed = route(
             _routed_info(context, list(adapters)),
             merges[cfg.merge.primary],

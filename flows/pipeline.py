@@ -10,15 +10,17 @@ from typing import Any
 
 from prefect import flow
 
-from flows.context import Context
+from flows.context import Context, Prepared
 from flows.evaluate import evaluate
 from flows.merge import merge
 from flows.opening import opened
 from flows.prepare import prepare
 from flows.publish import publish
 from flows.train import train
+from tasks.artifact import Artifact, Artifacts
 from tclora.config import Config, load_config
 from tclora.errors import ConfigError
+from tclora.library.layout import Layout
 from tclora.preflight import Models, check
 from tclora.registry import load_plugins
 
@@ -88,18 +90,32 @@ def _run(config: Config, models: Models, last: str, shared: Path | None = None) 
     }
 
 
-def _steps(context: Context) -> Iterator[str]:
-    """Run the steps, and give the name of each when it is done."""
-    prepared = prepare(context)
+def _steps(context: Context, given: Prepared | None = None) -> Iterator[str]:
+    """Run the steps, and give the name of each when it is done; what is given is prepared."""
+    prepared = given or prepare(context)
     yield "prepare"
     trained = train(context, prepared)
     yield "train"
     merged = merge(context, prepared, trained)
     yield "merge"
-    evaluated = evaluate(context, prepared, trained, merged)
+    replicas = _replicate(context, prepared)
+    evaluated = evaluate(context, prepared, trained, merged, replicas)
     yield "evaluate"
     publish(context, prepared, trained, merged, evaluated)
     yield "publish"
+
+
+def _replicate(context: Context, prepared: Prepared) -> Artifacts:
+    """Make a library with every further training seed; return what was measured in each."""
+    measured: Artifacts = {}
+    for config in context.config.replicas():
+        with opened(config, context.models) as replica:
+            for _ in _steps(replica, prepared.linked(replica.where.layout.root)):
+                pass
+        items = Layout(config.library_dir).evaluation.items
+        if items.exists():  # else nothing is held out
+            measured[str(config.of_training)] = Artifact.of(config.library_dir, items)
+    return measured
 
 
 def step_named(until: str) -> str:

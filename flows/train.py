@@ -15,7 +15,7 @@ def train(context: Context, prepared: Prepared) -> Trained:
     joint = {JOINT: prepared.joint_rows} if prepared.joint_rows else {}
     rows = {**joint, **prepared.rows}
     apart = cfg.train.init == "independent"
-    seeds = {name: cfg.seed + number * apart for number, name in enumerate(sorted(rows))}
+    seeds = {name: cfg.of_training + number * apart for number, name in enumerate(sorted(rows))}
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
     groups = engines[cfg.train.engine].divide(sizes, context.where.executor.slots)
     where = context.where.shared_by(len(groups))
@@ -27,7 +27,7 @@ def train(context: Context, prepared: Prepared) -> Trained:
             cfg.train.engine,
             cfg.train.only(AdapterConfig),
             context.base,
-            cfg.seed,
+            cfg.of_training,
             where,
         )
         for names in groups

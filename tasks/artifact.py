@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from tclora.files import sha256_json, sha256_path
+from tclora.files import link_path, sha256_json, sha256_path
 
 
 class Artifact(BaseModel):
@@ -70,6 +70,14 @@ class Artifact(BaseModel):
         """Return a reference to the first file only, for stages that depend on nothing else."""
         name = next(iter(self.files))
         return Artifact.model_construct(root=self.root, files={name: self.files[name]})
+
+    def linked(self, root: Path) -> "Artifact":
+        """Return the same files below another root, linked there unless they are there already."""
+        for name, digest in self.files.items():
+            target = root / name
+            if not target.exists() or sha256_path(target) != digest:
+                link_path(self.root / name, target)
+        return self.model_copy(update={"root": root})
 
     @property
     def digest(self) -> str:

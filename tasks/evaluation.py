@@ -1,5 +1,7 @@
 """Stages that measure: one method at a time, in jobs of their own, and the summary of all."""
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from tasks.artifact import Artifact, Artifacts, paths_of
@@ -10,6 +12,7 @@ from tclora.evaluate.cross import measure_cross
 from tclora.evaluate.method import evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
 from tclora.evaluate.subjects import ALL
+from tclora.evaluate.winners import winners
 from tclora.files import atomic_path
 from tclora.jobs.call import Event, EventCallback
 from tclora.model.base import Base
@@ -94,20 +97,38 @@ def cross(
     return Artifact.of(where.layout.root, file)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The measured items: of every method, and of further training seeds with all their methods."""
+
+    methods: Artifacts
+    replicas: Artifacts
+    training_seed: int
+
+    def table(self) -> pd.DataFrame:
+        """Return all items, with their seeds where there are several."""
+        parts = [pd.read_parquet(part.path) for part in self.methods.values()]
+        table = pd.concat(parts, ignore_index=True)
+        if not self.replicas:
+            return table
+        others = [pd.read_parquet(p.path).assign(seed=int(s)) for s, p in self.replicas.items()]
+        return pd.concat([table.assign(seed=self.training_seed), *others], ignore_index=True)
+
+
 @stage("summarise")
 def summarise_items(
-    items: Artifacts, crossed: Artifact | None, config: IntervalConfig, seed: int, where: Where
+    items: Measured, crossed: Artifact | None, config: IntervalConfig, seed: int, where: Where
 ) -> Artifact:
-    """Collect the measured items of all methods; summaries and recovery with intervals."""
-    layout = where.layout
-    table = pd.concat([pd.read_parquet(item.path) for item in items.values()], ignore_index=True)
+    """Collect the measured items of all methods; summaries, recovery and winners."""
+    layout, table = where.layout, items.table()
     options = {**dict(config), "seed": seed}
     tables = {
         "items": table,
         "summary": summarise(table, **options),
         "recovery": recovery(table, **options),
+        "winners": winners(table, **options),
     }
-    lm_eval = [path for item in items.values() for path in item.paths[1:]]
+    lm_eval = [path for item in items.methods.values() for path in item.paths[1:]]
     if lm_eval:
         tables["lm_eval"] = pd.concat(map(pd.read_parquet, lm_eval), ignore_index=True)
     for name, frame in tables.items():

@@ -19,7 +19,7 @@ from tasks.tracking import Run
 from tasks.training import PARENT
 from tasks.where import Where
 from tclora.config import Config
-from tclora.evaluate.tables import flat_figures
+from tclora.evaluate.tables import ENDS, flat_figures
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
 from tclora.library.names import JOINT
@@ -38,7 +38,11 @@ from tclora.library.staging import publish
 from tclora.preflight import Models
 from tclora.report import figures, write_report
 
-_TOTALS = {"test/nll", "test/accuracy", "recovery/mean", "recovery/worst"}
+_TOTALS = {
+    *(f"test/{kind}{end}" for kind in ("nll", "accuracy") for end in ENDS),
+    *(f"recovery/{group}{end}" for group in ("mean", "worst") for end in ENDS),
+    "seeds",
+}
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,8 @@ def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None
     recovered = pd.read_parquet(here.evaluation.recovery)
     for method, rows in summary.groupby("method", sort=False):
         name = str(method)
-        shares = recovered[recovered["method"] == method].set_index("cluster")["recovery"]
-        metrics = flat_figures(rows) | {
-            f"recovery/{c}": float(share) for c, share in shares.items()
-        }
+        metrics = flat_figures(rows) | _shares(recovered[recovered["method"] == method])
+        metrics["seeds"] = float(rows["seeds"].max())
         totals = {f"{name}/{key}": value for key, value in metrics.items() if key in _TOTALS}
         metrics |= merges[name].metrics if name in merges else {}
         nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
@@ -193,6 +195,16 @@ def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None
         tracking.log_metrics(nested, metrics)
         tracking.close_run(nested, "FINISHED")
         tracking.log_metrics(run, totals)
+
+
+def _shares(recovered: pd.DataFrame) -> dict[str, float]:
+    """Return one method's recovery per cluster, of the mean and of the worst."""
+    columns = dict(zip(ENDS, ("recovery", "low", "high", "n"), strict=True))
+    return {
+        f"recovery/{row['cluster']}{end}": float(row[column])
+        for row in recovered.to_dict("records")
+        for end, column in columns.items()
+    }
 
 
 @task(name="link", cache_policy=NO_CACHE)

@@ -85,6 +85,27 @@ def atomic_path(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def link_path(source: Path, target: Path) -> None:
+    """Let a file, or every file of a directory, appear elsewhere: hard links, or else copies.
+
+    What was there is replaced. Whoever changes one of the two must write it anew and rename it, as
+    `atomic_path` does.
+    """
+    with atomic_path(target) as fresh:
+        if source.is_dir():
+            shutil.copytree(source, fresh, copy_function=link_file)
+        else:
+            link_file(source, fresh)
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Link a file; copy it to another file system, or to one without hard links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or every file of a directory, to disk, so that a rename never precedes it."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:

@@ -34,11 +34,14 @@ def method_table(library: Path) -> Table:
         for row in summary[summary["group_kind"] == "all"].to_dict("records")
     }
     splits = [split for split in _SPLITS if split in set(summary["split"])]
-    title = "NLL per response token (accuracy)"
+    seeds = int(summary["seeds"].max())
+    several = f", over {seeds} training seeds" if seeds > 1 else ""
+    title = f"NLL per response token, and accuracy below it, with intervals{several}"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for split in splits:
-        table.add_column(_SPLITS[split], justify="right")
+        n = int(summary[summary["split"] == split]["n"].max())
+        table.add_column(f"{_SPLITS[split]}\nn={n}", justify="right", no_wrap=True)
     for column in ("recovery", "interval", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
     shares = {(row["method"], row["cluster"]): row for row in recovery.to_dict("records")}
@@ -52,8 +55,13 @@ def _cell(overall: Mapping[tuple[str, str], Row], method: str, split: str) -> st
     row = overall.get((method, split))
     if row is None:
         return "-"
-    accuracy: str = "" if pd.isna(row["accuracy"]) else f" ({row['accuracy']:.2f})"
-    return f"{row['nll']:.3f}{accuracy}"
+    lines = [
+        f"{row[metric]:.{digits}f} [{row[f'{metric}_low']:.{digits}f}, "
+        f"{row[f'{metric}_high']:.{digits}f}]"
+        for metric, digits in (("nll", 3), ("accuracy", 2))
+        if not pd.isna(row[metric])
+    ]
+    return "\n".join(lines)
 
 
 def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple[str, str, str]:

@@ -384,6 +384,15 @@ class Config(Section):
     )
     output: Path = Field(Path("runs"), description="folder of libraries, MLflow store and caches")
     seed: int = Field(0, ge=0, description="seed of everything random")
+    training_seed: int | None = Field(
+        None, ge=0, description="seed of training and of what follows, in place of seed"
+    )
+    seeds: Positive = Field(
+        1,
+        description="training seeds, counted from training_seed: with several, NAME-seedN is the "
+        "library of every further one, on the same rows and clusters, and the evaluation of NAME "
+        "is over all of them",
+    )
     base_model: str = Field(
         "smollm2-135m-instruct",
         description="'smollm2-135m-instruct' (built in), a local folder or a Hugging Face id",
@@ -397,6 +406,20 @@ class Config(Section):
     route: RouteConfig = RouteConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     resources: ResourceConfig = ResourceConfig()
+
+    @property
+    def of_training(self) -> int:
+        """Seed of training and of what follows it."""
+        return self.seed if self.training_seed is None else self.training_seed
+
+    def replicas(self) -> "list[Config]":
+        """Return the configurations of the further training seeds, each on its own."""
+        return [
+            self.model_copy(
+                update={"name": f"{self.name}-seed{seed}", "training_seed": seed, "seeds": 1}
+            )
+            for seed in range(self.of_training + 1, self.of_training + self.seeds)
+        ]
 
     @property
     def library_dir(self) -> Path:

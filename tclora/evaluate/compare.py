@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from tclora.errors import DataError
-from tclora.evaluate.recovery import paired_interval
+from tclora.evaluate.statistics import Bootstrap
 
 METRICS = ("correct", "correct_norm", "nll")
 _PAIRED_BY = ["task", "id"]
@@ -92,9 +92,9 @@ def _compare(
 ) -> Comparison:
     one, two = (both[f"{metric}_{i}"].to_numpy(float) for i in (1, 2))
     weights = both["tokens_1"].to_numpy(float) if metric == "nll" else np.ones(len(both))
-    low, high = paired_interval(
-        one - two, weights, confidence=confidence, resamples=resamples, seed=seed
-    )
+    bootstrap = Bootstrap(confidence, resamples, seed)
+    differences, totals = bootstrap.sums(np.stack([one - two, weights])[:, None])
+    low, high = bootstrap.interval(differences / totals)
     equal = np.isclose(one, two, rtol=1e-6, atol=1e-9)
     better = (one < two) if metric == "nll" else (one > two)
     ties, wins = int(equal.sum()), int((better & ~equal).sum())

@@ -18,6 +18,7 @@ METRICS = {
     "nll": "NLL of the response (nats per token)",
 }
 ITEMS = "answers.parquet"  # one row per method and item
+ENDS = ("", "_low", "_high", "_n")  # of a figure: itself, its interval, its number of items
 _DIGITS = 3
 
 
@@ -44,7 +45,7 @@ class Tables:
         """Summarise items; options are those of `tclora.evaluate.recovery.summarise`."""
         methods = set(items["method"])
         known = items.dropna(subset=["nll", "cluster"])
-        found = pd.DataFrame(columns=["method", "cluster", "n", "recovery", "low", "high"])
+        found = pd.DataFrame(columns=["method", "cluster", "n", "seeds", "recovery", "low", "high"])
         if {BASE, OWN} <= methods and (known["split"] == "test").any():
             found = recovery(known, **options)
         return cls(items, summarise(items, **options), found)
@@ -135,12 +136,13 @@ def write_tables(tables: Tables, folder: Path) -> list[Path]:
 
 
 def flat_figures(rows: pd.DataFrame) -> dict[str, float]:
-    """Return the figures of one method's summary by a path of split, group and metric."""
+    """Return the figures of one method's summary by a path of split, group, metric and `ENDS`."""
     found: dict[str, float] = {}
     for row in rows.to_dict("records"):
         group = "" if row["group_kind"] == "all" else f"/{row['group_kind']}-{row['group']}"
         for kind in (metric for metric in METRICS if metric in row):
-            found[f"{row['split']}{group}/{kind}"] = float(row[kind])
+            for end in ENDS:
+                found[f"{row['split']}{group}/{kind}{end}"] = float(row[f"{kind}{end}"])
     return found
 
 

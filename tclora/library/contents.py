@@ -31,11 +31,13 @@ _EVALUATION = {
         "accuracy_low", "accuracy_high",
     ],
     "recovery": ["method", "cluster", "recovery", "low", "high"],
+    "winners": ["metric", "split", "group_kind", "group", "method", "best", "p", "tie"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
-_NEWER = {  # columns that tables of version 0.1.0 lack
-    "recovery": ["n"],
-    "summary": ["accuracy_norm", "accuracy_norm_low", "accuracy_norm_high"],
+_NEWER = {  # columns that tables of version 0.1.0 lack, or that not all have
+    "items": ["seed"],
+    "summary": ["seeds", "accuracy_norm", "accuracy_norm_low", "accuracy_norm_high"],
+    "recovery": ["n", "seeds"],
 }
 _INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
 _SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
@@ -55,7 +57,7 @@ class Contents:
         Explained variance (fraction) per module and rank; "overall" for the whole.
     losses : Mapping[str, DataFrame]
         Adapter name → its training log; adapters without one are left out.
-    items, summary, recovery, lm_eval : DataFrame
+    items, summary, recovery, winners, lm_eval : DataFrame
         The evaluation; empty where it was not done.
     interference, shared_structure : DataFrame
         What adapters do to each other and what their factors share; empty in earlier libraries.
@@ -71,6 +73,7 @@ class Contents:
     items: pd.DataFrame
     summary: pd.DataFrame
     recovery: pd.DataFrame
+    winners: pd.DataFrame
     lm_eval: pd.DataFrame
     interference: pd.DataFrame
     shared_structure: pd.DataFrame

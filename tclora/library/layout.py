@@ -228,7 +228,7 @@ class EvaluationLayout:
     folder: Path
 
     def table(self, kind: str) -> Path:
-        """Table of a kind: "items", "summary", "recovery" or "lm_eval"."""
+        """Table of a kind: "items", "summary", "recovery", "winners" or "lm_eval"."""
         return self.folder / f"{kind}.parquet"
 
     @property
@@ -245,6 +245,11 @@ class EvaluationLayout:
     def recovery(self) -> Path:
         """Recovery with intervals per method and cluster."""
         return self.table("recovery")
+
+    @property
+    def winners(self) -> Path:
+        """The best merge of every group of rows against the others."""
+        return self.table("winners")
 
     @property
     def lm_eval(self) -> Path:

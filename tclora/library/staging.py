@@ -6,13 +6,12 @@ finished library's own bytes alone. At the end the two are exchanged by two rena
 interrupted leaves its staging area behind, and the next one goes on from there.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tclora.errors import LibraryError
-from tclora.files import sha256_path
+from tclora.files import link_file, sha256_path
 from tclora.library.layout import Layout
 from tclora.library.manifest import is_listed, read_manifest
 from tclora.library.places import heal, retired, staging_area
@@ -190,10 +189,7 @@ def _carry_over(file: Path, target: Path, staging: Path) -> None:
 
 def _link(file: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(file, target, follow_symlinks=False)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(file, target, follow_symlinks=False)
+    link_file(file, target)
 
 
 def _files(root: Path) -> Iterator[Path]:

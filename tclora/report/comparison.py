@@ -1,7 +1,7 @@
 """Tables that compare methods: accuracy and NLL per task, and recovery per cluster.
 
 A table has the references (base, own, joint) apart from the merges; the best merge of each column
-is marked.
+is marked, and so are those that are not told apart from it (`tclora.evaluate.winners`).
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -35,6 +35,7 @@ class Cell:
     interval: str = ""
     value: float | None = None
     best: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def compare_recovery(contents: Contents) -> Table | None:
     counts = {key: number(n) for key, n in rows.groupby("key")["n"].max().dropna().items()}
     columns = {"mean": Column("mean", counts.get("mean", "")), "worst": Column("worst")}
     columns |= {key: Column(f"cluster {key}", counts.get(key, "")) for key in clusters}
-    return _table(contents, "Recovery (%)", rows, columns, percent, best=max)
+    ties = _ties(contents, "recovery", "test", "cluster")
+    return _table(contents, "Recovery (%)", rows, columns, percent, best=max, ties=ties)
 
 
 def _compare_split(contents: Contents, split: str) -> SplitComparison:
@@ -105,11 +107,27 @@ def _compare_split(contents: Contents, split: str) -> SplitComparison:
     kind = "task" if (rows["group_kind"] == "task").any() else "cluster"
     rows = rows[rows["group_kind"].isin([kind, "all"])]
     rows = rows.assign(key=rows["group_kind"].where(rows["group_kind"] == "all", rows["group"]))
-    tables = [_metric_table(contents, rows, kind, metric) for metric in _METRICS]
+    tables = [
+        _metric_table(contents, rows, kind, metric, _ties(contents, metric, split, kind))
+        for metric in _METRICS
+    ]
     return SplitComparison(title, subtitle, [table for table in tables if table is not None])
 
 
-def _metric_table(contents: Contents, rows: pd.DataFrame, kind: str, metric: str) -> Table | None:
+def _ties(contents: Contents, metric: str, split: str, kind: str) -> set[tuple[str, str]]:
+    """Return the merges, with the key of a column, that are not told apart from the best there."""
+    rows = contents.winners
+    rows = rows[(rows["metric"] == metric) & (rows["split"] == split) & rows["tie"].astype(bool)]
+    return {
+        (row["method"], row["group"])
+        for row in rows.to_dict("records")
+        if row["group_kind"] in ("all", kind)
+    }
+
+
+def _metric_table(
+    contents: Contents, rows: pd.DataFrame, kind: str, metric: str, ties: set[tuple[str, str]]
+) -> Table | None:
     rows = rows.dropna(subset=[metric])
     if rows.empty:
         return None
@@ -118,9 +136,11 @@ def _metric_table(contents: Contents, rows: pd.DataFrame, kind: str, metric: str
     columns = _columns(measured, kind)
     if metric in _SHARES:
         title = _SHARES[metric]
-        return _table(contents, title, measured, columns, lambda v: percent(v, 1), best=max)
+        return _table(
+            contents, title, measured, columns, lambda v: percent(v, 1), best=max, ties=ties
+        )
     title = "Negative log-likelihood (nats per response token)"
-    return _table(contents, title, measured, columns, lambda v: number(v, 3), best=min)
+    return _table(contents, title, measured, columns, lambda v: number(v, 3), best=min, ties=ties)
 
 
 def _columns(rows: pd.DataFrame, kind: str) -> dict[str, Column]:
@@ -144,6 +164,7 @@ def _table(
     write: Callable[[float], str],
     *,
     best: Callable[[list[float]], float],
+    ties: set[tuple[str, str]],
 ) -> Table:
     """Lay out long rows (method, key, value, low, high) as a table of `columns`."""
     cells = {
@@ -154,6 +175,8 @@ def _table(
     present = {method for method, _ in cells}
     merged = [method for method in merges(contents) if method in present]
     _mark_best(cells, merged, list(columns), best)
+    for place in ties & set(cells):
+        cells[place] = replace(cells[place], tied=not cells[place].best)
     return Table(
         title,
         list(columns.values()),

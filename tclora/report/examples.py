@@ -54,6 +54,7 @@ def choose_examples(contents: Contents) -> list[ExampleGroup]:
     `MAX_TASKS` are left out.
     """
     items = contents.items.dropna(subset=["generated"])
+    items = items[items["seed"].isna() | (items["seed"] == items["seed"].min())]
     items = items.assign(group=items["task"].fillna("cluster " + items["cluster"].astype(str)))
     order = [*references(items["method"]), *merges(contents)]
     groups = []

@@ -55,6 +55,20 @@ def recoveries(contents: Contents, cluster: str) -> dict[str, Estimate]:
     }
 
 
+def training_seeds(contents: Contents) -> int:
+    """Return over how many training seeds the evaluation goes."""
+    seeds = contents.summary["seeds"].dropna()
+    return int(seeds.max()) if len(seeds) else 1
+
+
+def tied_with_best(contents: Contents) -> list[str]:
+    """Return the merges whose mean recovery is not told apart from that of the best."""
+    rows = contents.winners
+    rows = rows[(rows["metric"] == "recovery") & (rows["group_kind"] == "all")]
+    tied = set(rows[rows["tie"].astype(bool)]["method"])
+    return [method for method in merges(contents) if method in tied]
+
+
 def overall_nll(contents: Contents, split: str) -> dict[str, Estimate]:
     """Return each method's NLL over all rows of a split (nats per response token)."""
     rows = contents.summary

@@ -6,7 +6,13 @@ import pandas as pd
 
 from tclora.library.contents import Contents
 from tclora.library.names import BASE, OWN
-from tclora.report.methods import Estimate, merges, overall_nll, recoveries
+from tclora.report.methods import (
+    Estimate,
+    merges,
+    overall_nll,
+    recoveries,
+    tied_with_best,
+)
 from tclora.report.notation import interval, number, percent, size
 
 _LENGTHS = {
@@ -96,10 +102,12 @@ def _best_merge(contents: Contents) -> str:
     best = ranked[0]
     k = contents.manifest.clustering.k
     among = f"the best of {len(ranked)} methods, " if len(ranked) > 1 else ""
-    return (
+    found = (
         f"{best}{_rank(contents, best)}, {among}recovers {_percent(means[best])} of what the {k} "
         f"clusters{_APOSTROPHE} own adapters gain over the base model{_worst(contents, best)}."
     )
+    tied = " and ".join(tied_with_best(contents))
+    return f"{found} It is not told apart from {tied} by these items." if tied else found
 
 
 def _primary_merge(contents: Contents) -> str:

@@ -26,7 +26,7 @@ from tclora.report.comparison import compare_recovery, compare_splits
 from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
 from tclora.report.interference import correlations, shared_facts
-from tclora.report.methods import merges, recoveries
+from tclora.report.methods import merges, recoveries, training_seeds
 from tclora.report.overview import (
     data_profile,
     explained_variance_points,
@@ -101,6 +101,7 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         curve=explained_variance_points(contents),
         marked=bool(task_markers(contents)),
         map_points=MAP_POINTS,
+        seeds=training_seeds(contents),
         comparisons=compare_splits(contents),
         recovery=compare_recovery(contents),
         mean_recovery={m: v.value for m, v in recoveries(contents, "mean").items()},

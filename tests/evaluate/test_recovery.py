@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import tclora.evaluate.recovery
+import tclora.evaluate.statistics
 from tclora.evaluate.recovery import recovery, summarise
 
 TOKENS = {"a": 2, "b": 3, "c": 5, "d": 1}
@@ -151,7 +151,7 @@ def test_pairing_makes_the_intervals_narrow():
 def test_the_size_of_chunks_changes_nothing(monkeypatch, chunk):
     items = many(base=2.0, own=1.0, merged=1.4)
     whole = summarise(items, resamples=250), recovery(items, resamples=250)
-    monkeypatch.setattr(tclora.evaluate.recovery, "_CHUNK", chunk)
+    monkeypatch.setattr(tclora.evaluate.statistics, "CHUNK", chunk)
     pd.testing.assert_frame_equal(summarise(items, resamples=250), whole[0])
     pd.testing.assert_frame_equal(recovery(items, resamples=250), whole[1])
 
@@ -187,3 +187,50 @@ def test_methods_and_splits_are_kept_apart():
     overall = found[found["group_kind"] == "all"]
     pairs = set(zip(overall["method"], overall["split"], strict=True))
     assert pairs == {("base", "test"), ("base", "ood"), ("own", "test"), ("own", "ood")}
+
+
+def several_seeds(spread, n=200, count=3, seed=0, **means):
+    """Items of several training seeds; all methods but the base are off by a draw per seed."""
+    rng = np.random.default_rng(seed)
+    items = many(n, seed, **means)
+    parts = []
+    for number in range(count):
+        moved = items["nll"] + 4 * rng.normal(0, spread) * (items["method"] != "base")
+        parts.append(items.assign(seed=number, nll=moved))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_equal_seeds_give_what_one_gives():
+    items = many(base=2.0, own=1.0, merged=1.4)
+    same = pd.concat([items.assign(seed=number) for number in range(3)])
+    for function in (summarise, recovery):
+        one, three = function(items, resamples=100), function(same, resamples=100)
+        assert (three["seeds"] == 3).all()
+        pd.testing.assert_frame_equal(three.assign(seeds=1), one)
+
+
+def test_seeds_that_differ_widen_the_intervals():
+    alike = recovery(several_seeds(0.001, base=2.0, own=1.0, merged=1.4)).set_index("cluster")
+    apart = summarise(several_seeds(0.4, base=2.0, own=1.0, merged=1.4))
+    calm = summarise(several_seeds(0.001, base=2.0, own=1.0, merged=1.4))
+    width = {
+        name: (table["nll_high"] - table["nll_low"]).to_numpy()[table["method"] == "merged"]
+        for name, table in (("apart", apart), ("calm", calm))
+    }
+    assert (width["apart"] > 2 * width["calm"]).all()
+    assert alike.loc["mean", "recovery"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_seeds_must_measure_the_same_items():
+    items = pd.concat([many(base=2.0, own=1.0, merged=1.4).assign(seed=s) for s in range(2)])
+    with pytest.raises(ValueError, match="every seed must measure the same items"):
+        recovery(items.iloc[:-1], resamples=10)
+
+
+def test_every_figure_has_its_number_of_items():
+    items = frame(base=1.0, own=1.0)
+    items["correct"] = [1.0, np.nan, 0.0, 1.0] * 2
+    items.loc[items["id"] == "a", "nll"] = np.nan
+    found = summarise(items, resamples=20).set_index(["method", "group_kind"])
+    row = found.loc[("base", "all")]
+    assert (row["n"], row["nll_n"], row["accuracy_n"]) == (4, 3, 3)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tclora.config import Config
+from tclora.evaluate.winners import winners
 from tclora.files import sha256_path
 
 K = 6
@@ -44,6 +45,7 @@ def build_library(folder: Path, *, labelled: bool = True) -> Path:
     items.to_parquet(folder / "evaluation/items.parquet")
     _summary(items, labelled).to_parquet(folder / "evaluation/summary.parquet")
     _recovery(rng).to_parquet(folder / "evaluation/recovery.parquet")
+    winners(items, resamples=100).to_parquet(folder / "evaluation/winners.parquet")
     _pairs(np.random.default_rng(1)).to_parquet(folder / "interference.parquet")
     _shared(np.random.default_rng(2)).to_parquet(folder / "shared_structure.parquet")
     for name in [*(f"cluster-{k}" for k in range(K - 1)), "joint"]:

@@ -285,3 +285,18 @@ def test_a_library_without_router_says_so(library):
     (library / "routing.parquet").unlink()
     seal(library)
     assert "the library has no router" in write_report(library).read_text()
+
+
+def test_ties_with_the_best_merge_are_marked_and_told(library):
+    place = library / "evaluation/winners.parquet"
+    rows = pd.read_parquet(place)
+    mean = (rows["metric"] == "recovery") & (rows["group"] == "mean")
+    rows["tie"] = mean & (rows["method"] == "regmean")
+    rows.to_parquet(place)
+    page = written(library)
+    assert page.count("number tied") == 1
+    assert "It is not told apart from regmean by these items." in page
+    rows.assign(tie=False).to_parquet(place)
+    page = written(library)
+    assert "number tied" not in page
+    assert "not told apart from regmean" not in page

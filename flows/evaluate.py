@@ -36,7 +36,12 @@ def evaluate(
     crossed = _cross(context, prepared.held_out, trained) if cfg.cross_rows else None
     measured = Measured(items, replicas, context.config.of_training)
     return summarise_items(
-        measured, crossed, cfg.only(IntervalConfig), context.config.seed, context.where
+        measured,
+        crossed,
+        merged.diagnosis,
+        cfg.only(IntervalConfig),
+        context.config.seed,
+        context.where,
     )
 
 

@@ -1,5 +1,6 @@
 """Stages that measure: one method at a time, in jobs of their own, and the summary of all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -9,6 +10,7 @@ from tasks.keys import stage
 from tasks.where import Where
 from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.cross import measure_cross
+from tclora.evaluate.harm import foretold, summarise_cross
 from tclora.evaluate.method import evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
 from tclora.evaluate.subjects import ALL
@@ -81,8 +83,8 @@ def cross(
     base: Base,
     where: Where,
 ) -> Artifact:
-    """Measure rows of every cluster under every cluster's adapter."""
-    file = where.layout.evaluation.table("cross")
+    """Measure rows of every cluster under every cluster's adapter, alone and added to its own."""
+    file = where.layout.items("cross")
     where.executor.run_isolated(
         measure_cross,
         base=base,
@@ -117,9 +119,14 @@ class Measured:
 
 @stage("summarise")
 def summarise_items(
-    items: Measured, crossed: Artifact | None, config: IntervalConfig, seed: int, where: Where
+    items: Measured,
+    crossed: Artifact | None,
+    diagnosis: Artifact,
+    config: IntervalConfig,
+    seed: int,
+    where: Where,
 ) -> Artifact:
-    """Collect the measured items of all methods; summaries, recovery and winners."""
+    """Collect the measured items of all methods; summaries, recovery, winners and harm."""
     layout, table = where.layout, items.table()
     options = {**dict(config), "seed": seed}
     tables = {
@@ -128,6 +135,9 @@ def summarise_items(
         "recovery": recovery(table, **options),
         "winners": winners(table, **options),
     }
+    if crossed:
+        tables["cross"] = summarise_cross(pd.read_parquet(crossed.path), **options)
+        tables["harm"] = foretold(tables["cross"], pd.read_parquet(diagnosis.path), **options)
     lm_eval = [path for item in items.methods.values() for path in item.paths[1:]]
     if lm_eval:
         tables["lm_eval"] = pd.concat(map(pd.read_parquet, lm_eval), ignore_index=True)
@@ -135,7 +145,15 @@ def summarise_items(
         with atomic_path(layout.evaluation.table(name)) as fresh:
             frame.to_parquet(fresh)
     files = [layout.evaluation.table(name) for name in tables]
-    return Artifact.of(layout.root, *files, *(crossed.paths if crossed else ()))
+    return Artifact.of(layout.root, *files, metrics=_harm_metrics(tables) if crossed else {})
+
+
+def _harm_metrics(tables: Mapping[str, pd.DataFrame]) -> dict[str, float]:
+    """Return the mean harm of an added adapter, and how well each measure foretells it."""
+    cross, harm = tables["cross"], tables["harm"].set_index("measure")["rho"].dropna()
+    mean = cross[cross["added"]]["change"].mean()
+    rho = {f"interference/{name}_harm_rho": float(value) for name, value in harm.items()}
+    return ({} if pd.isna(mean) else {"interference/harm": float(mean)}) | rho
 
 
 def _shown(method: str, where: Where) -> EventCallback:

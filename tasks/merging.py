@@ -19,7 +19,7 @@ from tclora.model.base import Base
 from tclora.model.sample import Sample, Use
 from tclora.tensor import LibraryFactors, explained_variance_curve, shared_structure
 from tclora.tensor import factorise as factorise_adapters
-from tclora.tensor.interference import interference
+from tclora.tensor.interference import MEASURES, interference
 from tclora.tune.components import refit_components
 from tclora.tune.rank import choose_rank
 from tclora.tune.scale import choose_scale
@@ -161,12 +161,22 @@ def diagnose(adapters: Artifacts, factors: Artifact, where: Where) -> Artifact:
     layout = where.layout
     read = [read_adapter(part.path, name) for name, part in adapters.items()]
     shared = shared_structure(read, LibraryFactors.load(factors.path))
-    tables = {layout.interference: interference(read).pairs(), layout.shared_structure: shared}
+    measured = interference(read)
+    tables = {
+        layout.interference: measured.pairs(),
+        layout.module_interference: measured.modules,
+        layout.shared_structure: shared,
+    }
     for file, table in tables.items():
         with atomic_path(file) as fresh:
             table.to_parquet(fresh)
-    share = float((shared["shared"] * shared["energy"]).sum() / shared["energy"].sum())
-    return Artifact.of(layout.root, *tables, metrics={"factors/shared_energy": share})
+    metrics = {
+        f"factors/{name}": float((shared[column] * shared["energy"]).sum() / shared["energy"].sum())
+        for name, column in (("shared_energy", "shared"), ("loading_spread", "spread"))
+    }
+    means = tables[layout.interference][list(MEASURES)].mean()
+    metrics |= {f"interference/{name}": float(value) for name, value in means.dropna().items()}
+    return Artifact.of(layout.root, *tables, metrics=metrics)
 
 
 @stage("tune-scale", "tune-{method}")

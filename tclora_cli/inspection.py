@@ -39,7 +39,7 @@ def _summary(info: MethodInfo) -> str:
 
 def print_inspection(specs: Sequence[str], picture: Path | None, console: Console) -> None:
     """Print ranks, targets and norms of adapters and how they interfere; draw it if asked to."""
-    from tclora.tensor.interference import interference
+    from tclora.tensor.interference import MEASURES, interference
 
     adapters = read_adapters(specs)
     table = Table("adapter", "modules", "ranks", "norm of update", "base model")
@@ -56,7 +56,7 @@ def print_inspection(specs: Sequence[str], picture: Path | None, console: Consol
     console.print(table)
     if len(adapters) > 1:
         measured = interference(adapters)
-        for name in ("cosine", "input_overlap", "output_overlap", "sign_conflict"):
+        for name in MEASURES:
             console.print(_matrix(name.replace("_", " "), getattr(measured, name)))
         if picture:
             _draw(measured, picture)

@@ -362,8 +362,9 @@ class EvaluateConfig(MeasureConfig, IntervalConfig, LmEvalConfig):
     cross_rows: int = Field(
         0,
         ge=0,
-        description="held-out rows of every cluster to measure under every cluster's adapter, for "
-        "the K x K table of what adapters do to each other's rows; 0: none",
+        description="held-out rows of every cluster to measure under every cluster's adapter, "
+        "alone and added to the cluster's own, for the K x K tables of what adapters do to each "
+        "other's rows; 0: none",
     )
 
 

@@ -1,21 +1,24 @@
-"""Interference as behaviour: every cluster's held-out rows under every cluster's adapter.
+"""Interference as behaviour: held-out rows of every cluster under every cluster's adapter.
 
-The diagonal of the table is what specialisation gains over the base model; a cell beside it, what
-an adapter does to rows of a cluster that it was not trained on.
+An adapter is measured on a cluster's rows alone, in place of the cluster's own, and added to the
+own: Δ_k + Δ_j, each at its full scale. How much the loss of cluster k's rows rises when adapter j
+is added is the harm that j does to k; averaging two adapters would halve both and measure that too.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from tclora.adapter import read_adapter
+from tclora.adapter import Adapter, read_adapter
 from tclora.config import MeasureConfig
 from tclora.evaluate.measure import evaluate_frame
 from tclora.files import atomic_path
 from tclora.jobs.call import EventCallback
-from tclora.library.names import BASE
+from tclora.library.names import BASE, cluster_number
+from tclora.merge import merge
 from tclora.model.attach import attached
-from tclora.model.base import Base
+from tclora.model.base import Base, LoadedBase
 
 
 def measure_cross(
@@ -29,7 +32,7 @@ def measure_cross(
     target: Path,
     on_event: EventCallback = lambda _: None,
 ) -> int:
-    """Measure the response NLL of rows of every cluster under the base model and every adapter.
+    """Measure rows of every cluster under the base model, every adapter, and every two adapters.
 
     Parameters
     ----------
@@ -46,38 +49,59 @@ def measure_cross(
     config : MeasureConfig
         Of which the token budget counts; nothing is generated.
     target : Path
-        Parquet file to write: columns cluster, adapter ("base" for none), n (rows), nll (nats per
-        response token).
+        Parquet file to write, one line per row and model: columns id, cluster, adapter ("base" for
+        none), added (whether the adapter was added to the cluster's own, rather than alone), nll
+        (nats), tokens.
     on_event : callable
-        Called with the number of adapters measured so far, ``rows``, and in all, ``of``.
+        Called with the number of models measured so far, ``rows``, and in all, ``of``.
 
     Returns
     -------
     int
-        Rows measured under each adapter.
+        Rows measured under each adapter alone.
     """
     loaded, frame = base.load(), pd.read_parquet(rows)
     test = frame[frame["split"] == "test"].sample(frac=1, random_state=seed)
     chosen = test.groupby("cluster").head(per_cluster).sort_index()
-    tables = []
-    for done, name in enumerate([BASE, *adapters], start=1):
-        adapter = read_adapter(adapters[name], name) if name in adapters else None
-        with attached(loaded.model, adapter):
-            measured = evaluate_frame(
-                loaded.model,
-                loaded.tokenizer,
-                chosen,
-                template=loaded.base.template,
-                max_tokens=loaded.base.max_tokens,
-                token_budget=config.token_budget,
-                max_new_tokens=None,
-            )
-        sums = measured.groupby(chosen["cluster"].to_numpy())[["nll", "tokens"]].sum()
-        table = pd.DataFrame({"cluster": sums.index, "adapter": name})
-        table["n"] = chosen.groupby("cluster").size().to_numpy()
-        table["nll"] = (sums["nll"] / sums["tokens"]).to_numpy()
-        tables.append(table)
-        on_event({"rows": done, "of": len(adapters) + 1})
+    read = {name: read_adapter(path, name) for name, path in adapters.items()}
+    parts, models = [], 1 + len(read) + len(read) * (len(read) - 1) // 2
+    for done, part in enumerate(_measured(loaded, chosen, read, config), start=1):
+        parts.append(part)
+        on_event({"rows": done, "of": models})
     with atomic_path(target) as fresh:
-        pd.concat(tables, ignore_index=True).to_parquet(fresh)
+        pd.concat(parts, ignore_index=True).to_parquet(fresh)
     return len(chosen)
+
+
+def _measured(
+    loaded: LoadedBase, rows: pd.DataFrame, adapters: Mapping[str, Adapter], config: MeasureConfig
+) -> Iterator[pd.DataFrame]:
+    """Yield the measured rows of one model after the other."""
+    yield _under(loaded, rows, None, config).assign(adapter=BASE, added=False)
+    for name, adapter in adapters.items():
+        yield _under(loaded, rows, adapter, config).assign(adapter=name, added=False)
+    names = list(adapters)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            # One model serves both directions: second added to first, and first to second.
+            other = {cluster_number(first): second, cluster_number(second): first}
+            own = rows[rows["cluster"].isin(other)]
+            both = merge([adapters[first], adapters[second]], "cat").adapter
+            measured = _under(loaded, own, both, config)
+            yield measured.assign(adapter=measured["cluster"].map(other), added=True)
+
+
+def _under(
+    loaded: LoadedBase, rows: pd.DataFrame, adapter: Adapter | None, config: MeasureConfig
+) -> pd.DataFrame:
+    with attached(loaded.model, adapter):
+        measured = evaluate_frame(
+            loaded.model,
+            loaded.tokenizer,
+            rows,
+            template=loaded.base.template,
+            max_tokens=loaded.base.max_tokens,
+            token_budget=config.token_budget,
+            max_new_tokens=None,
+        )
+    return measured[["id", "nll", "tokens"]].assign(cluster=rows["cluster"].to_numpy())

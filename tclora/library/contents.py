@@ -32,14 +32,19 @@ _EVALUATION = {
     ],
     "recovery": ["method", "cluster", "recovery", "low", "high"],
     "winners": ["metric", "split", "group_kind", "group", "method", "best", "p", "tie"],
+    "cross": ["cluster", "adapter", "n", "nll"],
+    "harm": ["measure", "clusters", "n", "rho", "low", "high", "p"],
     "lm_eval": ["method", "task", "metric", "value", "stderr"],
 }  # fmt: skip
 _NEWER = {  # columns that tables of version 0.1.0 lack, or that not all have
     "items": ["seed"],
     "summary": ["seeds", "accuracy_norm", "accuracy_norm_low", "accuracy_norm_high"],
     "recovery": ["n", "seeds"],
+    "cross": ["added", "low", "high", "change", "change_low", "change_high"],
 }
+_MODULES = ["module", "first", "second", "sign_conflict", "weight"]
 _INTERFERENCE = ["first", "second", "cosine", "input_overlap", "output_overlap", "sign_conflict"]
+_ANGLES = ["input_angle", "output_angle", "input_nearest", "output_nearest"]
 _SHARED = ["module", "rank", "energy", "shared", "spread", "core_consistency"]
 
 
@@ -57,9 +62,9 @@ class Contents:
         Explained variance (fraction) per module and rank; "overall" for the whole.
     losses : Mapping[str, DataFrame]
         Adapter name → its training log; adapters without one are left out.
-    items, summary, recovery, winners, lm_eval : DataFrame
+    items, summary, recovery, winners, cross, harm, lm_eval : DataFrame
         The evaluation; empty where it was not done.
-    interference, shared_structure : DataFrame
+    interference, module_interference, shared_structure : DataFrame
         What adapters do to each other and what their factors share; empty in earlier libraries.
     routing : DataFrame
         Where held-out prompts are routed, one column of weights per cluster's adapter; empty where
@@ -74,8 +79,11 @@ class Contents:
     summary: pd.DataFrame
     recovery: pd.DataFrame
     winners: pd.DataFrame
+    cross: pd.DataFrame
+    harm: pd.DataFrame
     lm_eval: pd.DataFrame
     interference: pd.DataFrame
+    module_interference: pd.DataFrame
     shared_structure: pd.DataFrame
     routing: pd.DataFrame
 
@@ -117,7 +125,8 @@ def read_contents(library: Path) -> Contents:
         explained_variance=reader.table(layout.explained_variance, _EXPLAINED),
         losses=_read_losses(reader, layout),
         **_read_evaluation(reader, layout.evaluation),
-        interference=reader.optional(layout.interference, _INTERFERENCE),
+        interference=reader.optional(layout.interference, _INTERFERENCE, _ANGLES),
+        module_interference=reader.optional(layout.module_interference, _MODULES),
         shared_structure=reader.optional(layout.shared_structure, _SHARED),
         routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
     )

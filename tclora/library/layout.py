@@ -81,6 +81,11 @@ class Layout:
         return self.root / "interference.parquet"
 
     @property
+    def module_interference(self) -> Path:
+        """The same in every module."""
+        return self.root / "interference_modules.parquet"
+
+    @property
     def shared_structure(self) -> Path:
         """Shared and cluster-specific energy of the joint factors, per module."""
         return self.root / "shared_structure.parquet"
@@ -228,7 +233,7 @@ class EvaluationLayout:
     folder: Path
 
     def table(self, kind: str) -> Path:
-        """Table of a kind: "items", "summary", "recovery", "winners" or "lm_eval"."""
+        """Table of a kind, such as "items", "cross" or "harm"."""
         return self.folder / f"{kind}.parquet"
 
     @property

@@ -13,7 +13,7 @@ from tclora.library.contents import Contents, read_contents
 from tclora.report.bars import cluster_sizes, recovery, storage
 from tclora.report.canvas import STYLE
 from tclora.report.curves import explained_variance, loss_curves
-from tclora.report.interference import interference, shared_energy
+from tclora.report.interference import harm, interference, layer_map, shared_energy
 from tclora.report.routing import routing
 from tclora.report.scatter import cluster_map
 
@@ -27,6 +27,8 @@ _DRAWINGS = {
     "routing": routing,
     "interference": interference,
     "shared_energy": shared_energy,
+    "harm": harm,
+    "layer_map": layer_map,
 }
 
 
@@ -42,7 +44,8 @@ def figures(library: Path) -> dict[str, Figure]:
     -------
     dict of str to Figure
         Of ``cluster_map``, ``cluster_sizes``, ``loss_curves``, ``explained_variance``,
-        ``recovery``, ``storage``, ``routing``, ``interference``, ``shared_energy``.
+        ``recovery``, ``storage``, ``routing``, ``interference``, ``shared_energy``,
+        ``harm``, ``layer_map``.
 
     Raises
     ------

@@ -1,17 +1,19 @@
-"""What the adapters do to each other: interference of pairs, shared energy by layer."""
+"""What the adapters do to each other: interference of pairs, harm to rows, energy by layer."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from tclora.evaluate.harm import harm_table, square
 from tclora.library.contents import Contents
 from tclora.library.names import cluster_name, cluster_number
-from tclora.report.canvas import half_page, plain
+from tclora.report.canvas import half_page
+from tclora.report.maps import cell_map
 from tclora.report.notation import number, percent
 from tclora.report.overview import Fact
 from tclora.report.palette import LIGHT
@@ -21,18 +23,36 @@ _MEASURES = {
     "input_overlap": "overlap of the directions read",
     "output_overlap": "overlap of the directions written",
     "sign_conflict": "share of the interaction that cancels",
+    "input_angle": "mean angle of the spaces read (degrees)",
+    "output_angle": "mean angle of the spaces written (degrees)",
+    "input_nearest": "smallest angle of the spaces read (degrees)",
+    "output_nearest": "smallest angle of the spaces written (degrees)",
 }
 _SHOWN = "sign_conflict"
+_LAYER = re.compile(r"\.(\d+)\.")
+_FEW_LAYERS = 12  # of which each has its number below the map
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """How one measure of interference goes with the harm that adapters do, over pairs."""
+
+    rho: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    p: float = np.nan
+    n: int = 0
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """How one measure of interference goes with recovery, over clusters."""
+    """How one measure of interference goes with recovery over clusters, and with harm."""
 
     measure: str
     mean: float  # over pairs
     rho: float  # Spearman's rank correlation with recovery; NaN where it is not defined
     n: int  # clusters
+    harm: Foretold
 
 
 def interference(contents: Contents) -> Figure | None:
@@ -40,23 +60,64 @@ def interference(contents: Contents) -> Figure | None:
     names = _names(contents)
     if not names:
         return None
-    table = _square(contents.interference, names, _SHOWN)
-    figure, axes = half_page(1.4 + 0.34 * len(names))
-    axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(len(names) - 0.5, -0.5))
-    ticks = [plain(str(cluster_number(name))) for name in names]
-    axes.set_xticks(range(len(names)), ticks)
-    axes.set_yticks(range(len(names)), ticks)
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    axes.set(xlabel="cluster", ylabel="cluster")
-    for (row, column), value in np.ndenumerate(table):
-        if not np.isnan(value):
-            corner = (column - 0.48, row - 0.46)  # no image: the report's policy allows none
-            axes.add_patch(Rectangle(corner, 0.96, 0.92, color=LIGHT["accent-bar"], alpha=value))
-            axes.text(column, row, percent(value), ha="center", va="center", fontsize=7.5)
-    return figure
+    table = square(contents.interference, names, _SHOWN)
+    return _by_cluster(table, percent, full=1.0, labels=("cluster", "cluster"))
+
+
+def harm(contents: Contents) -> Figure | None:
+    """Draw by how much the loss of a cluster's rows rises when another adapter is added, K x K."""
+    table = harm_table(contents.cross, _names(contents))
+    if not table.notna().any(axis=None):
+        return None
+    full = float(np.nanmax(np.abs(table)))
+    labels = ("adapter that is added", "rows of cluster")
+    return _by_cluster(table, lambda nats: number(nats, 2), full=full, labels=labels)
+
+
+def layer_map(contents: Contents) -> Figure | None:
+    """Draw how much of the adapters' interaction cancels, by layer and kind of module."""
+    table = conflict_by_layer(contents.module_interference)
+    if table.empty:
+        return None
+    shown = table.rename(columns=str)
+    if shown.shape[1] > _FEW_LAYERS:
+        shown.columns = pd.Index([str(c) if int(c) % 5 == 0 else "" for c in table.columns])
+    full, height = float(np.nanmax(table)), 1.1 + 0.3 * len(table)
+    return cell_map(shown, lambda _: "", full=full, labels=("layer", ""), height=height)
+
+
+def conflict_by_layer(modules: pd.DataFrame) -> pd.DataFrame:
+    """Return the sign conflict by kind of module (rows) and layer (columns), mean over pairs.
+
+    Pairs and modules are weighted by the product of the updates' norms; modules outside of layers
+    are left out.
+    """
+    found = modules["module"].map(lambda name: _LAYER.search(str(name)))
+    kept = modules[found.notna()]
+    keys = [kept["module"].str.rpartition(".")[2], found[found.notna()].map(lambda m: int(m[1]))]
+    if kept.empty:
+        return pd.DataFrame()
+    weighted = (kept[_SHOWN] * kept["weight"]).groupby(keys).sum()
+    return (weighted / kept["weight"].groupby(keys).sum()).unstack()
+
+
+def most_conflict(contents: Contents) -> float:
+    """Return the largest cell of `layer_map`; NaN where there is none."""
+    table = conflict_by_layer(contents.module_interference)
+    return float(np.nanmax(table)) if not table.empty else np.nan
+
+
+def rows_of_harm(contents: Contents) -> str:
+    """Say on how many rows of a cluster the harm was measured."""
+    counts = sorted({int(n) for n in contents.cross["n"]})
+    return " to ".join(str(n) for n in dict.fromkeys([*counts[:1], *counts[-1:]]))
+
+
+def _by_cluster(
+    table: pd.DataFrame, write: Callable[[float], str], *, full: float, labels: tuple[str, str]
+) -> Figure:
+    shown = table.rename(index=cluster_number, columns=cluster_number)
+    return cell_map(shown, write, full=full, labels=labels, height=1.4 + 0.34 * len(table))
 
 
 def shared_energy(contents: Contents) -> Figure | None:
@@ -101,13 +162,22 @@ def correlations(contents: Contents) -> list[Correlation]:
     measured = [name for name in names if not pd.isna(own.get(clusters[name], np.nan))]
     found = []
     for measure, label in _MEASURES.items() if names else ():
-        table = pd.DataFrame(_square(contents.interference, names, measure), names, names)
+        table = square(contents.interference, names, measure)
         means = table.mean(axis=1)[measured]
         shares = pd.Series([own[clusters[name]] for name in measured], index=measured, dtype=float)
         rho = means.rank().corr(shares.rank()) if len(measured) > 2 else np.nan
         mean = float(contents.interference[measure].mean())
-        found.append(Correlation(label, mean, float(rho), len(measured)))
-    return found
+        found.append(
+            Correlation(label, mean, float(rho), len(measured), _foretold(contents, measure))
+        )
+    return [one for one in found if not np.isnan(one.mean)]
+
+
+def _foretold(contents: Contents, measure: str) -> Foretold:
+    rows = contents.harm[contents.harm["measure"] == measure].to_dict("records")
+    if not rows:
+        return Foretold()
+    return Foretold(**{name: rows[0][name] for name in ("rho", "low", "high", "p", "n")})
 
 
 def _names(contents: Contents) -> list[str]:
@@ -116,18 +186,9 @@ def _names(contents: Contents) -> list[str]:
     return [n for k in range(contents.manifest.clustering.k) if (n := cluster_name(k)) in names]
 
 
-def _square(pairs: pd.DataFrame, names: list[str], measure: str) -> "np.ndarray":
-    """Return a measure as a symmetric K x K array, NaN on the diagonal."""
-    table = pd.DataFrame(np.nan, index=names, columns=names)
-    for row in pairs.to_dict("records"):
-        table.loc[row["first"], row["second"]] = row[measure]
-        table.loc[row["second"], row["first"]] = row[measure]
-    return table.to_numpy(float)
-
-
 def _by_layer(table: pd.DataFrame) -> pd.Series:
     """Return the shared share of energy per layer: the first number in a module's path."""
-    found = table["module"].map(lambda module: re.search(r"\.(\d+)\.", str(module)))
+    found = table["module"].map(lambda module: _LAYER.search(str(module)))
     kept = table[found.notna()]
     layer = found[found.notna()].map(lambda match: int(match[1]))
     weighted = (kept["shared"] * kept["energy"]).groupby(layer).sum()

@@ -25,7 +25,12 @@ from tclora.report.clusters import (
 from tclora.report.comparison import compare_recovery, compare_splits
 from tclora.report.examples import MAX_TASKS, choose_examples, judge
 from tclora.report.figures import draw_figures
-from tclora.report.interference import correlations, shared_facts
+from tclora.report.interference import (
+    correlations,
+    most_conflict,
+    rows_of_harm,
+    shared_facts,
+)
 from tclora.report.methods import merges, recoveries, training_seeds
 from tclora.report.overview import (
     data_profile,
@@ -50,6 +55,8 @@ _TITLES = {
     "storage": "Bytes of the separate adapters, the shared factors and each merge",
     "routing": "Mean routing weights of the held-out prompts of every task",
     "interference": "Share of every two adapters' interaction that cancels, cluster by cluster",
+    "harm": "Rise of the loss of every cluster's rows when another adapter is added to its own",
+    "layer_map": "Share of the adapters' interaction that cancels, by layer and kind of module",
     "shared_energy": "Share of the joint factors' energy that clusters share, by layer",
 }
 
@@ -111,6 +118,8 @@ def render(contents: Contents, drawn: Mapping[str, Figure]) -> str:
         routed_prompts=routed_prompts(contents),
         router_quality=router_quality(contents),
         correlations=correlations(contents),
+        harm_rows=rows_of_harm(contents),
+        most_conflict=most_conflict(contents),
         shared_facts=shared_facts(contents),
         examples=choose_examples(contents),
         judge=judge(contents),

@@ -36,18 +36,28 @@ class Interference:
     sign_conflict : DataFrame
         Share of the interaction that is destructive, 0 to 1: along the directions both updates
         share, how much of Σ |projection| has the opposite sign.
+    input_angle, output_angle : DataFrame
+        Mean principal angle of the spaces read and written, in degrees: 0 the same, 90 orthogonal;
+        every direction counts alike.
+    input_nearest, output_nearest : DataFrame
+        The smallest principal angle, in degrees.
     modules : DataFrame
-        One row per module and pair: module, first, second and the four measures.
+        One row per module and pair: module, first, second, the measures, and the weight of the pair
+        there, the product of the updates' norms.
     """
 
     cosine: pd.DataFrame
     input_overlap: pd.DataFrame
     output_overlap: pd.DataFrame
     sign_conflict: pd.DataFrame
+    input_angle: pd.DataFrame
+    output_angle: pd.DataFrame
+    input_nearest: pd.DataFrame
+    output_nearest: pd.DataFrame
     modules: pd.DataFrame
 
     def pairs(self) -> pd.DataFrame:
-        """Return one row per pair of adapters: first, second and the four measures."""
+        """Return one row per pair of adapters: first, second and the measures."""
         names = list(self.cosine.index)
         first, second = np.triu_indices(len(names), k=1)
         return pd.DataFrame(
@@ -59,7 +69,10 @@ class Interference:
         )
 
 
-MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
+MEASURES = (
+    "cosine", "input_overlap", "output_overlap", "sign_conflict", "input_angle", "output_angle",
+    "input_nearest", "output_nearest",
+)  # fmt: skip
 
 
 def interference(
@@ -85,7 +98,14 @@ def interference(
     ‖S_i^½ V_iᵀ V_j S_j^½‖² / (‖S_i‖ ‖S_j‖), the mean squared cosine of their directions weighted by
     singular values (spectra of equal shape and equal directions give 1). The sign conflict sums the
     terms (S_i)_a (U_iᵀ U_j)_ab (S_j)_b (V_iᵀ V_j)_ab of ⟨Δ_i, Δ_j⟩: the share of their absolute
-    values that is negative. None of it depends on how an update was split into B and A.
+    values that is negative. Cosines of principal angles are the singular values of V_iᵀ V_j; of two
+    spaces of unlike dimension there are as many as the smaller has. None of it depends on how an
+    update was split into B and A.
+
+    References
+    ----------
+    Björck, Golub (1973), "Numerical methods for computing angles between linear subspaces",
+    Mathematics of Computation 27.
     """
     check_adapters(adapters)
     names = [adapter.name for adapter in adapters]
@@ -127,7 +147,25 @@ def _measure(core: Core) -> tuple[dict[str, Tensor], Tensor]:
         "input_overlap": (strength * inputs.square()).sum((2, 3)) / safe,
         "output_overlap": (strength * outputs.square()).sum((2, 3)) / safe,
         "sign_conflict": conflict,
+        **_angles(inputs, S > 0, "input"),
+        **_angles(outputs, S > 0, "output"),
     }, weight
+
+
+def _angles(products: Tensor, used: Tensor, side: str) -> dict[str, Tensor]:
+    """Return the mean and the smallest principal angle of every two spaces, in degrees.
+
+    `products` (K, K, q, q) are those of orthonormal directions, of which `used` (K, q) count.
+    """
+    kept = used[:, None, :, None] & used[None, :, None, :]
+    cosines = torch.linalg.svdvals(torch.where(kept, products, 0.0))  # (K, K, q), falling
+    ranks = used.sum(1)
+    count = torch.minimum(ranks[:, None], ranks)  # (K, K)
+    real = torch.arange(cosines.shape[2], device=count.device) < count[..., None]
+    angles = torch.rad2deg(torch.acos(cosines.clamp(0, 1)))
+    mean = torch.where(real, angles, 0.0).sum(2) / count.clamp_min(1)
+    nearest = torch.where(count > 0, angles[..., 0], 0.0)
+    return {f"{side}_angle": mean, f"{side}_nearest": nearest}
 
 
 def _pairs(
@@ -142,8 +180,9 @@ def _pairs(
                 "first": [names[i] for i in first.tolist()],
                 "second": [names[j] for j in second.tolist()],
                 **{m: measured[m][first, second].numpy() for m in MEASURES},
+                "weight": weight[first, second].numpy(),
             }
         )
-        for module, measured, _ in rows
+        for module, measured, weight in rows
     ]
     return pd.concat(frames, ignore_index=True)

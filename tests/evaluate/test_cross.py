@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 from tclora.adapter import read_adapter, write_adapter
 from tclora.config import MeasureConfig
 from tclora.evaluate.cross import measure_cross
+from tclora.evaluate.harm import summarise_cross
 from tclora.model.base import Base
 from tclora.model.tokens import encode
 from tests.reference import row_nll
@@ -28,6 +29,24 @@ def rows(tmp_path):
     return frame
 
 
+def added_nll(tmp_path, rows, pair, model_dir, tokenizer):
+    """NLL per token of every cluster under stock PEFT's concatenation of two adapters."""
+    for place, adapter in enumerate(pair):
+        write_adapter(adapter, tmp_path / f"stock-{place}")
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    model = PeftModel.from_pretrained(model, tmp_path / "stock-0", "first")
+    model.load_adapter(tmp_path / "stock-1", "second")
+    model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "both", combination_type="cat")
+    model.set_adapter("both")
+    found = {}
+    for cluster, part in rows[rows["split"] == "test"].groupby("cluster"):
+        tokens = encode(tokenizer, part["prompt"].tolist(), part["response"].tolist(),
+                        template="plain")  # fmt: skip
+        total = sum(row_nll(model.eval(), row) for row in tokens)
+        found[cluster] = total / sum(len(row.response) for row in tokens)
+    return found
+
+
 def test_every_cell_is_what_stock_peft_gives(
     tmp_path,
     rows,
@@ -47,11 +66,24 @@ def test_every_cell_is_what_stock_peft_gives(
         config=MeasureConfig(), target=tmp_path / "cross.parquet", on_event=events.append,
     )  # fmt: skip
     assert measured == 5  # the row out of domain does not count
-    assert events[-1] == {"rows": 3, "of": 3}
-    table = pd.read_parquet(tmp_path / "cross.parquet").set_index(["adapter", "cluster"])
+    assert events[-1] == {"rows": 4, "of": 4}
+    items = pd.read_parquet(tmp_path / "cross.parquet")
+    summary = summarise_cross(items, resamples=50)
+    alone, added = (summary[summary["added"] == flag] for flag in (False, True))
+    table = alone.set_index(["adapter", "cluster"])
     assert table["n"].to_dict() == {
         (name, cluster): n for name in ("base", *paths) for cluster, n in ((0, 2), (1, 3))
     }
+    assert sorted(zip(added["cluster"], added["adapter"], strict=True)) == [
+        (0, "cluster-1"), (1, "cluster-0"),
+    ]  # fmt: skip
+    own = {0: table.loc[("cluster-0", 0), "nll"], 1: table.loc[("cluster-1", 1), "nll"]}
+    for row in summary.to_dict("records"):
+        assert row["change"] == pytest.approx(row["nll"] - own[row["cluster"]])
+        assert row["change_low"] <= row["change"] <= row["change_high"]
+    both = added_nll(tmp_path, rows, adapters[:2], tiny_model_dir, tokenizer)
+    for row in added.to_dict("records"):
+        assert row["nll"] == pytest.approx(both[row["cluster"]], rel=1e-4)
     for name in ("base", *paths):
         model = LlamaForCausalLM.from_pretrained(tiny_model_dir)
         if name in paths:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tclora.config import Config
+from tclora.evaluate.harm import foretold, summarise_cross
 from tclora.evaluate.winners import winners
 from tclora.files import sha256_path
 
@@ -48,6 +49,11 @@ def build_library(folder: Path, *, labelled: bool = True) -> Path:
     winners(items, resamples=100).to_parquet(folder / "evaluation/winners.parquet")
     _pairs(np.random.default_rng(1)).to_parquet(folder / "interference.parquet")
     _shared(np.random.default_rng(2)).to_parquet(folder / "shared_structure.parquet")
+    _by_module(np.random.default_rng(3)).to_parquet(folder / "interference_modules.parquet")
+    crossed = summarise_cross(_crossed(np.random.default_rng(4)), resamples=100)
+    crossed.to_parquet(folder / "evaluation/cross.parquet")
+    harm = foretold(crossed, pd.read_parquet(folder / "interference.parquet"), resamples=100)
+    harm.to_parquet(folder / "evaluation/harm.parquet")
     for name in [*(f"cluster-{k}" for k in range(K - 1)), "joint"]:
         log = _log(rng, 240 if name == "joint" else 60)
         (folder / f"training/{name}.json").write_text(json.dumps(log))
@@ -176,7 +182,34 @@ def _pairs(rng):
     pairs["cosine"] = rng.uniform(-0.1, 0.2, len(pairs))
     for measure in ("input_overlap", "output_overlap", "sign_conflict"):
         pairs[measure] = rng.uniform(0, 1, len(pairs))
+    for measure in ("input_angle", "output_angle", "input_nearest", "output_nearest"):
+        pairs[measure] = rng.uniform(20, 90, len(pairs))
     return pairs
+
+
+def _by_module(rng):
+    pairs = _pairs(rng)[["first", "second"]]
+    modules = [*(f"model.layers.{i}.{part}" for i in range(4) for part in ("q", "up")), "head"]
+    parts = [pairs.assign(module=module) for module in modules]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(
+        sign_conflict=rng.uniform(0, 0.5, len(table)), weight=rng.uniform(1, 2, len(table))
+    )
+
+
+def _crossed(rng):
+    """Forty rows of every cluster; added adapters do harm, each by an amount of its own."""
+    rows = []
+    for cluster in range(K):
+        own, level = f"cluster-{cluster}", 4 * rng.normal(1.1, 0.2, 40)
+        for adapter in ("base", *(f"cluster-{k}" for k in range(K))):
+            for added in (False, True) if adapter not in ("base", own) else (False,):
+                rise = rng.uniform(-0.05, 0.4) if added else 1.2 * (adapter != own)
+                rows += [
+                    (f"{cluster}-{i}", cluster, adapter, added, nll + 4 * rise, 4)
+                    for i, nll in enumerate(level)
+                ]
+    return pd.DataFrame(rows, columns=["id", "cluster", "adapter", "added", "nll", "tokens"])
 
 
 def _shared(rng):

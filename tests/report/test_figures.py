@@ -20,6 +20,8 @@ NAMES = [
     "routing",
     "interference",
     "shared_energy",
+    "harm",
+    "layer_map",
 ]
 
 
@@ -43,7 +45,7 @@ def test_figures_without_data_are_left_out(library):
     path = library / "explained_variance.parquet"
     curve = pd.read_parquet(path)
     curve[curve["module"] != "overall"].to_parquet(path)
-    for name in ("interference", "shared_structure"):
+    for name in ("interference", "interference_modules", "shared_structure"):
         (library / f"{name}.parquet").unlink()
     seal(library)
     assert list(figures(library)) == ["cluster_map", "cluster_sizes", "storage", "routing"]

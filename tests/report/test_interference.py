@@ -7,10 +7,9 @@ from scipy.stats import spearmanr
 
 from tclora.library.contents import read_contents
 from tclora.report import figures, write_report
-from tclora.report.interference import correlations, shared_facts
+from tclora.report.interference import conflict_by_layer, correlations, shared_facts
+from tclora.tensor.interference import MEASURES
 from tests.report.library import K, seal
-
-MEASURES = ("cosine", "input_overlap", "output_overlap", "sign_conflict")
 
 
 def change(library, name, edit):
@@ -99,9 +98,44 @@ def test_facts_tell_what_is_shared_and_how_unique_components_are(library):
 
 
 def test_a_library_without_these_tables_has_no_such_section(library):
-    for name in ("interference", "shared_structure"):
+    for name in ("interference", "interference_modules", "shared_structure"):
         (library / f"{name}.parquet").unlink()
     seal(library)
     page = write_report(library).read_text(encoding="utf-8")
     assert section(page) is None
     assert 'href="#interference"' not in page
+
+
+def test_the_map_of_layers_is_the_weighted_mean_over_pairs(library):
+    modules = read_contents(library).module_interference
+    table = conflict_by_layer(modules)
+    assert list(table.index) == ["q", "up"]
+    assert list(table.columns) == [0, 1, 2, 3]
+    part = modules[modules["module"] == "model.layers.2.up"]
+    wanted = np.average(part["sign_conflict"], weights=part["weight"])
+    assert table.loc["up", 2] == pytest.approx(wanted)
+
+
+def test_the_harm_is_drawn_and_foretold(library):
+    drawn = figures(library)
+    contents = read_contents(library)
+    (axes,) = drawn["harm"].axes
+    added = contents.cross[contents.cross["added"].eq(True)]
+    assert len([text for text in axes.texts if text.get_text()]) == K * (K - 1) == len(added)
+    found = {one.measure: one.harm for one in correlations(contents)}
+    stored = contents.harm.set_index("measure")
+    assert found["cosine of the updates"].rho == stored.loc["cosine", "rho"]
+    assert {harm.n for harm in found.values()} == {K * (K - 1)}
+    page = section(write_report(library).read_text(encoding="utf-8"))[0]
+    assert "40 rows per cluster" in page
+    assert "correlation with harm" in page
+
+
+def test_a_library_whose_cross_table_is_of_an_earlier_version_opens(library):
+    path = library / "evaluation/cross.parquet"
+    pd.read_parquet(path)[["cluster", "adapter", "n", "nll"]].to_parquet(path)
+    (library / "evaluation/harm.parquet").unlink()
+    seal(library)
+    assert "harm" not in figures(library)
+    page = section(write_report(library).read_text(encoding="utf-8"))[0]
+    assert "correlation with harm" not in page

@@ -1,8 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import subspace_angles
 
 from tclora.adapter import Adapter, LoraFactors
-from tclora.tensor.interference import interference
+from tclora.tensor.interference import MEASURES, interference
 
 
 def adapter(name, factors, module="q"):
@@ -52,8 +54,10 @@ def test_splitting_an_update_differently_changes_nothing():
     mixed = (one[0] @ M, torch.linalg.solve(M, one[1]))
     first = interference([adapter("a", one), adapter("b", two)])
     second = interference([adapter("a", mixed), adapter("b", two)])
-    for name in ("cosine", "input_overlap", "output_overlap", "sign_conflict"):
-        assert getattr(first, name).to_numpy() == pytest.approx(getattr(second, name).to_numpy())
+    for name in MEASURES:
+        assert getattr(first, name).to_numpy() == pytest.approx(
+            getattr(second, name).to_numpy(), abs=1e-5
+        )
 
 
 def test_modules_are_listed_per_pair_and_weighted_by_norm():
@@ -85,3 +89,27 @@ def test_pairs_list_every_two_adapters_once():
     for pair in pairs.itertuples():
         assert pair.cosine == found.cosine.loc[pair.first, pair.second]
         assert pair.sign_conflict == found.sign_conflict.loc[pair.first, pair.second]
+
+
+@pytest.mark.parametrize(("one", "two"), [(2, 2), (2, 3), (3, 1)])
+def test_principal_angles_are_scipys(one, two):
+    first, second = draw(one), draw(two, seed=1)
+    found = interference([adapter("a", first), adapter("b", second)])
+    for side, bases in (("input", (first[1].T, second[1].T)), ("output", (first[0], second[0]))):
+        wanted = np.rad2deg(subspace_angles(*(basis.numpy() for basis in bases)))
+        assert getattr(found, f"{side}_angle").loc["a", "b"] == pytest.approx(wanted.mean())
+        assert getattr(found, f"{side}_nearest").loc["b", "a"] == pytest.approx(wanted.min())
+
+
+def test_angles_of_equal_and_of_orthogonal_spaces():
+    B = draw()[0]
+    eye = torch.eye(7).double()
+    found = interference([adapter("a", (B, eye[:2])), adapter("b", (B, eye[2:4]))])
+    assert found.input_angle.loc["a", "b"] == pytest.approx(90)
+    assert found.output_angle.loc["a", "b"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_missing_module_has_no_angle_and_no_weight():
+    found = interference([adapter("a", draw(), "q"), adapter("b", draw(seed=1), "v")])
+    assert (found.modules["weight"] == 0).all()
+    assert (found.modules["input_angle"] == 0).all()

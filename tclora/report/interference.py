@@ -94,9 +94,9 @@ def conflict_by_layer(modules: pd.DataFrame) -> pd.DataFrame:
     """
     found = modules["module"].map(lambda name: _LAYER.search(str(name)))
     kept = modules[found.notna()]
-    keys = [kept["module"].str.rpartition(".")[2], found[found.notna()].map(lambda m: int(m[1]))]
     if kept.empty:
         return pd.DataFrame()
+    keys = [kept["module"].str.rpartition(".")[2], found[found.notna()].map(lambda m: int(m[1]))]
     weighted = (kept[_SHOWN] * kept["weight"]).groupby(keys).sum()
     return (weighted / kept["weight"].groupby(keys).sum()).unstack()
 

@@ -162,6 +162,7 @@ def test_the_library_is_complete(library):
     assert set(manifest.digests) == {
         *(f"{folder}/{file}" for folder in folders for file in ADAPTER_FILES),
         "centroids.safetensors", "clusters.parquet", "evaluation/cross.parquet",
+        "evaluation/harm.parquet", "evaluation/winners.parquet", "interference_modules.parquet",
         "evaluation/items.parquet", "interference.parquet", "shared_structure.parquet",
         "evaluation/recovery.parquet", "evaluation/summary.parquet", "explained_variance.parquet",
         "factors.safetensors", "routed/gates.safetensors", "routed/routed.json",

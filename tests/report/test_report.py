@@ -13,7 +13,7 @@ from tclora.report.render import render
 from tests.report.library import SCRIPT, build_library, edit_manifest, seal
 
 MAX_BYTES = 3_000_000
-N_FIGURES = 9
+N_FIGURES = 11
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -161,7 +161,7 @@ def test_bare_library_is_reported(library):
     edit_manifest(library, merges={}, storage={}, training={}, versions={}, profile={})
     seal(library)
     page = write_report(library).read_text(encoding="utf-8")
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "Recovery was not measured" in page
     assert "Loss curves are left out" in page
 

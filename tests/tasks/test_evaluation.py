@@ -3,13 +3,15 @@
 import pandas as pd
 import pytest
 
-from tasks.evaluation import cross, evaluate, summarise_items
-from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tasks.evaluation import Measured, cross, evaluate, summarise_items
+from tasks.merging import diagnose, factorise
+from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig, SolverConfig
 from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, OWN
 from tests.tasks.conftest import write_rows
 
 MEASURE = MeasureConfig(max_new_tokens=2)
+SOLVER = SolverConfig(n_starts=1, n_iter=5)
 
 
 @pytest.fixture
@@ -38,8 +40,14 @@ def test_methods_are_measured_row_by_row_and_summed_up(adapters, where, base, he
     first = table[table["cluster"] == 0].pivot(index="id", columns="method", values="nll")
     assert first[OWN].tolist() == pytest.approx(first["uniform"].tolist(), rel=1e-5)
     crossed = cross.fn(held_out, adapters, 1, 0, MEASURE, base, where)
-    found = summarise_items.fn(items, crossed, IntervalConfig(resamples=20), 0, where)
+    diagnosis = diagnose.fn(adapters, factorise.fn(adapters, 2, SOLVER, 0, where), where)
+    measured = Measured(items, {}, 0)
+    intervals = IntervalConfig(resamples=20)
+    found = summarise_items.fn(measured, crossed, diagnosis, intervals, 0, where)
     written = {path.name for path in found.paths}
     assert {"items.parquet", "summary.parquet", "recovery.parquet", "cross.parquet"} <= written
     recovered = pd.read_parquet(where.layout.evaluation.recovery)
     assert "uniform" in set(recovered["method"])
+    harm = pd.read_parquet(where.layout.evaluation.table("harm")).set_index("measure")
+    assert (harm["n"] == 6).all()  # ordered pairs of three clusters
+    assert "interference/harm" in found.metrics

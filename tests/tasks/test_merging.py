@@ -61,9 +61,13 @@ def test_explained_variance_grows_with_the_rank(adapters, where):
 
 def test_interference_and_shared_energy_are_written(adapters, where):
     found = diagnose.fn(adapters, factorise.fn(adapters, 4, SOLVER, 0, where), where)
-    assert [path.exists() for path in found.paths] == [True, True]
+    assert [path.exists() for path in found.paths] == [True] * 3
     assert len(pd.read_parquet(where.layout.interference)) > 0
+    modules = pd.read_parquet(where.layout.module_interference)
+    assert len(modules) == 3 * modules["module"].nunique()  # pairs of three adapters
     assert 0 <= found.metrics["factors/shared_energy"] <= 1
+    assert 1 <= found.metrics["factors/loading_spread"] <= 3
+    assert 0 <= found.metrics["interference/input_angle"] <= 90
 
 
 @pytest.mark.parametrize("method", ["uniform", "task-arithmetic"])

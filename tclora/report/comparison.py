@@ -200,6 +200,8 @@ def _mark_best(
 ) -> None:
     """Mark, in place, the best merge of each column that has several."""
     for key in keys:
+        if key == "worst":  # of other rows in every method: there is nothing to compare
+            continue
         rivals = {
             m: value for m in merged if (value := cells.get((m, key), Cell()).value) is not None
         }

@@ -21,6 +21,7 @@ from tclora.evaluate.sandbox.values import receive, send
 _PYTHON = (sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c")
 _ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 USUAL = Limits()
+VARIABLE = "TCLORA_CODE_ISOLATION"  # of the environment: an isolation that the user accepts
 _START = (
     "import sys; root = sys.argv.pop(); sys.path.insert(0, root); "
     f"from {supervisor.main.__module__} import main; sys.path.remove(root); main()"
@@ -141,7 +142,7 @@ class _Sandbox:
         if problem:
             raise SandboxError(
                 f"programs cannot be shut in here: {problem.splitlines()[-1]}; use a machine that "
-                "allows namespaces, or accept weaker walls by evaluate.code_isolation: process"
+                f"allows namespaces, or accept weaker walls by ${VARIABLE}=process"
             )
         return report
 

@@ -3,7 +3,7 @@
 To add one: a file with a registered function, imported below; see ``docs/extending.md``.
 """
 
-from tclora.evaluate.scorers import extraction, gym, overlap, text
+from tclora.evaluate.scorers import code, extraction, gym, overlap, text
 from tclora.evaluate.scorers.choosing import default_scorer
 from tclora.evaluate.scorers.registry import (
     CHOICES,
@@ -22,6 +22,7 @@ __all__ = [
     "Expected",
     "check_leave",
     "check_scorer",
+    "code",
     "default_scorer",
     "extraction",
     "gym",

@@ -61,11 +61,14 @@ class Scorer:
         Raises ValueError if a row cannot be scored, before anything is measured.
     executes_code : bool
         Whether it runs what the model wrote, which only happens with leave.
+    ready : callable
+        Raises a domain error if this machine cannot do it, before anything is measured.
     """
 
     function: Function
     check: Check = nothing_to_check
     executes_code: bool = False
+    ready: Callable[[], None] = lambda: None
 
 
 scorers: Registry[Scorer] = Registry(
@@ -76,7 +79,11 @@ scorers: Registry[Scorer] = Registry(
 
 
 def register(
-    name: str, *, check: Check = nothing_to_check, executes_code: bool = False
+    name: str,
+    *,
+    check: Check = nothing_to_check,
+    executes_code: bool = False,
+    ready: Callable[[], None] = lambda: None,
 ) -> Callable[[Function], Function]:
     """Return a decorator that enters a scoring function under a name; see `Scorer`.
 
@@ -87,7 +94,7 @@ def register(
     """
 
     def enter(function: Function) -> Function:
-        scorers.register(name)(Scorer(function, check, executes_code))
+        scorers.register(name)(Scorer(function, check, executes_code, ready))
         return function
 
     return enter
@@ -130,7 +137,7 @@ def check_scorer(name: str, expected: Expected) -> None:
 
 
 def check_leave(names: Iterable[str], *, allowed: bool, remedy: str) -> None:
-    """Refuse scorers that run what the model wrote, unless that is allowed.
+    """Refuse scorers that run what the model wrote, unless that is allowed and can be done safely.
 
     Parameters
     ----------
@@ -145,11 +152,15 @@ def check_leave(names: Iterable[str], *, allowed: bool, remedy: str) -> None:
     ------
     ConfigError
         If one runs code without leave.
+    SandboxError
+        If one cannot shut in on this machine what it runs.
     """
     kinds = {name.partition(":")[0] for name in names} - {CHOICES}
     running = sorted(kind for kind in kinds if scorers[kind].executes_code)
     if running and not allowed:
         raise ConfigError(f"scorer {running[0]!r} runs code written by the model; {remedy}")
+    for kind in running:
+        scorers[kind].ready()
 
 
 def _resolve(name: str, expected: Expected) -> tuple[Scorer, Expected]:

@@ -159,7 +159,7 @@ def test_without_namespaces_nothing_runs():
 
     def act():
         forbid_calls(allow_processes=True)
-        with pytest.raises(SandboxError, match=r"unshare: .*evaluate.code_isolation: process"):
+        with pytest.raises(SandboxError, match=r"unshare: .*TCLORA_CODE_ISOLATION=process"):
             run_tests("def f(): return 1", "assert f() == 1")
 
     assert in_a_child(act)

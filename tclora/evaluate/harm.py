@@ -65,14 +65,15 @@ def _of_cluster(
         yield adapter, added, tokens.shape[1], points[place], *ends, *change[:3]
 
 
-def harm_table(crossed: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+def harm_table(crossed: pd.DataFrame, names: Sequence[str], column: str = "change") -> pd.DataFrame:
     """Return the harm as a K × K frame: row a cluster by its adapter's name, column the added one.
 
-    NaN on the diagonal and where it was not measured.
+    NaN on the diagonal and where it was not measured. The ends of its intervals are other columns
+    of `summarise_cross`.
     """
     added = crossed[crossed["added"].eq(True)]
     table = added.assign(row=[cluster_name(int(k)) for k in added["cluster"]])
-    wide = table.pivot(index="row", columns="adapter", values="change")
+    wide = table.pivot(index="row", columns="adapter", values=column)
     return wide.reindex(index=list(names), columns=list(names)).astype(float)
 
 

@@ -69,9 +69,16 @@ def harm(contents: Contents) -> Figure | None:
     table = harm_table(contents.cross, _names(contents))
     if not table.notna().any(axis=None):
         return None
-    full = float(np.nanmax(np.abs(table)))
-    labels = ("adapter that is added", "rows of cluster")
-    return _by_cluster(table, lambda nats: number(nats, 2), full=full, labels=labels)
+    low, high = (
+        harm_table(contents.cross, _names(contents), f"change_{end}") for end in ("low", "high")
+    )
+    return _by_cluster(
+        table,
+        lambda nats: number(nats, 2),
+        full=float(np.nanmax(np.abs(table))),
+        labels=("adapter that is added", "rows of cluster"),
+        sure=(low > 0) | (high < 0),
+    )
 
 
 def layer_map(contents: Contents) -> Figure | None:
@@ -114,10 +121,16 @@ def rows_of_harm(contents: Contents) -> str:
 
 
 def _by_cluster(
-    table: pd.DataFrame, write: Callable[[float], str], *, full: float, labels: tuple[str, str]
+    table: pd.DataFrame,
+    write: Callable[[float], str],
+    *,
+    full: float,
+    labels: tuple[str, str],
+    sure: pd.DataFrame | None = None,
 ) -> Figure:
     shown = table.rename(index=cluster_number, columns=cluster_number)
-    return cell_map(shown, write, full=full, labels=labels, height=1.4 + 0.34 * len(table))
+    height = 1.4 + 0.34 * len(table)
+    return cell_map(shown, write, full=full, labels=labels, height=height, sure=sure)
 
 
 def shared_energy(contents: Contents) -> Figure | None:

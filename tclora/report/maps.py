@@ -19,6 +19,7 @@ def cell_map(
     full: float,
     labels: tuple[str, str],
     height: float,
+    sure: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw a table: the darker a cell the larger its value, empty where there is none.
 
@@ -34,7 +35,10 @@ def cell_map(
         What columns and rows are.
     height : float
         Of the figure, inches.
+    sure : DataFrame of bool, optional
+        Cells whose numbers are in bold type; the same shape.
     """
+    bold = np.zeros(table.shape, dtype=bool) if sure is None else sure.to_numpy(bool)
     figure, axes = half_page(height)
     _frame(axes, [str(name) for name in table.columns], [str(name) for name in table.index])
     axes.set(xlabel=labels[0], ylabel=labels[1])
@@ -44,7 +48,10 @@ def cell_map(
             depth = min(1.0, abs(value) / full) if full else 0.0
             corner = (column - 0.48, row - 0.46)  # no image: the report's policy allows none
             axes.add_patch(Rectangle(corner, 0.96, 0.92, color=colour, alpha=depth))
-            axes.text(column, row, write(value), ha="center", va="center", fontsize=7.5)
+            weight = "bold" if bold[row, column] else "normal"
+            axes.text(
+                column, row, write(value), ha="center", va="center", fontsize=7.5, weight=weight
+            )
     return figure
 
 

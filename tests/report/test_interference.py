@@ -122,6 +122,8 @@ def test_the_harm_is_drawn_and_foretold(library):
     (axes,) = drawn["harm"].axes
     added = contents.cross[contents.cross["added"].eq(True)]
     assert len([text for text in axes.texts if text.get_text()]) == K * (K - 1) == len(added)
+    apart = (added["change_low"] > 0) | (added["change_high"] < 0)
+    assert len([text for text in axes.texts if text.get_weight() == "bold"]) == apart.sum() > 0
     found = {one.measure: one.harm for one in correlations(contents)}
     stored = contents.harm.set_index("measure")
     assert found["cosine of the updates"].rho == stored.loc["cosine", "rho"]

@@ -57,7 +57,7 @@ def embed(
     where: Where,
 ) -> Artifact:
     """Embed the prompts of all rows; `given` tells changed vectors made elsewhere from old ones."""
-    texts = pd.read_parquet(examples.path, columns=["prompt"])["prompt"].tolist()
+    texts = pd.read_parquet(examples.path, columns=["prompt"])["prompt"]
     target = where.layout.embeddings
     if config.vectors:
         vectors = place_vectors(texts, Path(config.vectors), target)

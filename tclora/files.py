@@ -8,7 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+    from pyarrow.parquet import ParquetFile
 
 _CHUNK = 1 << 20
 
@@ -111,6 +115,20 @@ def _sync(path: Path) -> None:
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+
+
+def parquet_batches(
+    table: "ParquetFile", rows: int, columns: list[str] | None = None
+) -> "Iterator[RecordBatch]":
+    """Yield a Parquet file's rows, at most so many at a time, one row group in memory.
+
+    Arrow keeps what it has freed for itself; at the end it is given back.
+    """
+    import pyarrow as pa
+
+    for group in range(table.num_row_groups):
+        yield from table.iter_batches(rows, row_groups=[group], columns=columns)
+    pa.default_memory_pool().release_unused()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,9 +3,19 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tclora.files import atomic_path, sha256_file, sha256_json, sha256_path, write_json, write_text
+from tclora.files import (
+    atomic_path,
+    parquet_batches,
+    sha256_file,
+    sha256_json,
+    sha256_path,
+    write_json,
+    write_text,
+)
 
 
 def content(folder):
@@ -121,3 +131,13 @@ def test_the_digest_of_nothing_is_an_error(tmp_path):
 def test_the_digest_of_a_value_ignores_the_order_of_keys():
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
     assert sha256_json([1, 2]) != sha256_json([2, 1])
+
+
+def test_parquet_is_read_group_by_group(tmp_path):
+    table = pa.table({"a": list(range(10)), "b": ["x"] * 10})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    file = pq.ParquetFile(tmp_path / "t.parquet")
+    batches = list(parquet_batches(file, 3, ["a"]))
+    assert [len(batch) for batch in batches] == [3, 1, 3, 1, 2]
+    assert [value for batch in batches for value in batch.column("a").to_pylist()] == [*range(10)]
+    assert batches[0].schema.names == ["a"]

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -17,11 +18,12 @@ from tclora.files import atomic_path
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+Texts = Sequence[str] | pd.Series
 _ENCODED = 16_384  # texts that a model is given at once
 
 
 def embed_texts(
-    texts: Sequence[str],
+    texts: Texts,
     location: str,
     *,
     batch_size: int = 64,
@@ -44,7 +46,7 @@ def embed_texts(
 
 
 def embed_file(
-    texts: Sequence[str],
+    texts: Texts,
     location: str,
     target: Path,
     *,
@@ -57,7 +59,7 @@ def embed_file(
 
     Parameters
     ----------
-    texts : sequence of str
+    texts : sequence or Series of str
         Repeated texts are embedded once.
     location : str
         Local folder or id of the model.
@@ -87,26 +89,26 @@ def embed_file(
     if cache is None:
         with TemporaryDirectory(dir=target.parent) as scratch:
             return spread(compute(Path(scratch) / "distinct"), place, target)
-    file = cache / f"{_digest([model_digest, *distinct])}.safetensors"
+    file = cache / f"{_digest(model_digest, distinct)}.safetensors"
     if not file.is_file():
         with atomic_path(file) as fresh:
             compute(fresh)
     return spread(VectorFile.open(file), place, target)
 
 
-def distinct_texts(texts: Sequence[str]) -> tuple[NDArray[np.int64], list[str]]:
+def distinct_texts(texts: Texts) -> tuple[NDArray[np.int64], pd.Index]:
     """Return each text's place among the distinct texts, and those in order."""
     place, distinct = pd.factorize(pd.Series(texts, dtype="str"), sort=True)
-    return place, distinct.tolist()
+    return place, pd.Index(distinct)
 
 
 def _embed_into(
-    file: Path, texts: Sequence[str], embed: Callable[[Sequence[str]], Embeddings]
+    file: Path, texts: pd.Index, embed: Callable[[Sequence[str]], Embeddings]
 ) -> VectorFile:
     """Embed texts, some at a time, into a new file."""
     written: VectorFile | None = None
     for start in range(0, len(texts), _ENCODED):
-        vectors = embed(texts[start : start + _ENCODED])
+        vectors = embed(texts[start : start + _ENCODED].tolist())
         written = written or VectorFile.create(file, len(texts), vectors.shape[1])
         written[start : start + len(vectors)] = vectors
     if written is None:
@@ -123,9 +125,9 @@ def spread(distinct: VectorFile, place: NDArray[np.int64], target: Path) -> Vect
     return VectorFile.open(target)
 
 
-def _digest(texts: Sequence[str]) -> str:
+def _digest(model: str, texts: pd.Index) -> str:
     digest = hashlib.sha256()
-    for text in texts:
+    for text in chain([model], texts):
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()

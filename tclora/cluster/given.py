@@ -1,6 +1,6 @@
 """Embeddings made elsewhere, read from a Parquet file and put in the order of the prompts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,19 +9,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tclora.cluster.embed import distinct_texts, spread
+from tclora.cluster.embed import Texts, distinct_texts, spread
 from tclora.cluster.vectors import Embeddings, VectorFile
 from tclora.errors import DataError
+from tclora.files import parquet_batches
 
 _READ = 10_000  # rows at once
 
 
-def place_vectors(texts: Sequence[str], file: Path, target: Path) -> VectorFile:
+def place_vectors(texts: Texts, file: Path, target: Path) -> VectorFile:
     """Write the embeddings that a file holds of texts, scaled to unit norm, in their order.
 
     Parameters
     ----------
-    texts : sequence of str
+    texts : sequence or Series of str
         Prompts.
     file : Path
         Parquet with columns prompt and embedding (lists of D numbers), in any order.
@@ -39,9 +40,9 @@ def place_vectors(texts: Sequence[str], file: Path, target: Path) -> VectorFile:
         return spread(_collect(distinct, file, Path(scratch) / "distinct"), place, target)
 
 
-def _collect(distinct: Sequence[str], file: Path, target: Path) -> VectorFile:
+def _collect(distinct: pd.Index, file: Path, target: Path) -> VectorFile:
     """Write the vectors of distinct texts, in their order."""
-    index, seen = pd.Index(distinct), np.zeros(len(distinct), dtype=bool)
+    seen = np.zeros(len(distinct), dtype=bool)
     found: VectorFile | None = None
     for prompts, vectors in _given(file):
         found = found or VectorFile.create(target, len(distinct), vectors.shape[1])
@@ -50,7 +51,7 @@ def _collect(distinct: Sequence[str], file: Path, target: Path) -> VectorFile:
                 f"embed.vectors: {file} must hold vectors of one width, got {vectors.shape[1]} "
                 f"beside {found.shape[1]}; make them by one model"
             )
-        rows = index.get_indexer(pd.Index(prompts))
+        rows = distinct.get_indexer(pd.Index(prompts))
         known = rows >= 0
         found[rows[known]] = vectors[known]
         seen[rows[known]] = True
@@ -72,10 +73,11 @@ def _given(file: Path) -> Iterator[tuple[list[str], Embeddings]]:
                 f"embed.vectors: {file} must have columns prompt and embedding, lacks "
                 f"{', '.join(sorted(missing))}; rename its columns"
             )
-        batches = table.iter_batches(_READ, columns=["prompt", "embedding"])
-        for number, batch in enumerate(batches):
+        start = 0
+        for batch in parquet_batches(table, _READ, ["prompt", "embedding"]):
             prompts = [str(text).strip() for text in batch.column("prompt").to_pylist()]
-            yield prompts, _unit(batch.column("embedding"), file, number * _READ)
+            yield prompts, _unit(batch.column("embedding"), file, start)
+            start += len(batch)
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"embed.vectors: {file} must be a readable Parquet file: {error}"

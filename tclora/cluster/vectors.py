@@ -6,6 +6,7 @@ Symbols: N rows, D width.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class VectorFile:
     """Some or all rows of a safetensors file with one float32 array of shape (N, D).
 
     It is read like an array, ``vectors[rows]`` or ``numpy.asarray(vectors)``; what is read is
-    copied, and no page of the file stays resident.
+    copied. The file is not mapped: scattered rows of a map make all of it resident.
 
     Attributes
     ----------
@@ -91,21 +92,39 @@ class VectorFile:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> Embeddings:  # noqa: ANN401
-        chosen = key if self.rows is None else self.rows[key]
-        return np.array(self._map("r")[chosen])
+        places = self._places(key)
+        found = np.empty((len(places), self.shape[1]), dtype=np.float32)
+        with self.path.open("rb") as file:
+            for start, stop in _runs(places):
+                file.seek(self._position(places[start]))
+                file.readinto(found[start:stop].data.cast("B"))
+        return found
 
     def __setitem__(self, key: Any, values: Embeddings) -> None:  # noqa: ANN401
-        self._map("r+")[key if self.rows is None else self.rows[key]] = values
+        places = self._places(key)
+        rows = np.ascontiguousarray(np.broadcast_to(values, (len(places), self.shape[1])), "<f4")
+        with self.path.open("r+b") as file:
+            for start, stop in _runs(places):
+                file.seek(self._position(places[start]))
+                file.write(rows[start:stop].data)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
         return self[:].astype(dtype or np.float32, copy=False)
 
-    def _map(self, mode: Any) -> NDArray[np.float32]:  # noqa: ANN401
-        """Map the file for one access: a map that stayed would count as memory in use."""
-        if not self.height:
-            return np.zeros((0, self.shape[1]), dtype=np.float32)
-        shape = (self.height, self.shape[1])
-        return np.memmap(self.path, np.float32, mode, self.offset, shape)
+    def _places(self, key: Any) -> NDArray[np.int64]:  # noqa: ANN401
+        """Return the rows of the file that a key stands for."""
+        rows = np.arange(self.height, dtype=np.int64) if self.rows is None else self.rows
+        return np.asarray(rows[key], dtype=np.int64)
+
+    def _position(self, place: np.int64) -> int:
+        return self.offset + 4 * self.shape[1] * int(place)
+
+
+def _runs(places: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a list of rows that follow each other in the file."""
+    ends = np.flatnonzero(np.diff(places) != 1) + 1
+    bounds = [0, *ends.tolist(), len(places)] if len(places) else []
+    yield from pairwise(bounds)
 
 
 Vectors = Embeddings | VectorFile

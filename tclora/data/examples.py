@@ -13,6 +13,7 @@ from tclora.data.readers import read_blocks
 from tclora.errors import DataError
 
 _TOKENISED = 10_000  # texts whose tokens are in memory at once
+_COUNTED = 50_000  # rows whose tokens are counted
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
         If a source cannot be read or a split needed for training is empty.
     """
     seed = seed if config.seed is None else config.seed
+    frame, skipped = _read_sources(config, seed)
+    frame = _without_repeats(frame.assign(id=content_ids(frame)))
+    frame = _sample(_split_off_test(frame, config.test_fraction, seed), config, seed)
+    if not (frame["split"] == "train").any():
+        raise DataError(f"data.path {config.path!r}: no training row is left after splitting")
+    return ExampleSet(frame.reset_index(drop=True), tuple(skipped))
+
+
+def _read_sources(config: DataConfig, seed: int) -> tuple[pd.DataFrame, list[str]]:
+    """Read all sources; rows of the first have a split where they say so."""
     main, skipped = read_rows(config, config.path, seed)
     parts = [_mark_held_out_tasks(main, config.ood_tasks)]
     for path, split in (
@@ -62,13 +73,7 @@ def read_examples(config: DataConfig, seed: int = 0) -> ExampleSet:
             extra, more = read_rows(config, path, seed)
             parts.append(extra.assign(split=split))
             skipped += more
-    frame = pd.concat(parts, ignore_index=True)
-    frame = _without_repeats(frame.assign(id=content_ids(frame)))
-    frame = _split_off_test(frame, config.test_fraction, seed)
-    frame = _sample(frame, config, seed)
-    if not (frame["split"] == "train").any():
-        raise DataError(f"data.path {config.path!r}: no training row is left after splitting")
-    return ExampleSet(frame.reset_index(drop=True), tuple(skipped))
+    return (pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]), skipped
 
 
 def read_rows(config: DataConfig, path: str, seed: int) -> tuple[pd.DataFrame, list[str]]:
@@ -95,7 +100,7 @@ def _without_repeats(frame: pd.DataFrame) -> pd.DataFrame:
     """Drop training rows whose prompt is asked in an evaluation split: they would leak."""
     asked = set(frame.loc[frame["split"].notna() & (frame["split"] != "train"), "prompt"])
     leaked = frame["prompt"].isin(asked) & (frame["split"].isna() | (frame["split"] == "train"))
-    return frame[~leaked].reset_index(drop=True)
+    return frame[~leaked].reset_index(drop=True) if leaked.any() else frame
 
 
 def _split_off_test(frame: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
@@ -115,6 +120,9 @@ def _sample(frame: pd.DataFrame, config: DataConfig, seed: int) -> pd.DataFrame:
     def limit(split: str) -> int | None:
         return config.max_train_rows if split == "train" else config.max_test_rows
 
+    sizes = frame["split"].value_counts()
+    if all(not (n := limit(str(split))) or size <= n for split, size in sizes.items()):
+        return frame
     parts = [
         part
         if not (n := limit(str(split))) or len(part) <= n
@@ -142,13 +150,17 @@ def profile(
     -------
     dict of str to float
         Rows per split, tasks, skipped and repeated rows, mean and largest lengths (tokens), rows
-        that will be truncated.
+        that will be truncated. Of many rows, tokens are counted on a sample, whose size is
+        ``token_sample_rows``, and truncated rows are estimated.
     """
     frame = examples.frame
-    prompts = _token_counts(frame["prompt"], count_tokens)
-    responses = _token_counts(frame["response"], count_tokens)
+    counted = frame if len(frame) <= _COUNTED else frame.sample(_COUNTED, random_state=0)
+    prompts = _token_counts(counted["prompt"], count_tokens)
+    responses = _token_counts(counted["response"], count_tokens)
     total = prompts + responses
     counts = {f"rows_{split}": float(n) for split, n in frame["split"].value_counts().items()}
+    if len(counted) < len(frame):
+        counts["token_sample_rows"] = float(len(counted))
     return counts | {
         "rows": float(len(frame)),
         "tasks": float(frame["task"].nunique()),
@@ -158,7 +170,7 @@ def profile(
         "prompt_tokens_max": float(prompts.max()),
         "response_tokens_mean": float(responses.mean()),
         "response_tokens_max": float(responses.max()),
-        "truncated_rows": float((total > max_tokens).sum()),
+        "truncated_rows": float(round((total > max_tokens).mean() * len(frame))),
     }
 
 

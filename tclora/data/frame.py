@@ -126,6 +126,7 @@ class _Reader:
         if self._problems and (on_bad_row == "error" or not self._kept.seen):
             raise DataError(_list_problems(self._problems))
         frame = self._kept.table().to_pandas()
+        pa.default_memory_pool().release_unused()  # Arrow keeps what blocks have freed
         if frame["choices"].notna().any():
             frame["choices"] = [own if own is None else own.tolist() for own in frame["choices"]]
         return frame.assign(id=content_ids(frame))[list(COLUMNS)], self._problems

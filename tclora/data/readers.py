@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from tclora.config import DataConfig
 from tclora.errors import DataError
-from tclora.files import sha256_json, sha256_path
+from tclora.files import parquet_batches, sha256_json, sha256_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 BLOCK_ROWS = 25_000  # rows that are Python objects at once: some 60 MB of a few hundred bytes each
@@ -153,7 +153,7 @@ def _object(file: Path, number: int, row: object) -> dict[str, Any]:
 def _read_parquet(file: Path) -> Iterator[pd.DataFrame]:
     start = 1
     try:
-        for batch in pq.ParquetFile(file).iter_batches(BLOCK_ROWS):
+        for batch in parquet_batches(pq.ParquetFile(file), BLOCK_ROWS):
             yield _numbered(pa.Table.from_batches([batch]).to_pandas(), start)
             start += len(batch)
     except (OSError, ValueError) as error:

@@ -175,6 +175,25 @@ def test_the_datas_own_seed_wins_over_the_runs(path):
     )
 
 
+def test_tokens_of_many_rows_are_counted_on_a_sample(path, monkeypatch):
+    examples = read_examples(DataConfig(path=path, test_fraction=0))
+
+    def count(texts):
+        return [len(text) for text in texts]
+
+    whole = profile(examples, count, 10)
+    assert "token_sample_rows" not in whole
+    monkeypatch.setattr(reading, "_COUNTED", 20)
+    sampled = profile(examples, count, 10)
+    assert sampled["token_sample_rows"] == 20
+    assert sampled["rows"] == whole["rows"]
+    assert sampled["prompt_tokens_mean"] == pytest.approx(whole["prompt_tokens_mean"], rel=0.2)
+    assert sampled["truncated_rows"] == pytest.approx(whole["truncated_rows"], abs=0.2 * len(
+        examples.frame
+    ))  # fmt: skip
+    assert profile(examples, count, 10) == sampled
+
+
 def test_tokens_are_counted_some_texts_at_a_time(path, monkeypatch):
     examples = read_examples(DataConfig(path=path, test_fraction=0))
     sizes = []

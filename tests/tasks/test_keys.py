@@ -102,7 +102,8 @@ def followed(tmp_path_factory, tiny_model_dir, prefect_server):
         {
             "name": "mine", "output": str(folder / "runs"), "base_model": str(tiny_model_dir),
             "data": {"path": str(write_rows(folder, alpaca_rows())), "test_fraction": 0.2},
-            "cluster": {"k": 2, "min_rows": 4},
+            "cluster": {"k": 2, "min_rows": 4, "method": "lora-parameters", "probe_shards": 2,
+                        "probe_steps": 1},
             "train": {"r": 2, "batch_size": 8, "template": "plain", "dtype": "float32",
                       "target_modules": ["q_proj"], "max_steps": 2},
             "factorise": {"rank": 2, "ranks": [1], "n_starts": 1, "n_iter": 5,

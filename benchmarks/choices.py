@@ -3,15 +3,16 @@
     python benchmarks/choices.py DATA [--items 500] [--texts 100] [--template plain]
 
 DATA holds ``test/arc_easy.jsonl`` (rows with choices) and ``test/mawps.jsonl`` (a number as the
-answer). Both engines get the same model object in fp32 and the same rows, one after the other in
-one process. Times are of the processor (all threads) and of the clock; beside other work only the
-former says something.
+answer). Both engines get the same model object in fp32 and the same rows, in blocks by turns in one
+process; the table is written anew after every block. Times are of the processor (all threads) and
+of the clock; beside other work only the former says something.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from tclora.model.locate import BUILTIN_BASE, load_base_model, load_tokenizer, l
 
 _NUMBER = r"(-?\d[\d,]*\.?\d*)"
 _NEW_TOKENS = 24
-_BATCH = 16  # of lm-eval; larger ones were slower on a CPU
+_BATCH = 16  # sequences per forward pass of lm-eval
+_BUDGET = 4096  # padded tokens per forward pass of ours
 
 
 def _rows(file: Path, count: int) -> pd.DataFrame:
@@ -45,17 +47,17 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return work(), time.process_time() - processor, time.perf_counter() - clock
 
 
-def _lm_eval(model: Any, tokenizer: Any, frame: pd.DataFrame, chat: bool, **task: Any) -> list[Any]:  # noqa: ANN401
+def _lm_eval(run: "_Run", frame: pd.DataFrame, task: dict[str, Any]) -> list[Any]:
     """Return lm-eval's samples in the order of the rows."""
     columns = ["prompt", "choices", "answer"]
     rows = Dataset.from_list(json.loads(frame[columns].to_json(orient="records")))
     config = {"task": "rows", "custom_dataset": lambda **_: {"test": rows}, "test_split": "test"}
     results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH),
+        model=HFLM(pretrained=run.model, tokenizer=run.tokenizer, batch_size=_BATCH),
         tasks=[config | task],
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
-        apply_chat_template=chat,
+        apply_chat_template=run.chat,
     )
     return sorted(results["samples"]["rows"], key=lambda sample: sample["doc_id"])
 
@@ -90,54 +92,93 @@ def _texts_task(chat: bool) -> dict[str, Any]:
     }
 
 
-def _line(name: str, n: int, mine: Any, theirs: Any, **equal: Any) -> dict[str, Any]:  # noqa: ANN401
-    (_, cpu, wall), (_, their_cpu, their_wall) = mine, theirs
-    return {
-        "rows": name,
-        "n": n,
-        **equal,
-        "processor s": cpu,
-        "lm-eval's": their_cpu,
-        "ratio": cpu / their_cpu,
-        "clock s": wall,
-        "lm-eval's ": their_wall,
-    }
+@dataclass
+class _Sum:
+    """What the blocks of one task have given so far."""
+
+    name: str
+    n: int = 0
+    equal: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    gap: float = 0.0
+    mine: tuple[float, float] = (0.0, 0.0)  # s of processor and clock
+    theirs: tuple[float, float] = (0.0, 0.0)
+
+    def add(self, found: pd.DataFrame, samples: list[Any], columns: dict[str, str]) -> None:
+        """Count the items on which both agree; columns are ours -> lm-eval's metric."""
+        self.n += len(found)
+        for mine, metric in columns.items():
+            pairs = zip(found[mine], (sample[metric] for sample in samples), strict=True)
+            self.equal[metric] = self.equal.get(metric, 0) + sum(a == b for a, b in pairs)
+            self.scores[metric] = self.scores.get(metric, 0.0) + float(found[mine].sum())
+
+    def line(self) -> dict[str, Any]:
+        """Return the line of the table."""
+        return {
+            "rows": self.name,
+            "n": self.n,
+            "equal to the item": ", ".join(f"{n} {metric}" for metric, n in self.equal.items()),
+            "score": ", ".join(f"{total / self.n:.3f}" for total in self.scores.values()),
+            "processor s": self.mine[0],
+            "lm-eval's": self.theirs[0],
+            "ratio": self.mine[0] / self.theirs[0],
+            "clock s": self.mine[1],
+            "lm-eval's ": self.theirs[1],
+        }
 
 
-def _agreeing(found: Any, wanted: Any, name: str) -> str:  # noqa: ANN401
-    return f"{sum(a == b for a, b in zip(found, wanted, strict=True))} {name}"
+def _add(times: tuple[float, float], more: list[float]) -> tuple[float, float]:
+    return times[0] + more[0], times[1] + more[1]
 
 
-def _choices(model: Any, tokenizer: Any, frame: pd.DataFrame, chat: bool, options: Any) -> Any:  # noqa: ANN401
-    """Return the line of the four-choice task and the largest gap of a log-likelihood."""
-    mine = _timed(lambda: evaluate_frame(model, tokenizer, frame, max_new_tokens=None, **options))
-    theirs = _timed(lambda: _lm_eval(model, tokenizer, frame, chat, **_choices_task(chat)))
-    found, samples = mine[0], theirs[0]
-    logprobs = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
-    gaps = [np.subtract(a, b) for a, b in zip(found["logprobs"], logprobs, strict=True)]
-    equal = [
-        _agreeing(found["correct"], [s["acc"] for s in samples], "acc"),
-        _agreeing(found["correct_norm"], [s["acc_norm"] for s in samples], "acc_norm"),
-    ]
-    score = f"{found['correct'].mean():.3f}, {found['correct_norm'].mean():.3f}"
-    line = _line("four choices", len(frame), mine, theirs, equal=", ".join(equal), score=score)
-    return line, max(np.abs(gap).max() for gap in gaps)
-
-
-def _texts(model: Any, tokenizer: Any, frame: pd.DataFrame, chat: bool, options: Any) -> Any:  # noqa: ANN401
-    """Return the line of the generative task."""
-    frame = frame.assign(scorer=f"regex:{_NUMBER}")
-    mine = _timed(
-        lambda: evaluate_frame(model, tokenizer, frame, max_new_tokens=_NEW_TOKENS, **options)
+def _choices(run: "_Run", frame: pd.DataFrame, total: _Sum) -> None:
+    """Measure a block of the four-choice task."""
+    found, *mine = _timed(
+        lambda: evaluate_frame(run.model, run.tokenizer, frame, max_new_tokens=None, **run.options)
     )
-    theirs = _timed(lambda: _lm_eval(model, tokenizer, frame, chat, **_texts_task(chat)))
-    found, samples = mine[0], theirs[0]
-    equal = [
-        _agreeing(found["generated"], [s["resps"][0][0] for s in samples], "texts"),
-        _agreeing(found["correct"], [s["exact_match"] for s in samples], "exact_match"),
+    samples, *theirs = _timed(lambda: _lm_eval(run, frame, _choices_task(run.chat)))
+    total.mine, total.theirs = _add(total.mine, mine), _add(total.theirs, theirs)
+    total.add(found, samples, {"correct": "acc", "correct_norm": "acc_norm"})
+    wanted = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+    gaps = [
+        np.abs(np.subtract(*pair)).max() for pair in zip(found["logprobs"], wanted, strict=True)
     ]
-    score = f"{found['correct'].mean():.3f}"
-    return _line("generated", len(frame), mine, theirs, equal=", ".join(equal), score=score)
+    total.gap = max(total.gap, *gaps)
+
+
+def _texts(run: "_Run", frame: pd.DataFrame, total: _Sum) -> None:
+    """Measure a block of the generative task."""
+    frame = frame.assign(scorer=f"regex:{_NUMBER}")
+    found, *mine = _timed(
+        lambda: evaluate_frame(
+            run.model, run.tokenizer, frame, max_new_tokens=_NEW_TOKENS, **run.options
+        )
+    )
+    samples, *theirs = _timed(lambda: _lm_eval(run, frame, _texts_task(run.chat)))
+    total.mine, total.theirs = _add(total.mine, mine), _add(total.theirs, theirs)
+    texts = [sample | {"text": sample["resps"][0][0]} for sample in samples]
+    total.add(found, texts, {"correct": "exact_match"})
+    same = sum(a == b["text"] for a, b in zip(found["generated"], texts, strict=True))
+    total.equal["texts"] = total.equal.get("texts", 0) + same
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The model that both engines measure, and how."""
+
+    model: Any
+    tokenizer: Any
+    template: str
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are in the chat template."""
+        return self.template == "chat"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Ours."""
+        return {"template": self.template, "max_tokens": 1024, "token_budget": _BUDGET}
 
 
 def main() -> None:
@@ -146,22 +187,31 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--texts", type=int, default=100)
+    parser.add_argument("--block", type=int, default=50)
     parser.add_argument("--template", choices=("plain", "chat"), default="plain")
     given = parser.parse_args()
-    chat, location = given.template == "chat", locate_base_model(BUILTIN_BASE)
+    location = locate_base_model(BUILTIN_BASE)
     model, tokenizer = load_base_model(location, torch.float32), load_tokenizer(location)
-    options = {"template": given.template, "max_tokens": 1024, "token_budget": 4096}
-    chosen = _rows(given.data / "test" / "arc_easy.jsonl", given.items)
-    line, gap = _choices(model, tokenizer, chosen, chat, options)
-    written = _rows(given.data / "test" / "mawps.jsonl", given.texts)
-    lines = [line, _texts(model, tokenizer, written, chat, options)]
+    run = _Run(model, tokenizer, given.template)
+    work = [
+        (_choices, _rows(given.data / "test" / "arc_easy.jsonl", given.items), _Sum("arc_easy")),
+        (_texts, _rows(given.data / "test" / "mawps.jsonl", given.texts), _Sum("mawps, generated")),
+    ]
+    for measure, frame, total in work:
+        for start in range(0, len(frame), given.block):
+            block = frame.iloc[start : start + given.block].reset_index(drop=True)
+            measure(run, block, total)
+            _write([line for _, _, line in work if line.n], given.template)
+
+
+def _write(totals: list[_Sum], template: str) -> None:
     note = (
-        f"arc_easy and mawps, {BUILTIN_BASE} in fp32, template {given.template}. lm-eval batches "
-        f"hold {_BATCH} sequences, ours {options['token_budget']} padded tokens and the NLL "
-        f"of the response as well. Largest difference of a log-likelihood {gap:.1e} nats. Answers "
-        f"have at most {_NEW_TOKENS} tokens."
+        f"{BUILTIN_BASE} in fp32, template {template}. lm-eval's batches hold {_BATCH} sequences, "
+        f"ours {_BUDGET} padded tokens and the NLL of the response as well. Largest difference of "
+        f"log-likelihoods {totals[0].gap:.1e} nats. Answers have at most {_NEW_TOKENS} tokens."
     )
-    report("choices", "Choices and texts against lm-eval", pd.DataFrame(lines), note)
+    lines = pd.DataFrame([total.line() for total in totals])
+    report("choices", "Choices and texts against lm-eval", lines, note)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class EvaluationRequest:
     target: str
     tasks: Sequence[str]
     methods: Sequence[str]
-    limit: int | None
+    adapters: Sequence[str]
+    limits: Sequence[str]
     few_shot: int
     shown_from: Sequence[str]
     scorers: Sequence[str]
@@ -74,20 +75,20 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     for name, known in _ONE_OF.items():
         if (given := getattr(request, name)) not in (None, *known):
             raise ConfigError(f"--{name} must be one of {known}, got {given!r}")
-    scorers = dict(_pair(text) for text in request.scorers)
-    settings = TaskSettings(
-        request.limit, request.few_shot, request.shown_from, scorers, request.seed
-    )
+    scorers = dict(_pair("--scorer", text) for text in request.scorers)
+    limits = dict(_limit(text) for text in request.limits)
+    settings = TaskSettings(limits, request.few_shot, request.shown_from, scorers, request.seed)
     files = [spec for spec in request.tasks if is_task_file(spec)]
     named = tuple(spec for spec in request.tasks if spec not in files)
     tasks = read_tasks(files, settings)
     _check_code(tasks, named, request.allow_code)
     choice = BaseChoice(request.base, request.template, request.dtype)
-    target = open_target(request.target, results.embeddings, choice)
+    adapters = dict(_pair("--adapter", text) for text in request.adapters)
+    target = open_target(request.target, results.embeddings, choice).with_adapters(adapters)
     methods = target.choose(request.methods)
     check_lm_eval(named)
     lm_eval = LmEvalConfig(
-        lm_eval=named, lm_eval_limit=request.limit, allow_code_execution=request.allow_code
+        lm_eval=named, lm_eval_limit=limits.get(""), allow_code_execution=request.allow_code
     )
     config = MeasureConfig(
         token_budget=request.token_budget,
@@ -98,11 +99,18 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     return target, Plan(methods, tasks, lm_eval, config, code)
 
 
-def _pair(text: str) -> tuple[str, str]:
-    task, sign, scorer = text.partition("=")
-    if not sign or not task or not scorer:
-        raise ConfigError(f"--scorer must be TASK=NAME, got {text!r}")
-    return task, scorer
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise ConfigError(f"{option} must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _limit(text: str) -> tuple[str, int]:
+    task, _, number = text.rpartition("=")
+    if not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"--limit must be a number above 0 or TASK=NUMBER, got {text!r}")
+    return task, int(number)
 
 
 def _check_code(tasks: Mapping[str, pd.DataFrame], named: Sequence[str], allowed: bool) -> None:

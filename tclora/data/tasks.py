@@ -1,6 +1,6 @@
 """Tasks to evaluate on: files of rows, with what is shown before each prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +19,8 @@ class TaskSettings:
 
     Attributes
     ----------
-    limit : int or None
-        Measure the first rows of each file only.
+    limits : mapping
+        Task → measure so many of its first rows only; under "" for tasks that are not named.
     few_shot : int
         Training rows of a task that are shown before each of its prompts.
     shown_from : sequence of str
@@ -31,7 +31,7 @@ class TaskSettings:
         Seed of the draw of rows to show.
     """
 
-    limit: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
     few_shot: int = 0
     shown_from: Sequence[str] = ()
     scorers: Mapping[str, str] = field(default_factory=dict)
@@ -76,11 +76,12 @@ def read_tasks(files: Sequence[str], settings: TaskSettings) -> dict[str, pd.Dat
     shown += [rows[rows["split"] == "train"] for rows in read.values()]
     measured = {}
     for name, rows in read.items():
-        chosen = rows[rows["split"] != "train"].head(settings.limit or len(rows))
+        chosen = rows[rows["split"] != "train"]
         if chosen.empty:
             raise DataError(f"task {name!r} must have rows to measure, got those of split train")
-        measured[name] = chosen.reset_index(drop=True)
-    _check_names(settings.scorers, measured)
+        measured[name] = _limited(chosen, settings.limits).reset_index(drop=True)
+    _check_names("--scorer", settings.scorers, measured)
+    _check_names("--limit", [name for name in settings.limits if name], measured)
     scored = {name: _scored(rows, settings.scorers) for name, rows in measured.items()}
     if not settings.few_shot:
         return scored
@@ -106,11 +107,17 @@ def _read(path: Path) -> pd.DataFrame:
     return rows.assign(task=rows["task"].fillna(path.stem))
 
 
-def _check_names(scorers: Mapping[str, str], measured: Mapping[str, pd.DataFrame]) -> None:
+def _limited(rows: pd.DataFrame, limits: Mapping[str, int]) -> pd.DataFrame:
+    """Return the first rows of each task."""
+    allowed = rows["task"].map(limits).fillna(limits.get("", len(rows)))
+    return rows[rows.groupby("task").cumcount() < allowed]
+
+
+def _check_names(option: str, names: Iterable[str], measured: Mapping[str, pd.DataFrame]) -> None:
     tasks = {task for rows in measured.values() for task in rows["task"]}
-    for name in scorers:
+    for name in names:
         if name not in tasks:
-            raise ConfigError(f"--scorer must name a task, got {name!r}; {closest(name, tasks)}")
+            raise ConfigError(f"{option} must name a task, got {name!r}; {closest(name, tasks)}")
 
 
 def _scored(rows: pd.DataFrame, scorers: Mapping[str, str]) -> pd.DataFrame:

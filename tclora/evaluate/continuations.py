@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from tclora.errors import ModelError
 from tclora.evaluate.context import RowContext, plain
+from tclora.model.loss import logits_of
 from tclora.model.tokens import Batch, TokenRow, batches
 
 Tokens = tuple[int, ...]
+_FULL, _FEW = 0.7, 16  # share of the longest, and number of leaves, that make a pass worth it
 _COPIES = 4  # tokens of copied cache per token of the budget; a copy costs memory, no computation
 
 
@@ -146,7 +148,7 @@ class _Walk:
         device = model.device
         mask = batch.attention_mask.to(device)
         kept = max(tree.shared for tree in trees) + 1
-        with context(batch.rows):
+        with context(batch.rows), logits_of(model, Tensor.contiguous):
             output = model(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=mask,
@@ -199,18 +201,19 @@ def _extend(
     for row, tokens in enumerate(branches):
         fed[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
     device = mask.device
+    lengths = torch.tensor([len(tokens) - 1 for tokens in branches])
     # What pads a branch on the right is never attended to by the tokens before it.
-    logits = model(
-        input_ids=fed.to(device),
-        attention_mask=torch.cat([mask, mask.new_ones(fed.shape)], dim=1),
-        position_ids=mask.sum(1, keepdim=True) + torch.arange(longest, device=device),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits  # (m, L, V)
-    return [
-        _pick(logits[row, : len(tokens) - 1], torch.tensor(tokens[1:]))
-        for row, tokens in enumerate(branches)
-    ]
+    real = (torch.arange(longest) < lengths[:, None]).to(device)
+    with logits_of(model, lambda hidden: hidden[real][None]):
+        logits = model(
+            input_ids=fed.to(device),
+            attention_mask=torch.cat([mask, mask.new_ones(fed.shape)], dim=1),
+            position_ids=mask.sum(1, keepdim=True) + torch.arange(longest, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]  # (tokens of all branches but the first of each, V)
+    parts = logits.split(lengths.tolist())
+    return [_pick(part, torch.tensor(t[1:])) for part, t in zip(parts, branches, strict=True)]
 
 
 def _pick(logits: Tensor, tokens: Tensor) -> list[tuple[float, bool]]:
@@ -223,14 +226,20 @@ def _pick(logits: Tensor, tokens: Tensor) -> list[tuple[float, bool]]:
 def _chunks(
     leaves: Sequence[tuple[int, Tokens]], width: int, token_budget: int
 ) -> Iterator[list[tuple[int, Tokens]]]:
-    """Divide leaves, longest first, so that a pass and its copies of the cache stay in bounds."""
+    """Divide leaves, longest first, so that a pass and its copies of the cache stay in bounds.
+
+    Where there are enough of them, leaves much shorter than the longest wait for the next pass:
+    they would be padding for the most part.
+    """
     order = sorted(leaves, key=lambda leaf: -len(leaf[1]))
     start = 0
     while start < len(order):
         longest = len(order[start][1])
-        room = min(token_budget // longest, _COPIES * token_budget // (width + longest))
-        yield list(order[start : start + max(1, room)])
-        start += max(1, room)
+        room = max(1, min(token_budget // longest, _COPIES * token_budget // (width + longest)))
+        full = [leaf for leaf in order[start : start + room] if len(leaf[1]) > _FULL * longest]
+        count = max(len(full), min(room, _FEW))
+        yield order[start : start + count]
+        start += count
 
 
 def _take(cache: Any, rows: Tensor) -> Any:  # noqa: ANN401

@@ -1,7 +1,7 @@
 """What can be evaluated: a library with all its methods, an adapter, or a base model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,25 @@ class Target:
     base: Base
     methods: Mapping[str, Method]
     places: "Places | None" = None
+
+    def with_adapters(self, adapters: Mapping[str, str]) -> "Target":
+        """Return the target with more methods: name → PEFT directory or hub id of an adapter.
+
+        Raises
+        ------
+        ConfigError
+            If a name is one of its methods already.
+        AdapterError
+            If one cannot be read.
+        """
+        methods = dict(self.methods)
+        for name, spec in adapters.items():
+            if name in methods:
+                raise ConfigError(f"--adapter must have a name of its own, got {name!r}; rename it")
+            folder = locate_adapter(spec)
+            read_adapter(folder)
+            methods[name] = _adapted(name, {ALL: folder}, sha256_path(folder))
+        return replace(self, methods=methods)
 
     def choose(self, names: Sequence[str]) -> list[Method]:
         """Return methods by name, all where none is named.

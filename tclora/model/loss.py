@@ -1,6 +1,7 @@
 """Response log-likelihoods of a causal LM, with logits only where a response token is predicted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -59,16 +60,9 @@ def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _logits(
     model: PreTrainedModel | PeftModel, batch: Batch, of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return the logits of what `of` makes of the last S hidden states, (rows, S, d).
-
-    They are a slice with gaps in memory; a product with one copies the vocabulary's matrix for
-    every row, so that nothing should be multiplied that is not contiguous.
-    """
+    """Return the logits of what `of` makes of the last S hidden states, (rows, S, d)."""
     device = model.device
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (of(inputs[0]),)
-    )
-    try:
+    with logits_of(model, of):
         logits: Tensor = model(
             input_ids=batch.input_ids.to(device),
             attention_mask=batch.attention_mask.to(device),
@@ -76,9 +70,30 @@ def _logits(
             logits_to_keep=batch.labels.shape[1],
             use_cache=False,
         ).logits
+    return logits
+
+
+@contextmanager
+def logits_of(model: PreTrainedModel | PeftModel, of: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Compute the logits of a function of the hidden states while the context lasts.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        Its output embeddings must be a module that its logits come from.
+    of : callable
+        From the hidden states that logits are wanted of, (rows, S, d), to those they are computed
+        of. With ``logits_to_keep`` they are a slice with gaps in memory; a product with one copies
+        the vocabulary's matrix for every row, so that nothing should be multiplied that is not
+        contiguous.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: (of(inputs[0]),)
+    )
+    try:
+        yield
     finally:
         handle.remove()
-    return logits
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

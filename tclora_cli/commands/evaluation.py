@@ -22,7 +22,14 @@ def evaluate(
     methods: Annotated[
         list[str], typer.Option(help="Of a library: base, own, joint, routed, oracle or a merge.")
     ] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="First rows of each task only.")] = None,
+    adapters: Annotated[
+        list[str],
+        typer.Option("--adapter", metavar="NAME=DIR", help="Another adapter to measure beside."),
+    ] = [],  # noqa: B006
+    limits: Annotated[
+        list[str],
+        typer.Option("--limit", metavar="[TASK=]N", help="First rows of each, or a, task only."),
+    ] = [],  # noqa: B006
     few_shot: Annotated[
         int, typer.Option(min=0, help="Training rows of its task shown before each prompt.")
     ] = 0,
@@ -65,7 +72,8 @@ def evaluate(
             target=target,
             tasks=tasks,
             methods=methods,
-            limit=limit,
+            adapters=adapters,
+            limits=limits,
             few_shot=few_shot,
             shown_from=shots,
             scorers=scorers,

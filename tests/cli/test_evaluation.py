@@ -62,10 +62,12 @@ def test_one_command_gives_one_table_in_every_format(evaluated, tmp_path):
 
 
 def test_methods_tasks_and_mlflow_are_chosen(evaluated, tmp_path):
-    chosen = ["--methods", "base", "--methods", "uniform", "--limit", "2", "--track"]
-    result = invoke(*evaluated, *chosen)
+    chosen = ["--methods", "base", "--methods", "other", "--limit", "2", "--track"]
+    other = evaluated[1] / "merged" / "uniform"
+    result = invoke(*evaluated, *chosen, "--adapter", f"other={other}")
     items = pd.read_parquet(tmp_path / "found" / "answers.parquet")
-    assert items.groupby("method").size().to_dict() == {"base": 4, "uniform": 4}
+    counts = items[items["task"] == "colours"].groupby("method").size().to_dict()
+    assert counts == {"base": 2, "other": 2}
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("MLflow run"))
     run_id, uri = line.removeprefix("MLflow run").split(" in ")
     run = MlflowClient(uri.strip()).get_run(run_id.strip())
@@ -83,9 +85,12 @@ def test_methods_tasks_and_mlflow_are_chosen(evaluated, tmp_path):
     [
         (["--tasks", "none.jsonl"], "task file 'none.jsonl' does not exist"),
         (["--tasks", "FILE", "--methods", "unifrom"], "did you mean uniform"),
-        (["--tasks", "FILE", "--scorer", "colours"], "--scorer must be TASK=NAME"),
+        (["--tasks", "FILE", "--scorer", "colours"], "--scorer must be NAME=VALUE"),
         (["--tasks", "FILE", "--scorer", "colour=f1"], "did you mean colours"),
+        (["--tasks", "FILE", "--limit", "0"], "--limit must be a number above 0 or TASK=NUMBER"),
         (["--tasks", "FILE", "--few-shot", "3"], "at most the training rows of task 'colours'"),
+        (["--tasks", "FILE", "--adapter", "base=x"], "--adapter must have a name of its own"),
+        (["--tasks", "FILE", "--adapter", "x=none"], "adapter_config.json"),
         (["--tasks", "FILE", "--template", "chatty"], "--template must be one of"),
         (["--tasks", "FILE", "--dtype", "float"], "--dtype must be one of"),
         (["--tasks", "FILE", "--tasks", "arc_eazy"], "or one of lm-eval's, got 'arc_eazy'"),

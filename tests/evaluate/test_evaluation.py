@@ -228,9 +228,11 @@ def test_rows_to_show_may_come_from_a_file_and_are_never_measured(tmp_path):
 def test_the_limit_takes_the_first_rows_and_scorers_go_by_task(tmp_path):
     rows = [{"prompt": f"p{i}", "response": "x", "task": "ab"[i % 2]} for i in range(6)]
     file = write(tmp_path / "rows.jsonl", rows)
-    found = read_tasks([file], TaskSettings(limit=3, scorers={"b": "f1"}))["rows"]
+    settings = TaskSettings(limits={"": 2, "b": 1}, scorers={"b": "f1"})
+    found = read_tasks([file], settings)["rows"]
     assert found["prompt"].tolist() == ["p0", "p1", "p2"]
     assert found["scorer"].tolist() == ["exact", "f1", "exact"]
+    assert len(read_tasks([file], TaskSettings())["rows"]) == 6
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,7 @@ def test_the_limit_takes_the_first_rows_and_scorers_go_by_task(tmp_path):
             ConfigError,
             "--scorer of task a: .*did you mean chrf",
         ),
+        (TaskSettings(limits={"c": 2}), ConfigError, "--limit must name a task, got 'c'"),
         (TaskSettings(shown_from=["none.jsonl"]), DataError, "'none.jsonl' does not exist"),
     ],
 )

@@ -234,3 +234,25 @@ def test_every_figure_has_its_number_of_items():
     found = summarise(items, resamples=20).set_index(["method", "group_kind"])
     row = found.loc[("base", "all")]
     assert (row["n"], row["nll_n"], row["accuracy_n"]) == (4, 3, 3)
+
+
+def test_length_normalised_accuracy_and_skills_have_lines_of_their_own():
+    items = many(n=40, base=2.0).assign(
+        correct_norm=[1.0, 0.0] * 15 + [np.nan] * 10,  # ten rows without choices
+        skills=["a+b"] * 20 + [None] * 20,
+    )
+    found = summarise(items, resamples=200).set_index(["group_kind", "group"])
+    whole = found.loc["all", "all"]
+    assert whole["accuracy_norm"] == 0.5
+    assert whole["accuracy_norm_low"] < 0.5 < whole["accuracy_norm_high"]
+    assert found.loc["skills", "a+b"]["n"] == 20
+    assert found.loc["skills", "a+b"]["accuracy"] == items["correct"][:20].mean()
+
+
+def test_items_without_nll_count_in_the_accuracy_alone():
+    items = many(n=20, base=2.0)
+    items.loc[:9, "nll"] = np.nan
+    (whole,) = summarise(items, resamples=50).query("group_kind == 'all'").to_dict("records")
+    kept = items[10:]
+    assert whole["nll"] == pytest.approx(kept["nll"].sum() / kept["tokens"].sum())
+    assert (whole["n"], whole["accuracy"]) == (20, items["correct"].mean())

@@ -300,3 +300,15 @@ def test_ties_with_the_best_merge_are_marked_and_told(library):
     page = written(library)
     assert "number tied" not in page
     assert "not told apart from regmean" not in page
+
+
+def test_choices_have_a_table_of_their_own(library):
+    assert "log-likelihood per character" not in written(library)
+    path = library / "evaluation/summary.parquet"
+    summary = pd.read_parquet(path)
+    chosen = summary["group"] == "arithmetic"
+    for end in ("", "_low", "_high"):
+        summary[f"accuracy_norm{end}"] = summary[f"accuracy{end}"].where(chosen)
+    assert summary["accuracy_norm"].notna().any()
+    summary.to_parquet(path)
+    assert "Accuracy of choices by log-likelihood per character (%)" in written(library)

@@ -51,3 +51,25 @@ def test_methods_are_measured_row_by_row_and_summed_up(adapters, where, base, he
     harm = pd.read_parquet(where.layout.evaluation.table("harm")).set_index("measure")
     assert (harm["n"] == 6).all()  # ordered pairs of three clusters
     assert "interference/harm" in found.metrics
+
+
+def test_choices_that_rows_bring_reach_the_summary(adapters, where, base):
+    rows = [(f"which, {i}?", "abc"[i % 3] * 3) for i in range(6)]
+    held_out = write_rows(
+        where, "evaluation", rows, id=[str(i) for i in range(6)], answer=[r for _, r in rows],
+        scorer="choices", metadata=None, split="test", task="which", cluster=[0, 1, 2] * 2,
+        choices=[["aaa", "bbb", "ccc"]] * 6,
+    )  # fmt: skip
+    own = {str(k): part for k, part in enumerate(adapters.values())}
+    items = {name: measure(name, parts, held_out, base, where)
+             for name, parts in {BASE: {}, OWN: own}.items()}  # fmt: skip
+    found = summarise_items.fn(items, None, IntervalConfig(resamples=20), 0, where)
+    table = pd.read_parquet(where.layout.evaluation.items)
+    assert [len(values) for values in table["logprobs"]] == [3] * 12
+    assert table["generated"].isna().all()
+    summary = pd.read_parquet(next(p for p in found.paths if p == where.layout.evaluation.summary))
+    whole = summary[summary["group_kind"] == "all"].set_index("method")
+    for method in (BASE, OWN):
+        mine = table[table["method"] == method]
+        assert whole["accuracy"][method] == pytest.approx(mine["correct"].mean())
+        assert whole["accuracy_norm"][method] == pytest.approx(mine["correct_norm"].mean())

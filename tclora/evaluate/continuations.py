@@ -1,15 +1,14 @@
-"""Log-likelihoods of several continuations of one prompt, the prompt computed once.
+"""Log-likelihoods of several continuations of one prompt, all from one forward pass.
 
-A batch of prompts is run with a key-value cache, together with what all continuations of a prompt
-begin with. Its last logits predict the first token that differs, so that options of one token are
-done. The rest of the continuations is run on copies of the cache's rows.
+A prompt, what all of its continuations begin with, and then the rest of each continuation stand
+behind each other in one row. Positions and the attention mask make a tree of it: a continuation
+sees the prompt and itself, never its siblings. The last token of a continuation is predicted, not
+fed, so that options of one token cost nothing beside the prompt.
 
-Symbols: n rows in a batch, W columns of prompts, m continuations, L columns of their tokens, V
-tokens of the vocabulary.
+Symbols: n rows in a batch, T their padded length, V tokens of the vocabulary.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tclora.errors import ModelError
 from tclora.evaluate.context import RowContext, plain
 from tclora.model.loss import logits_of
 from tclora.model.tokens import Batch, TokenRow, batches
 
 Tokens = tuple[int, ...]
-_FULL, _FEW = 0.7, 16  # share of the longest, and number of leaves, that make a pass worth it
-_COPIES = 4  # tokens of copied cache per token of the budget; a copy costs memory, no computation
+_MASKED = ("sdpa", "eager")  # implementations of attention that take a mask as it is
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,48 @@ class _Tree:
     shared: int  # tokens of the root that are part of every continuation
     branches: tuple[Tokens, ...]
 
+    @property
+    def fed(self) -> Tokens:
+        """The tokens of the row: the root, and every branch without its last token."""
+        return self.root + tuple(token for branch in self.branches for token in branch[:-1])
+
+    def positions(self) -> Tensor:
+        """Return the position of every token of the row, (fed,)."""
+        start = len(self.root)
+        parts = [range(start), *(range(start, start + len(b) - 1) for b in self.branches)]
+        return torch.tensor([place for part in parts for place in part])
+
+    def sees(self) -> Tensor:
+        """Return which token of the row sees which, (fed, fed): its own branch and the root."""
+        part = [0] * len(self.root)
+        for number, branch in enumerate(self.branches, start=1):
+            part += [number] * (len(branch) - 1)
+        parts = torch.tensor(part)
+        related = (parts[:, None] == parts) | (parts == 0)
+        return related.tril()
+
+    def path(self, continuation: Tokens) -> list[int]:
+        """Return where the tokens of a continuation are predicted, counted from `first`."""
+        rest, end = continuation[self.shared :], self.shared
+        places = list(range(min(self.shared, len(continuation))))
+        if not rest:
+            return places
+        for branch in self.branches:
+            if branch[: len(rest)] == rest:
+                return [*places, self.shared, *range(end + 1, end + len(rest))]
+            end += len(branch) - 1
+        raise ValueError("continuation must be one of the tree's")
+
+    @property
+    def first(self) -> int:
+        """The first token of the row whose prediction counts."""
+        return len(self.root) - 1 - self.shared
+
+    def leaves(self) -> list[Tokens]:
+        """Return the longest continuations, whole."""
+        common = self.root[len(self.root) - self.shared :]
+        return [common + branch for branch in self.branches]
+
 
 @torch.inference_mode()
 def likelihoods(
@@ -87,7 +126,8 @@ def likelihoods(
     Parameters
     ----------
     model : PreTrainedModel or PeftModel
-        In evaluation mode.
+        In evaluation mode. One whose attention takes no mask of ours, or looks back a window that
+        is shorter than a row, computes every continuation in a row of its own.
     forks : sequence of Fork
         In any order.
     pad_id : int
@@ -95,32 +135,38 @@ def likelihoods(
     token_budget : int
         Padded tokens per forward pass.
     context : callable
-        Takes the numbers of a batch's forks, some several times over, and gives a context to
-        compute the batch in.
+        Takes the numbers of a batch's forks and gives a context to compute the batch in.
 
     Returns
     -------
     list of list of Likelihood
         In the order of forks and their continuations.
-
-    Raises
-    ------
-    ModelError
-        If the model's cache cannot be copied by row, as that of state-space layers.
     """
-    trees = [_tree(fork) for fork in forks]
-    found: dict[int, list[Likelihood]] = {}
-    # A root's branches stand for its response: the budget counts them.
-    rows = [TokenRow(tree.root, sum(tree.branches, ())) for tree in trees]
+    trees = [(number, _tree(fork.prompt, fork.continuations)) for number, fork in enumerate(forks)]
+    as_trees = _takes_trees(model, max((len(tree.fed) for _, tree in trees), default=0))
+    if not as_trees:
+        trees = [
+            (number, _tree(fork.prompt, (tokens,)))
+            for number, fork in enumerate(forks)
+            for tokens in sorted(set(fork.continuations))
+        ]
+    rows = [TokenRow(tree.fed, ()) for _, tree in trees]
+    found: dict[tuple[int, Tokens], Likelihood] = {}
     for batch in batches(rows, pad_id=pad_id, token_budget=token_budget, prompts_only=True):
-        walk = _Walk(model, [trees[i] for i in batch.rows], batch, context, token_budget)
-        for place, index in enumerate(batch.rows):
-            found[index] = [walk.read(place, tokens) for tokens in forks[index].continuations]
-    return [found[i] for i in range(len(forks))]
+        chosen = [trees[i] for i in batch.rows]
+        with context([number for number, _ in chosen]):
+            logits = _logits(model, batch, [tree for _, tree in chosen], as_trees)
+        for (number, tree), part in zip(chosen, logits, strict=True):
+            read = _read(tree, part, forks[number].continuations)
+            found |= {(number, tokens): value for tokens, value in read.items()}
+    return [
+        [found[number, tokens] for tokens in fork.continuations]
+        for number, fork in enumerate(forks)
+    ]
 
 
-def _tree(fork: Fork) -> _Tree:
-    whole = sorted(set(fork.continuations))
+def _tree(prompt: Tokens, continuations: Sequence[Tokens]) -> _Tree:
+    whole = sorted(set(continuations))
     leaves = [
         tokens
         for tokens, after in zip(whole, [*whole[1:], ()], strict=True)
@@ -129,127 +175,64 @@ def _tree(fork: Fork) -> _Tree:
     # What the first and the last in order share, all share.
     same = [a == b for a, b in zip(leaves[0][:-1], leaves[-1][:-1], strict=False)]
     shared = same.index(False) if False in same else len(same)
-    root = fork.prompt + leaves[0][:shared]
+    root = prompt + leaves[0][:shared]
     return _Tree(root, shared, tuple(tokens[shared:] for tokens in leaves))
 
 
-class _Walk:
-    """The likelihoods of one batch, from the roots to the leaves."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        trees: Sequence[_Tree],
-        batch: Batch,
-        context: RowContext,
-        token_budget: int,
-    ) -> None:
-        self._trees = trees
-        device = model.device
-        mask = batch.attention_mask.to(device)
-        kept = max(tree.shared for tree in trees) + 1
-        with context(batch.rows), logits_of(model, Tensor.contiguous):
-            output = model(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=mask,
-                position_ids=batch.position_ids.to(device),
-                logits_to_keep=kept,
-                use_cache=True,
-            )
-        self._shared = [self._read_root(tree, output.logits[i]) for i, tree in enumerate(trees)]
-        first = output.logits[:, -1].float().log_softmax(-1)  # (n, V)
-        best = first.argmax(-1).tolist()
-        self._leaves = {
-            (i, tokens): [(float(first[i, tokens[0]]), best[i] == tokens[0])]
-            for i, tree in enumerate(trees)
-            for tokens in tree.branches
-        }
-        longer = [leaf for leaf in self._leaves if len(leaf[1]) > 1]
-        for chosen in _chunks(longer, mask.shape[1], token_budget):
-            places = [place for place, _ in chosen]
-            cache = _take(output.past_key_values, torch.tensor(places, device=device))
-            with context([batch.rows[place] for place in places]):
-                scored = _extend(model, cache, mask[places], [tokens for _, tokens in chosen])
-            for leaf, values in zip(chosen, scored, strict=True):
-                self._leaves[leaf] += values
-
-    def read(self, place: int, continuation: Tokens) -> Likelihood:
-        """Return the likelihood of one continuation of the fork at a place of the batch."""
-        tree = self._trees[place]
-        rest = continuation[tree.shared :]
-        leaf = next(t for t in tree.branches if t[: len(rest)] == rest)
-        values = (self._shared[place] + self._leaves[place, leaf])[: len(continuation)]
-        return Likelihood(tuple(value for value, _ in values), all(top for _, top in values))
-
-    @staticmethod
-    def _read_root(tree: _Tree, logits: Tensor) -> list[tuple[float, bool]]:
-        if not tree.shared:
-            return []
-        # The last column predicts what follows the root, those before it the root's own tokens.
-        return _pick(logits[-1 - tree.shared : -1], torch.tensor(tree.root[-tree.shared :]))
+def _takes_trees(model: PreTrainedModel, longest: int) -> bool:
+    """Whether every layer of a model attends as a mask says, over the length of a row."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) or longest
+    attends = kinds <= {"full_attention", "sliding_attention"}
+    return attends and longest <= window and config._attn_implementation in _MASKED
 
 
-def _extend(
-    model: PreTrainedModel,
-    cache: Any,  # noqa: ANN401
-    mask: Tensor,
-    branches: Sequence[Tokens],
-) -> list[list[tuple[float, bool]]]:
-    """Run branches on the cache of their roots; return the values of their tokens but the first."""
-    longest = max(map(len, branches)) - 1
-    fed = torch.zeros((len(branches), longest), dtype=torch.long)
-    for row, tokens in enumerate(branches):
-        fed[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-    device = mask.device
-    lengths = torch.tensor([len(tokens) - 1 for tokens in branches])
-    # What pads a branch on the right is never attended to by the tokens before it.
-    real = (torch.arange(longest) < lengths[:, None]).to(device)
-    with logits_of(model, lambda hidden: hidden[real][None]):
+def _logits(
+    model: PreTrainedModel, batch: Batch, trees: Sequence[_Tree], as_trees: bool
+) -> Sequence[Tensor]:
+    """Run left-padded rows; return each one's logits from its `first` token on, (·, V)."""
+    width, device = batch.input_ids.shape[1], model.device
+    positions = batch.position_ids.clone()
+    kept = torch.zeros_like(positions, dtype=torch.bool)
+    for row, tree in enumerate(trees):
+        start = width - len(tree.fed)
+        positions[row, start:] = tree.positions()
+        kept[row, start + tree.first :] = True
+    chosen = kept.to(device)
+    with logits_of(model, lambda hidden: hidden[chosen][None]):
         logits = model(
-            input_ids=fed.to(device),
-            attention_mask=torch.cat([mask, mask.new_ones(fed.shape)], dim=1),
-            position_ids=mask.sum(1, keepdim=True) + torch.arange(longest, device=device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[0]  # (tokens of all branches but the first of each, V)
-    parts = logits.split(lengths.tolist())
-    return [_pick(part, torch.tensor(t[1:])) for part, t in zip(parts, branches, strict=True)]
+            input_ids=batch.input_ids.to(device),
+            attention_mask=_mask(trees, width, model)
+            if as_trees
+            else batch.attention_mask.to(device),
+            position_ids=positions.to(device),
+            use_cache=False,
+        ).logits[0]  # (kept of all rows, V)
+    return logits.split(kept.sum(1).tolist())
 
 
-def _pick(logits: Tensor, tokens: Tensor) -> list[tuple[float, bool]]:
-    """Return the log-probability of each token, and whether it is the most probable: (T, V)."""
-    tokens = tokens.to(logits.device)
-    values = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    return list(zip(values.tolist(), (logits.argmax(-1) == tokens).tolist(), strict=True))
+def _mask(trees: Sequence[_Tree], width: int, model: PreTrainedModel) -> Tensor:
+    """Return what is added to the scores of attention, (n, 1, T, T); padding sees itself alone."""
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
+    for row, tree in enumerate(trees):
+        start = width - len(tree.fed)
+        sees[row, start:, start:] = tree.sees()
+    blocked = ~sees[:, None].to(model.device)
+    mask = torch.zeros(blocked.shape, dtype=model.dtype, device=model.device)
+    return mask.masked_fill_(blocked, torch.finfo(model.dtype).min)
 
 
-def _chunks(
-    leaves: Sequence[tuple[int, Tokens]], width: int, token_budget: int
-) -> Iterator[list[tuple[int, Tokens]]]:
-    """Divide leaves, longest first, so that a pass and its copies of the cache stay in bounds.
-
-    Where there are enough of them, leaves much shorter than the longest wait for the next pass:
-    they would be padding for the most part.
-    """
-    order = sorted(leaves, key=lambda leaf: -len(leaf[1]))
-    start = 0
-    while start < len(order):
-        longest = len(order[start][1])
-        room = max(1, min(token_budget // longest, _COPIES * token_budget // (width + longest)))
-        full = [leaf for leaf in order[start : start + room] if len(leaf[1]) > _FULL * longest]
-        count = max(len(full), min(room, _FEW))
-        yield order[start : start + count]
-        start += count
-
-
-def _take(cache: Any, rows: Tensor) -> Any:  # noqa: ANN401
-    """Return a cache of some rows of another, which stays as it is."""
-    if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
-        raise ModelError(
-            "choices need a base model whose cache can be copied by row, got layers of "
-            f"{type(cache.layers[0]).__name__}; leave the choices out of the rows"
-        )
-    taken = copy.copy(cache)
-    taken.layers = [copy.copy(layer) for layer in cache.layers]
-    taken.batch_select_indices(rows)
-    return taken
+def _read(tree: _Tree, logits: Tensor, continuations: Sequence[Tokens]) -> dict[Tokens, Likelihood]:
+    """Return the likelihoods of those continuations that a row has, from its logits."""
+    logprobs = logits.float().log_softmax(-1)
+    best = logits.argmax(-1)
+    found = {}
+    for tokens in set(continuations):
+        if not any(leaf[: len(tokens)] == tokens for leaf in tree.leaves()):
+            continue
+        places = torch.tensor(tree.path(tokens), device=logits.device)
+        wanted = torch.tensor(tokens, device=logits.device)
+        values = logprobs[places, wanted].tolist()
+        found[tokens] = Likelihood(tuple(values), bool((best[places] == wanted).all()))
+    return found

@@ -3,8 +3,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tclora.errors import ModelError
-from tclora.evaluate.continuations import Fork, _take, likelihoods
+from tclora.evaluate.continuations import Fork, likelihoods
 from tclora.model.tokens import TokenRow
 from tests.reference import row_nll
 
@@ -15,6 +14,7 @@ FORKS = (
     Fork((20, 21, 22, 23, 24, 25, 26), ((30, 31), (32,), (33, 34, 35, 36, 37))),
     Fork((20, 21), ((30, 31, 32),)),  # one alone
     Fork((40, 41, 42, 43), ((50, 51), (50, 51), (52,))),  # one twice
+    Fork((5, 6), ((8, 9), (8, 9, 10))),  # one ends within what all share
 )
 
 
@@ -63,12 +63,12 @@ def test_prompts_and_what_options_share_are_computed_once(tiny_model, monkeypatc
     seen.clear()
     shared = ((60, 61, 8), (60, 61, 9, 10), (60, 61, 11))
     likelihoods(tiny_model, [Fork(tuple(range(4, 54)), shared)], pad_id=0)
-    assert seen == [52, 1]
+    assert seen == [53]  # and of the second one token of its own
 
 
 def test_every_row_of_every_pass_has_its_context(tiny_model):
     """A context that changes the model by row gives what each fork has alone in it."""
-    shift = {0: 0.0, 1: 0.5, 2: -0.5, 3: 1.0, 4: 0.25}
+    shift = {0: 0.0, 1: 0.5, 2: -0.5, 3: 1.0, 4: 0.25, 5: -1.0}
     current = []
 
     def move(_, __, output):
@@ -91,9 +91,25 @@ def test_every_row_of_every_pass_has_its_context(tiny_model):
         assert totals == pytest.approx([value.total for value in alone[0]], rel=1e-4)
 
 
-def test_a_cache_that_cannot_be_copied_is_said(tiny_model):
-    class Cache:
-        layers = (object(),)
+@pytest.mark.parametrize(
+    "change", [{"sliding_window": 3}, {"layer_types": ["linear_attention"] * 2}]
+)
+def test_a_model_without_masks_of_ours_gets_whole_sequences(tiny_model, monkeypatch, change):
+    wanted = likelihoods(tiny_model, FORKS, pad_id=0)
+    passes = []
+    forward = tiny_model.forward
 
-    with pytest.raises(ModelError, match="whose cache can be copied by row, got layers of object"):
-        _take(Cache(), torch.tensor([0]))
+    def watch(**inputs):
+        passes.append(inputs["attention_mask"])
+        return forward(**inputs)
+
+    for name, value in change.items():
+        monkeypatch.setattr(tiny_model.config, name, value, raising=False)
+    monkeypatch.setattr(tiny_model, "forward", watch)
+    found = likelihoods(tiny_model, FORKS, pad_id=0)
+    for one, two in zip(found, wanted, strict=True):
+        assert [v.total for v in one] == pytest.approx([v.total for v in two], rel=1e-5)
+        assert [v.greedy for v in one] == [v.greedy for v in two]
+    (mask,) = passes
+    assert len(mask) == sum(len(set(fork.continuations)) for fork in FORKS)
+    assert mask.ndim == 2

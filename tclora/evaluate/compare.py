@@ -11,7 +11,7 @@ from tclora.errors import DataError
 from tclora.evaluate.statistics import Bootstrap
 
 METRICS = ("correct", "correct_norm", "nll")
-_PAIRED_BY = ["task", "id"]
+_PAIRED_BY = ["task", "id", "seed"]  # the last where several trainings were measured
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def compare_items(
     DataError
         If they share no item with this metric.
     """
-    columns = [*_PAIRED_BY, metric, "tokens"]
-    both = first[columns].merge(second[columns], on=_PAIRED_BY, suffixes=("_1", "_2"))
+    keys = [key for key in _PAIRED_BY if key in first and key in second]
+    columns = [*keys, metric, "tokens"]
+    both = first[columns].merge(second[columns], on=keys, suffixes=("_1", "_2"))
     both = both.dropna(subset=[f"{metric}_1", f"{metric}_2"])
     if both.empty:
         raise DataError(f"the results must share items with {metric!r}, but share none")

@@ -17,7 +17,6 @@ METRICS = {
     "accuracy_norm": "Accuracy of choices by log-likelihood per character",
     "nll": "NLL of the response (nats per token)",
 }
-_COLUMNS = {"accuracy": "correct", "accuracy_norm": "correct_norm", "nll": "nll"}  # of items
 ITEMS = "answers.parquet"  # one row per method and item
 ENDS = ("", "_low", "_high", "_n")  # of a figure: itself, its interval, its number of items
 _DIGITS = 3
@@ -65,7 +64,6 @@ class Tables:
             Texts. Columns split, task, n and one per method; empty where nothing was measured.
         """
         rows = self.summary.dropna(subset=[metric])
-        scored = self.items.dropna(subset=[_COLUMNS[metric]])
         rows = rows[rows["group_kind"].isin(["task", "skills", "all"])]
         lines = []
         for split in SPLITS:
@@ -74,9 +72,7 @@ class Tables:
             for kind in kinds:
                 for name, group in part[part["group_kind"] == kind].groupby("group", sort=True):
                     cells = {row["method"]: _cell(row, metric) for row in group.to_dict("records")}
-                    of = scored[scored["split"] == split]
-                    of = of if kind == "all" else of[of[kind] == name]
-                    n = int(of.groupby("method").size().max())
+                    n = int(group[f"{metric}_n"].max())
                     lines.append({"split": SPLITS[split], "task": name, "n": str(n)} | cells)
         columns = ["split", "task", "n", *self.summary["method"].unique()]
         return pd.DataFrame(lines, columns=columns).fillna("-")

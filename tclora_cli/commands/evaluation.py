@@ -41,9 +41,9 @@ def evaluate(
     ] = [],  # noqa: B006
     generate: Annotated[bool, typer.Option(help="Score generated answers.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 128,
-    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens per forward pass.")] = (
-        4096
-    ),
+    token_budget: Annotated[
+        int, typer.Option(min=1, help="Padded tokens per forward pass; less is faster on a CPU.")
+    ] = 2048,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let scorers and tasks run generated code.")
     ] = False,

@@ -63,7 +63,9 @@ def test_choices_that_rows_bring_reach_the_summary(adapters, where, base):
     own = {str(k): part for k, part in enumerate(adapters.values())}
     items = {name: measure(name, parts, held_out, base, where)
              for name, parts in {BASE: {}, OWN: own}.items()}  # fmt: skip
-    found = summarise_items.fn(items, None, IntervalConfig(resamples=20), 0, where)
+    diagnosis = diagnose.fn(adapters, factorise.fn(adapters, 2, SOLVER, 0, where), where)
+    measured, intervals = Measured(items, {}, 0), IntervalConfig(resamples=20)
+    found = summarise_items.fn(measured, None, diagnosis, intervals, 0, where)
     table = pd.read_parquet(where.layout.evaluation.items)
     assert [len(values) for values in table["logprobs"]] == [3] * 12
     assert table["generated"].isna().all()

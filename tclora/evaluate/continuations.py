@@ -201,7 +201,7 @@ def _logits(
         kept[row, start + tree.first :] = True
     chosen = kept.to(device)
     with logits_of(model, lambda hidden: hidden[chosen][None]):
-        logits = model(
+        logits: Tensor = model(
             input_ids=batch.input_ids.to(device),
             attention_mask=_mask(trees, width, model)
             if as_trees
@@ -209,7 +209,7 @@ def _logits(
             position_ids=positions.to(device),
             use_cache=False,
         ).logits[0]  # (kept of all rows, V)
-    return logits.split(kept.sum(1).tolist())
+    return torch.split(logits, kept.sum(1).tolist())
 
 
 def _mask(trees: Sequence[_Tree], width: int, model: PreTrainedModel) -> Tensor:

@@ -3,16 +3,18 @@
 The rows are the run's own test rows, or more of them drawn from the demo's task families.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from peft import PeftModel
 
 from tclora.activations import ActivationStatistics
-from tclora.adapter import Adapter, read_adapter
+from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.data.demo import demo_examples
 from tclora.evaluate.measure import evaluate_frame
 from tclora.evaluate.recovery import recovery
@@ -21,6 +23,7 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, OWN, cluster_number
 from tclora.model.attach import attached
 from tclora.model.locate import load_base_model, load_tokenizer
+from tclora.route import GatedAdapter, Gating
 
 Context = Callable[[Any], AbstractContextManager[Any]]
 _OTHER_SEED = 1000  # the rows that a run never saw are drawn by the run's seed plus this
@@ -32,8 +35,69 @@ def cluster_adapters(trained: Iterable[str]) -> list[str]:
     return sorted((n for n in numbers if numbers[n] is not None), key=lambda n: numbers[n] or 0)
 
 
-class HeldOut:
-    """A library, its base model, its cluster adapters and held-out in-domain rows.
+class Opened:
+    """A finished run's library with its base model and its clusters' adapters in memory.
+
+    Parameters
+    ----------
+    library : Path
+        Directory of a finished run.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self.library = library
+        self.layout = layout = Layout(library)
+        self.manifest = read_manifest(library)
+        self.location = self.manifest.base_model.location
+        self.tokenizer = load_tokenizer(self.location)
+        self.model = self.base()
+        names = cluster_adapters(self.manifest.training)
+        self.adapters = [self.read(layout.adapter(name)) for name in names]
+        self.statistics = ActivationStatistics.load(*map(layout.statistics, names))
+
+    def read(self, path: Path) -> Adapter:
+        """Read an adapter into memory."""
+        opened = read_adapter(path)
+        return Adapter(opened.name, dict(opened.modules), opened.base_model)
+
+    def base(self) -> Any:  # noqa: ANN401
+        """Load the base model."""
+        return load_base_model(self.location, torch.float32)
+
+    @contextmanager
+    def gated(self, gated: GatedAdapter) -> Iterator[tuple[Any, Gating]]:
+        """Load a gated adapter on a base model of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(gated.adapter, Path(folder) / "static")
+            model = PeftModel.from_pretrained(
+                self.base(), Path(folder) / "static", autocast_adapter_dtype=False
+            ).eval()
+        yield model, Gating(model, gated)
+
+    def drawn(self, count: int) -> pd.DataFrame:
+        """Draw rows of the demo's families, of all splits, that the run did not see.
+
+        Rows of trained families are in the cluster of most of their family's rows, others in none.
+        """
+        known = pd.read_parquet(self.layout.examples)
+        seed = self.manifest.settings.seed + _OTHER_SEED
+        drawn = demo_examples(train_rows=0, test_rows=count, seed=seed)
+        drawn = drawn[~drawn["prompt"].isin(known["prompt"])]
+        return drawn.assign(
+            id=[f"fresh-{i}" for i in range(len(drawn))],
+            answer=drawn["response"],
+            cluster=drawn["task"].map(self.cluster_of_task()),
+        )
+
+    def cluster_of_task(self) -> dict[str, int]:
+        """Return the cluster that most rows of every trained task went to."""
+        clusters = pd.read_parquet(self.layout.clusters)
+        training = clusters[clusters["split"] == "train"].groupby("task")["cluster"]
+        return dict(training.agg(lambda labels: labels.mode()[0]))
+
+
+class HeldOut(Opened):
+    """A library and held-out in-domain rows, measured under the base and their own adapters.
 
     Parameters
     ----------
@@ -44,41 +108,12 @@ class HeldOut:
     """
 
     def __init__(self, library: Path, fresh: int = 0) -> None:
-        self.library = library
-        self.layout = layout = Layout(library)
-        self.manifest = read_manifest(library)
-        self.location = self.manifest.base_model.location
-        self.tokenizer = load_tokenizer(self.location)
-        self.model = self.base()
-        names = cluster_adapters(self.manifest.training)
-        opened = [read_adapter(layout.adapter(name)) for name in names]
-        self.adapters = [Adapter(a.name, dict(a.modules), a.base_model) for a in opened]
-        self.statistics = ActivationStatistics.load(*map(layout.statistics, names))
-        rows = pd.read_parquet(layout.held_out)
-        self.rows = self._drawn(fresh) if fresh else rows[rows["split"] == "test"]
-        self.rows = self.rows.reset_index(drop=True)
+        super().__init__(library)
+        rows = self.drawn(fresh) if fresh else pd.read_parquet(self.layout.held_out)
+        self.rows = rows[rows["split"] == "test"].reset_index(drop=True)
         own = [self.items(OWN, self.rows[self.rows["cluster"] == k], self.attach(a))
                for k, a in enumerate(self.adapters)]  # fmt: skip
         self.references = pd.concat([self.items(BASE, self.rows), *own])
-
-    def _drawn(self, count: int) -> pd.DataFrame:
-        """Draw rows that the run did not see, each in the cluster of most of its task's rows."""
-        known = pd.read_parquet(self.layout.examples)
-        clusters = pd.read_parquet(self.layout.clusters)
-        training = known.merge(clusters[["id", "cluster"]], on="id")
-        cluster_of = training[training["split"] == "train"].groupby("task")["cluster"]
-        seed = self.manifest.settings.seed + _OTHER_SEED
-        drawn = demo_examples(train_rows=0, test_rows=count, seed=seed)
-        drawn = drawn[(drawn["split"] == "test") & ~drawn["prompt"].isin(known["prompt"])]
-        return drawn.assign(
-            id=[f"fresh-{i}" for i in range(len(drawn))],
-            answer=drawn["response"],
-            cluster=drawn["task"].map(cluster_of.agg(lambda labels: labels.mode()[0])),
-        )
-
-    def base(self) -> Any:  # noqa: ANN401
-        """Load the base model."""
-        return load_base_model(self.location, torch.float32)
 
     def training_rows(self, adapter: str) -> pd.DataFrame:
         """Return the rows an adapter was trained on."""

@@ -7,27 +7,23 @@ measured, nothing is generated.
 """
 
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from held_out import HeldOut
-from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+from peft import ArrowConfig, XLoraConfig, create_arrow_model, get_peft_model
 from safetensors.numpy import load_file
 from tables import report
 
-from tclora.adapter import Adapter, write_adapter
+from tclora.adapter import Adapter
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.library.names import OWN, ROUTED
 from tclora.merge import merge
 from tclora.model.locate import locate_embedder
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode_frame
-from tclora.route import GatedAdapter, Gating, Router, derive, fit_gates, fit_router
+from tclora.route import GatedAdapter, Router, derive, fit_gates, fit_router
 from tclora.tensor import factorise
 
 RANKS = (4, 8, 12, 16, 24, 32, 64, 96)
@@ -47,16 +43,6 @@ class Bench(HeldOut):
         self.router = fit_router(vectors[training], labels)
         embedder = load_embedder(locate_embedder(self.manifest.embedding_model.id))
         self.vectors = embed_prompts(embedder, self.rows["prompt"].tolist())
-
-    @contextmanager
-    def gated(self, gated: GatedAdapter) -> Iterator[tuple[Any, Gating]]:
-        """Load a gated adapter on a base model of its own."""
-        with tempfile.TemporaryDirectory() as folder:
-            write_adapter(gated.adapter, Path(folder) / "static")
-            model = PeftModel.from_pretrained(
-                self.base(), Path(folder) / "static", autocast_adapter_dtype=False
-            ).eval()
-        yield model, Gating(model, gated)
 
     def routed(self, method: str, gated: GatedAdapter, router: Router) -> pd.DataFrame:
         """Measure rows, each routed by its text."""

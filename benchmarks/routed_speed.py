@@ -1,9 +1,10 @@
 """A gated adapter against one plain LoRA, PEFT's mixed-adapter batch and PEFT's Arrow.
 
 SmolLM2-135M, K = 8 adapters of rank 16 on all linear layers, one batch of 32 prompts that belong to
-all clusters: one forward pass of 64 tokens each, and greedy generation of 16 tokens after 8.
-Variants take turns, medians are compared. Also the largest difference between the mixed batch's
-logits and each row's own gated adapter run alone.
+all clusters: one forward pass of 64 tokens each, and greedy generation of 16 tokens after 8. Both
+the plain LoRA and the gated one run with PEFT's own forward pass and with the fused one
+(`tclora.route.fused`). Variants take turns, medians are compared. Also the largest difference
+between the mixed batch's logits and each row's own gated adapter run alone.
 Usage: ``python benchmarks/routed_speed.py [REPEATS]``.
 """
 
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from libraries import SMOLLM2_135M, draw_library, layers
 from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft.tuners.lora import Linear
 from tables import report
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.merge import merge
 from tclora.model.locate import load_base_model, locate_base_model, locate_embedder
 from tclora.route import Gating, fit_gates
+from tclora.route.fused import fuse
 
 K, ROWS, TOKENS = 8, 32, 64
 SHORT, NEW = 8, 16
@@ -54,8 +57,17 @@ class Variants:
         write_adapter(self.gated.adapter, folder / "static")
         self.names = [adapter.name for adapter in library]
         self.plain = self._load(folder / "static")
+        self.plain_fused = self._load(folder / "static")
+        for layer in self.plain_fused.modules():
+            if isinstance(layer, Linear):
+                fuse(layer, "default", lambda: _ungated)
         self.routed = self._load(folder / "static")
         self.gating = Gating(self.routed, self.gated)
+        self.unfused = self._load(folder / "static")
+        self.unfused_gating = Gating(self.unfused, self.gated)
+        for layer in self.unfused.modules():
+            if isinstance(layer, Linear):
+                vars(layer).pop("forward")  # the gates are in hooks, PEFT's own pass is left
         self.mixed = self._load(folder / self.names[0], self.names[0])
         for name in self.names[1:]:
             self.mixed.load_adapter(folder / name, name, autocast_adapter_dtype=False)
@@ -79,6 +91,10 @@ class Variants:
             write_adapter(self.gated.cluster(row % K), place)
         model = self._load(place)
         return model(input_ids=ids[row : row + 1]).logits
+
+
+def _ungated(components: Tensor) -> Tensor:
+    return components
 
 
 def in_turn(
@@ -108,15 +124,19 @@ def main(repeats: int) -> None:
         weights = torch.eye(K)[torch.arange(ROWS) % K]
         names = [variants.names[i % K] for i in range(ROWS)]
         models = {
-            "one plain LoRA": variants.plain,
-            "gated, one gate per row": variants.routed,
+            "one plain LoRA, PEFT's pass": variants.plain,
+            "one plain LoRA, fused": variants.plain_fused,
+            "gated, one gate per row, PEFT's pass": variants.unfused,
+            "gated, one gate per row, fused": variants.routed,
             "PEFT, adapter_names per row": variants.mixed,
             "PEFT Arrow, top 3 per token": variants.arrow,
-            "gated, one gate per token": variants.routed,
+            "gated, one gate per token, fused": variants.routed,
         }
+        unfused = variants.unfused_gating
         contexts = {
-            "gated, one gate per row": lambda: variants.gating.applied(weights),
-            "gated, one gate per token": lambda: variants.gating.applied_per_token(top_k=3),
+            "gated, one gate per row, PEFT's pass": lambda: unfused.applied(weights),
+            "gated, one gate per row, fused": lambda: variants.gating.applied(weights),
+            "gated, one gate per token, fused": lambda: variants.gating.applied_per_token(top_k=3),
         }
         options = {"PEFT, adapter_names per row": {"adapter_names": names}}
 
@@ -140,7 +160,8 @@ def main(repeats: int) -> None:
         for title, work in (("forward", forward), ("generate", generate)):
             median = in_turn(work, list(models), contexts, repeats)
             table[f"{title}, median s"] = median
-            table[f"{title}, throughput / one plain LoRA"] = [median[0] / m for m in median]
+            table[f"{title}, throughput / plain, PEFT's pass"] = [median[0] / m for m in median]
+            table[f"{title}, throughput / plain, fused"] = [median[1] / m for m in median]
         with variants.gating.applied(weights):
             together = variants.routed(input_ids=ids).logits
         error = max(

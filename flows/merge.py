@@ -18,9 +18,9 @@ from tasks.merging import (
 )
 from tasks.merging import merge as merge_stage
 from tasks.merging import statistics as statistics_stage
-from tasks.routing import route
+from tasks.routing import Rules, Texts, calibrate, route
 from tasks.tracking import announce
-from tclora.config import RouterConfig, SolverConfig
+from tclora.config import GateConfig, RouterConfig, SolverConfig
 from tclora.library.names import unrefitted_name
 from tclora.merge import methods
 from tclora.route import ModelIdentity, RoutedInfo
@@ -52,16 +52,23 @@ def merge(context: Context, prepared: Prepared, trained: Trained) -> Merged:
     routed = None
     if cfg.route.enabled:
         seeing = Given(adapters, None, statistics, None, cfg.of_training)
-        routed = route(
-            _routed_info(context, list(adapters)),
-            merges[cfg.merge.primary],
-            seeing,
-            prepared.embeddings,
-            prepared.clusters,
-            cfg.route.only(RouterConfig),
-            where,
-        )
+        routed = _route(context, prepared, merges[cfg.merge.primary], seeing)
     return Merged(factors, variance, diagnosis, merges, routed)
+
+
+def _route(context: Context, prepared: Prepared, merged: Artifact, given: Given) -> Artifact:
+    """Gate the primary merge; fallback and abstention are calibrated unless all are configured."""
+    cfg, models, where = context.config.route, context.models, context.where
+    texts = Texts(prepared.embeddings, prepared.clusters, models.embedder, models.embedder_digest)
+    gates = cfg.only(GateConfig)
+    calibrated = None
+    open_values = [value for value in dict(gates).values() if value is None]
+    if open_values and cfg.calibration_rows and len(given.adapters) > 1:
+        rows = context.rows(prepared.rows, cfg.calibration_rows)
+        calibrated = calibrate(merged, given, texts, rows, where)
+    rules = Rules.of(gates, calibrated, cfg.static_share)
+    info = _routed_info(context, list(given.adapters))
+    return route(info, merged, given, texts, cfg.only(RouterConfig), rules, where)
 
 
 def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Artifact | None:

@@ -1,8 +1,9 @@
 """The routed library as an MLflow pyfunc model; MLflow stores this file and runs it when it loads.
 
-Input: a column ``prompt``. Output: ``completion``, ``known`` and one weight per cluster. The
-serving environment needs tclora; base and embedding model are found by the library's own record, or
-where $TCLORA_BASE_MODEL and $TCLORA_EMBEDDER say.
+Input: a column ``prompt``. Output: ``completion``, ``known``, ``belonging`` (the share of the
+clusters' gates, 0 to 1) and one weight per cluster. The serving environment needs tclora; base and
+embedding model are found by the library's own record, or where $TCLORA_BASE_MODEL and
+$TCLORA_EMBEDDER say.
 """
 
 import os
@@ -42,7 +43,10 @@ class RoutedPyfunc(PythonModel):
             for start in range(0, len(prompts), BATCH)
             for answer in self._model.generate(prompts[start : start + BATCH], max_new_tokens=limit)
         ]
-        rows = [{"completion": a.text, "known": a.known} | a.weights for a in answers]
+        rows = [
+            {"completion": a.text, "known": a.known, "belonging": a.belonging} | a.weights
+            for a in answers
+        ]
         return pd.DataFrame(rows, index=model_input.index)
 
 

@@ -1,4 +1,7 @@
-"""The stage that makes the routed library: gates, router, and where held-out prompts go."""
+"""Stages of the routed library: its calibration by loss, then gates and router."""
+
+from dataclasses import asdict
+from typing import NamedTuple
 
 import pandas as pd
 from prefect import get_run_logger
@@ -6,16 +9,84 @@ from safetensors.numpy import load_file
 
 from tasks.artifact import Artifact
 from tasks.keys import stage
-from tasks.merging import Given
+from tasks.merging import Given, Rows
 from tasks.where import Where
 from tclora.adapter import read_adapter
-from tclora.config import RouterConfig
+from tclora.config import GateConfig, RouterConfig
 from tclora.files import atomic_path
+from tclora.jobs.call import Event
 from tclora.library.manifest import size
-from tclora.route import RoutedInfo, fit_gates, fit_router, write_library
+from tclora.route import Abstention, Fallback, RoutedInfo, fit_gates, fit_router, write_library
 from tclora.route.quality import calibration_curve, router_figures, true_clusters
+from tclora.tune.routing import ClusteredTexts, calibrate_routing
 
 _COLUMNS = ["id", "prompt", "task", "split", "cluster"]
+_FALLBACK, _ABSTENTION = ("spread", "scale"), ("at", "width")
+_LOSSES = ("probes_loss", "probes_never", "probes_always")
+
+
+class Texts(NamedTuple):
+    """The clustered prompts, as artifacts; see `ClusteredTexts`."""
+
+    embeddings: Artifact
+    clusters: Artifact
+    embedder: str
+    embedder_digest: str
+
+
+class Rules(NamedTuple):
+    """What prompts far from every cluster get."""
+
+    fallback: Fallback
+    abstention: Abstention
+    static_share: float
+    losses: dict[str, float]  # of the probes they were chosen on; empty without
+
+    @classmethod
+    def of(cls, config: GateConfig, calibrated: Artifact | None, static_share: float) -> "Rules":
+        """Return what the configuration says, else what was calibrated, else the defaults."""
+        losses = {name: calibrated.info[name] for name in _LOSSES} if calibrated else {}
+        found = dict(calibrated.info) if calibrated else {}
+        found |= {name: value for name, value in dict(config).items() if value is not None}
+        fallback = {n: found[f"fallback_{n}"] for n in _FALLBACK if f"fallback_{n}" in found}
+        abstention = {n: found[f"abstain_{n}"] for n in _ABSTENTION if f"abstain_{n}" in found}
+        return cls(Fallback(**fallback), Abstention(**abstention), static_share, losses)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The rules as flat numbers, named as in the configuration."""
+        fallback = {f"fallback_{name}": value for name, value in asdict(self.fallback).items()}
+        abstention = {f"abstain_{name}": value for name, value in asdict(self.abstention).items()}
+        return fallback | abstention | {"static_share": self.static_share} | self.losses
+
+
+@stage("calibrate-routing")
+def calibrate(merged: Artifact, given: Given, texts: Texts, rows: Rows, where: Where) -> Artifact:
+    """Choose fallback gate and abstention by the base model's loss on rows of every cluster."""
+    logger, file = get_run_logger(), where.layout.routing_calibration
+
+    def on_event(event: Event) -> None:
+        logger.info("fallback of %s", ", ".join(f"{k} {v:.3g}" for k, v in event.items()))
+
+    found = where.executor.run_isolated(
+        calibrate_routing,
+        base=rows.base,
+        sample=rows.sample("route"),
+        given=given.inputs(),
+        merged=merged.path,
+        texts=ClusteredTexts(
+            embeddings=texts.embeddings.path,
+            clusters=texts.clusters.path,
+            embedder=texts.embedder,
+        ),
+        target=file,
+        on_event=on_event,
+    )
+    searched = found.abstention
+    losses = dict(zip(_LOSSES, (searched.loss, searched.never, searched.always), strict=True))
+    rules = Rules(found.fallback.rule, searched.rule, 0.0, losses)
+    metrics = {f"router/{name}": value for name, value in losses.items()}
+    return Artifact.of(where.layout.root, file, metrics=metrics, info=rules.figures)
 
 
 @stage("route")
@@ -23,21 +94,25 @@ def route(
     info: RoutedInfo,
     merged: Artifact,
     given: Given,
-    embeddings: Artifact,
-    clusters: Artifact,
+    texts: Texts,
     config: RouterConfig,
+    rules: Rules,
     where: Where,
 ) -> Artifact:
     """Gate the merge's components per cluster, calibrate the router, route the held-out prompts."""
     inputs, layout = given.inputs(), where.layout
     gated = fit_gates(
-        inputs.read_adapters(), read_adapter(merged.path, info.method), inputs.read_statistics()
-    )
-    rows = pd.read_parquet(clusters.path, columns=_COLUMNS)
-    vectors = load_file(embeddings.path)["embeddings"]
+        inputs.read_adapters(),
+        read_adapter(merged.path, info.method),
+        inputs.read_statistics(),
+        fallback=rules.fallback,
+    ).blended(rules.static_share)
+    rows = pd.read_parquet(texts.clusters.path, columns=_COLUMNS)
+    vectors = load_file(texts.embeddings.path)["embeddings"]
     training = (rows["split"] == "train").to_numpy()
     labels = rows.loc[training, "cluster"].to_numpy()
-    router = fit_router(vectors[training], labels, **dict(config), seed=inputs.seed)
+    options = {**dict(config), "abstention": rules.abstention, "seed": inputs.seed}
+    router = fit_router(vectors[training], labels, **options)
     write_library(layout.routed.folder, gated, router, info)
     held_out = rows.assign(true=true_clusters(rows))[~training].reset_index(drop=True)
     table = router.route(vectors[~training]).table(gated.names)
@@ -49,6 +124,7 @@ def route(
         get_run_logger().info("router: %s %.3f", name, value)
     if (temperature := router.save().settings.get("temperature")) is not None:
         figures["temperature"] = float(temperature)
+    figures |= rules.figures
     separate = sum(size(path) for path in inputs.adapters.values())
     figures["bytes_share"] = size(layout.routed.folder) / separate
     return Artifact.of(

@@ -9,9 +9,13 @@ from tclora_cli.folders import check_target
 
 
 def export_adapter(
-    library: Path, output: Path, cluster: str | None, weights: Sequence[str]
+    library: Path,
+    output: Path,
+    cluster: str | None,
+    weights: Sequence[str],
+    share: float | None = None,
 ) -> Path:
-    """Write one cluster, or a mixture given as NAME=WEIGHT, as a plain PEFT directory."""
+    """Write a cluster, a mixture (NAME=WEIGHT) or the static merge as a plain PEFT directory."""
     check_target(output)
     pairs = [text.rpartition("=") for text in weights]
     try:
@@ -22,6 +26,6 @@ def export_adapter(
         raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
     try:
         chosen = int(cluster) if cluster and cluster.isdigit() else cluster
-        return read_library(library).to_peft(output, chosen, weights=mixture or None)
+        return read_library(library).to_peft(output, chosen, weights=mixture or None, share=share)
     except ValueError as error:
         raise LibraryError(str(error)) from error

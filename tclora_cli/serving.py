@@ -36,6 +36,7 @@ def print_answers(
     if as_json:
         rows = [
             {"prompt": prompt, "text": answer.text, "known": answer.known}
+            | {"belonging": answer.belonging}
             | {"weights": answer.weights, "by_token": answer.by_token}
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
@@ -48,12 +49,13 @@ def print_answers(
 
 
 def _route(answer: Completion) -> str:
-    if not answer.known:
-        return "static merge (far from every cluster)"
+    rest = 1 - answer.belonging
     if answer.by_token:
-        return "every token by itself"
-    ranked = sorted(answer.weights.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {weight:.0%}" for name, weight in ranked if weight >= 0.005)
+        named = {"every token by itself": answer.belonging}
+    else:
+        named = {name: weight * answer.belonging for name, weight in answer.weights.items()}
+    ranked = sorted((named | {"fallback": rest}).items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in ranked if share >= 0.005)
 
 
 def serve_library(

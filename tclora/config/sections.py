@@ -320,15 +320,48 @@ class RouterConfig(Section):
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(
         0.99,
-        description="at least this share of a cluster's prompts counts as known; the threshold "
-        "lies halfway to other clusters' rows, and prompts beyond it get the static merge",
+        description="at least this share of a cluster's training prompts counts as known, however "
+        "abstain_at is chosen",
     )
 
 
-class RouteConfig(RouterConfig):
+class GateConfig(Section):
+    """What prompts far from every cluster get; values left out are chosen by loss."""
+
+    fallback_spread: Fraction | None = Field(
+        None,
+        description="how the fallback gate is made of all clusters: 0, each update counts on its "
+        "own cluster's inputs; 1, on all inputs alike, an average",
+    )
+    fallback_scale: float | None = Field(
+        None, gt=0, description="factor on the fallback gate; below 1 shrinks to the base model"
+    )
+    abstain_at: float | None = Field(
+        None,
+        description="nearness at which a prompt gets half the fallback gate: 0 is as far from its "
+        "nearest cluster as other clusters' rows, 1 as near as its own; -9 abstains from none",
+    )
+    abstain_width: float | None = Field(
+        None, ge=0, description="nearness over which the fallback takes over; 0 is a step"
+    )
+
+
+class RouteConfig(RouterConfig, GateConfig):
     """The routed library: the primary merge's factors, gated per prompt by the text router."""
 
     enabled: bool = Field(True, description="build the routed library and evaluate it")
+    calibration_rows: int = Field(
+        8,
+        ge=0,
+        description="training rows per cluster by whose loss the fallback gate and abstention are "
+        "chosen, each as a row of its cluster in other words and as one of a cluster left out; 0: "
+        "stated defaults",
+    )
+    static_share: Fraction = Field(
+        0.0,
+        description="share of the fallback gate in the static merge of the routed library, which "
+        "stock PEFT loads: more of it is better out of domain and worse in domain",
+    )
 
 
 class MeasureConfig(Section):

@@ -128,7 +128,7 @@ def read_contents(library: Path) -> Contents:
         interference=reader.optional(layout.interference, _INTERFERENCE, _ANGLES),
         module_interference=reader.optional(layout.module_interference, _MODULES),
         shared_structure=reader.optional(layout.shared_structure, _SHARED),
-        routing=reader.optional(layout.routing, _ROUTING + _cluster_names(manifest)),
+        routing=_read_routing(reader, layout.routing),
     )
 
 
@@ -193,6 +193,14 @@ def _read_evaluation(reader: _Reader, tables: EvaluationLayout) -> dict[str, pd.
     recovered = read["recovery"]
     recovered.loc[recovered["cluster"] == "worst", ["low", "high"]] = float("nan")
     return read
+
+
+def _read_routing(reader: _Reader, file: Path) -> pd.DataFrame:
+    """Read the routing of the held-out prompts; version 0.1.0 knew known or not alone."""
+    names = _cluster_names(reader.manifest)
+    table = reader.optional(file, _ROUTING + names, ["belonging"])
+    known = table["known"].astype(float)
+    return table.assign(belonging=table["belonging"].astype(float).fillna(known))
 
 
 def _cluster_names(manifest: Manifest) -> list[str]:

@@ -183,6 +183,11 @@ class Layout:
         return self.work / "rank.json"
 
     @property
+    def routing_calibration(self) -> Path:
+        """What fallback gate and abstention were chosen on; JSON."""
+        return self.work / "routing.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the trainings that are under way."""
         return self.work / "checkpoints"

@@ -180,6 +180,12 @@ class Routed(Record):
         On held-out in-domain prompts, where there are any with a known cluster.
     coverage_test, coverage_ood, coverage_composition : float or None
         Share of a split's prompts that are near enough to a cluster to be routed.
+    fallback_spread, fallback_scale, abstain_at, abstain_width, static_share : float or None
+        What prompts far from every cluster get; see `tclora.config.GateConfig`. None in libraries
+        of the previous version, where they got the static merge.
+    probes_loss, probes_never, probes_always : float or None
+        Loss of the probes that abstention was chosen on: so, if the router never abstained, and if
+        it always did; None where it was not chosen by loss.
     calibration_curve : tuple of CalibrationBin
         Confidence against accuracy.
     """
@@ -194,6 +200,14 @@ class Routed(Record):
     coverage_test: float | None = None
     coverage_ood: float | None = None
     coverage_composition: float | None = None
+    fallback_spread: float | None = None
+    fallback_scale: float | None = None
+    abstain_at: float | None = None
+    abstain_width: float | None = None
+    static_share: float | None = None
+    probes_loss: float | None = None
+    probes_never: float | None = None
+    probes_always: float | None = None
     calibration_curve: tuple[CalibrationBin, ...] = ()
 
     @property

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from tclora.model.base import LoadedBase, read_rows
 from tclora.model.tokens import Batch, batches
 
-Use = Literal["statistics", "scale", "refit", "rank"]
-_USES: tuple[Use, ...] = ("statistics", "scale", "refit", "rank")
+Use = Literal["statistics", "scale", "refit", "rank", "route"]
+_USES: tuple[Use, ...] = ("statistics", "scale", "refit", "rank", "route")
 
 
 class Sample(BaseModel):
@@ -26,7 +26,7 @@ class Sample(BaseModel):
         Adapter name of a cluster → Parquet file of its rows (columns prompt, response).
     count : int
         Rows per cluster; all where it has fewer.
-    use : {"statistics", "scale", "refit", "rank"}
+    use : {"statistics", "scale", "refit", "rank", "route"}
         What the rows are for.
     seed : int
         Seed of the draw.

@@ -16,18 +16,18 @@ from tclora.report.notation import number, percent, shorten
 from tclora.report.overview import Fact
 from tclora.report.palette import LIGHT
 
-STATIC = "static"
+FALLBACK = "fallback"
 _SPLITS = {"test": "", "ood": " (OOD)", "composition": " (composition)"}
 _MAX_TASKS = 24
 _PROMPT_LENGTH = 90
 _LEAST_SHARE = 0.005  # is drawn
 _COLUMNS = {"id", "prompt", "task", "split", "cluster", "true", "nearest", "known", "similarity",
-            "confidence"}  # fmt: skip
+            "confidence", "belonging"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RoutedPrompt:
-    """One example prompt of a task: the share of every cluster, the static merge last."""
+    """One example prompt of a task: the share of every cluster, the fallback last."""
 
     task: str
     prompt: str
@@ -36,8 +36,8 @@ class RoutedPrompt:
 
 
 def destinations(contents: Contents) -> list[str]:
-    """Return the adapters that prompts can be routed to, and the static merge."""
-    return [*(name for name in contents.routing.columns if name not in _COLUMNS), STATIC]
+    """Return the adapters that prompts can be routed to, and the fallback."""
+    return [*(name for name in contents.routing.columns if name not in _COLUMNS), FALLBACK]
 
 
 def routing(contents: Contents) -> Figure | None:
@@ -104,6 +104,15 @@ def router_quality(contents: Contents) -> list[Fact]:
         Fact(f"coverage, {split}", f"{percent(share)} %", "routed prompts")
         for split, share in routed.coverage.items()
     ]
+    if routed.abstain_at is not None and routed.fallback_spread is not None:
+        facts.append(Fact("half fallback at", number(routed.abstain_at, 2), "nearness, 0 to 1"))
+        spread = number(routed.fallback_spread, 2)
+        scale = number(routed.fallback_scale or 1.0, 2)
+        facts.append(Fact("fallback", f"spread {spread}, scale {scale}", "1, 1: an average"))
+    if routed.probes_loss is not None:
+        never, always = number(routed.probes_never or 0, 3), number(routed.probes_always or 0, 3)
+        note = f"never abstaining {never}, always {always}; training rows, reworded and left out"
+        facts.append(Fact("NLL of the probes", number(routed.probes_loss, 3), note))
     share = f"{percent(routed.bytes_share, 1)} %"
     return [*facts, Fact("bytes", share, "of the separate adapters")]
 
@@ -122,6 +131,6 @@ def _groups(routing: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _shares(rows: pd.DataFrame, names: list[str]) -> NDArray[np.float64]:
-    """Return (n, K + 1) shares: the routing weights, or all to the static merge."""
-    known = rows["known"].to_numpy(float)[:, None]
-    return np.hstack([rows[names[:-1]].to_numpy(float) * known, 1 - known])
+    """Return (n, K + 1) shares: the routing weights times belonging, the rest to the fallback."""
+    belonging = rows["belonging"].to_numpy(float)[:, None]
+    return np.hstack([rows[names[:-1]].to_numpy(float) * belonging, 1 - belonging])

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import tclora.route.routers  # noqa: F401  (registers them)
 from tclora.library.records import ModelIdentity
+from tclora.route.equations import Fallback
 from tclora.route.gates import GatedAdapter, fit_gates
+from tclora.route.nearness import Abstention
 from tclora.route.router import Router, RouterState, derive, fit_router, routers
 from tclora.route.routing import Routing, TokenRule, routing_from_table, together
 from tclora.route.storage import (
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from tclora.route.gating import Gating
 
 __all__ = [
+    "Abstention",
+    "Fallback",
     "GatedAdapter",
     "Gating",
     "ModelIdentity",

@@ -68,12 +68,12 @@ class Gating:
         self._layers = layers
         self._widths = [ranks[name] for name in layers]
         self._stacked = torch.cat([gated.gates[name] for name in layers], dim=1).float()  # (K, Σ R)
-        static = [gated.static(name) for name in layers]
-        self._static = torch.cat(static).float()[None]  # (1, Σ R)
+        self._fallback = torch.cat([gated.elsewhere(name) for name in layers]).float()[None]
+        static = torch.cat([gated.static(name) for name in layers]).float()[None]  # (1, Σ R)
         self._prototypes: dict[str, Tensor] = {}
         self._lock = threading.Lock()
         self._current: dict[int, dict[str, Gate]] = {}  # by thread
-        self._resting = self._by_row(self._static)
+        self._resting = self._by_row(static)
         for name, layer in lora.items():
             _set_components(layer, adapter, gated.components(name))
             layers[name].register_forward_hook(self._hook(name))
@@ -83,7 +83,7 @@ class Gating:
         model.save_pretrained = _refuse  # type: ignore[method-assign]
 
     @contextmanager
-    def applied(self, weights: Tensor, known: Tensor | None = None) -> Iterator[None]:
+    def applied(self, weights: Tensor, belonging: Tensor | None = None) -> Iterator[None]:
         """Gate each row of every batch by its own mixture while the context lasts.
 
         Parameters
@@ -91,8 +91,9 @@ class Gating:
         weights : Tensor, shape (n, K)
             Routing weights of the batch's rows; n = 1 serves all rows of any batch. A batch of a
             multiple of n rows (beams, several samples per prompt) repeats each row's gate.
-        known : Tensor of bool, shape (n,), optional
-            Rows that are routed; the others get the static merge.
+        belonging : Tensor, shape (n,), optional
+            Share of the clusters' gates in each row's (0–1), the fallback gate being the rest; all
+            1 by default.
 
         Raises
         ------
@@ -102,14 +103,14 @@ class Gating:
         if not weights.isfinite().all():
             raise ValueError("weights must be finite, got NaN or infinity; check the router")
         gates = weights.to(self._stacked) @ self._stacked  # (n, Σ R)
-        if known is not None:
-            gates = torch.where(known.to(gates.device)[:, None], gates, self._static)
+        if belonging is not None:
+            gates = torch.lerp(self._fallback, gates, belonging.to(gates)[:, None])
         with self._use(self._by_row(gates)):
             yield
 
     @contextmanager
     def applied_per_token(
-        self, *, temperature: float = 1.0, top_k: int | None = None, known: Tensor | None = None
+        self, *, temperature: float = 1.0, top_k: int | None = None, belonging: Tensor | None = None
     ) -> Iterator[None]:
         """Gate every token in every module by itself, as Arrow routes, in the factor space.
 
@@ -119,8 +120,8 @@ class Gating:
             Temperature of the softmax over clusters.
         top_k : int, optional
             Clusters mixed per token; all by default.
-        known : Tensor of bool, shape (n,), optional
-            Rows that are routed, as in `applied`; the others get the static merge.
+        belonging : Tensor, shape (n,), optional
+            As in `applied`.
 
         Raises
         ------
@@ -143,13 +144,14 @@ class Gating:
                 f"temperature must be above 0 and top_k at least 1, got {temperature}, {top_k}"
             )
         gates = {}
+        fallback = self._by_row(self._fallback)
         for name, layer in self._layers.items():
             if name not in self._prototypes:
                 self._prototypes[name] = _prototypes(self._gated, name)
             prototypes = self._prototypes[name].to(layer.weight)
             own = self._gated.gates[name].to(layer.weight)
             gate = _by_token(prototypes, own, temperature, top_k)
-            gates[name] = gate if known is None else _where(known, gate, self._resting[name])
+            gates[name] = gate if belonging is None else _blend(belonging, gate, fallback[name])
         with self._use(gates):
             yield
 
@@ -256,17 +258,17 @@ def _by_token(prototypes: Tensor, own: Tensor, temperature: float, top_k: int | 
     return apply
 
 
-def _where(known: Tensor, gate: Gate, otherwise: Gate) -> Gate:
-    """Gate the rows that are known by one gate, the others by another."""
+def _blend(belonging: Tensor, gate: Gate, fallback: Gate) -> Gate:
+    """Gate every row partly by one gate, for the rest by another."""
 
     def apply(components: Tensor) -> Tensor:
-        if components.ndim != 3 or components.shape[0] % len(known):
+        if components.ndim != 3 or components.shape[0] % len(belonging):
             raise ValueError(
-                f"a batch must have a multiple of the {len(known)} routed rows, got components of "
-                f"shape {tuple(components.shape)}"
+                f"a batch must have a multiple of the {len(belonging)} routed rows, got components "
+                f"of shape {tuple(components.shape)}"
             )
-        rows = known.to(components.device).repeat_interleave(components.shape[0] // len(known))
-        return torch.where(rows[:, None, None], gate(components), otherwise(components))
+        shares = belonging.to(components).repeat_interleave(components.shape[0] // len(belonging))
+        return torch.lerp(fallback(components), gate(components), shares[:, None, None])
 
     return apply
 

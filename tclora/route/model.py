@@ -46,9 +46,11 @@ class Completion:
     weights : dict of str to float
         Routing weight of every cluster.
     known : bool
-        Whether the prompt was routed; if not, the static merge answered.
+        Whether the prompt was near enough to a cluster to be routed.
     by_token : bool
         Whether every token chose its clusters itself, whatever the weights.
+    belonging : float
+        Share of the clusters' gates in the answer (0–1), the fallback gate being the rest.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Completion:
     weights: dict[str, float]
     known: bool
     by_token: bool = False
+    belonging: float = 1.0
 
 
 class RoutedModel:
@@ -200,7 +203,8 @@ class RoutedModel:
         text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
         known = bool(routing.known[row])
         by_token = routing.by_token is not None
-        return Completion(text, tuple(answer), self.weights_of(routing, row), known, by_token)
+        weights, belonging = self.weights_of(routing, row), float(routing.shares[row])
+        return Completion(text, tuple(answer), weights, known, by_token, belonging)
 
 
 def load(

@@ -23,6 +23,7 @@ from tclora.cluster.centroids import Labels
 from tclora.cluster.vectors import Embeddings
 from tclora.errors import LibraryError
 from tclora.registry import VARIABLE, Registry
+from tclora.route.nearness import Abstention
 from tclora.route.routing import Routing
 
 
@@ -35,12 +36,15 @@ class FitOptions(TypedDict, total=False):
         Mix at most this many clusters.
     coverage : float
         Share of each cluster's rows that are to be known at least (0–1).
+    abstention : Abstention
+        How belonging falls with distance; see `tclora.route.nearness.Abstention`.
     seed : int
         Seed of anything random.
     """
 
     top_k: int | None
     coverage: float
+    abstention: Abstention
     seed: int
 
 

@@ -45,15 +45,17 @@ class Routing:
     weights : ndarray of float32, shape (N, K)
         Not negative, rows of sum 1.
     known : ndarray of bool, shape (N,)
-        Whether the prompt is near enough to its nearest cluster; others get the static merge.
+        Whether the prompt is near enough to its nearest cluster; the router abstains from others.
     similarity : ndarray of float32, shape (N,)
         How near the prompt is to its nearest cluster, such as the cosine to its centroid.
     probabilities : ndarray of float32, shape (N, K), optional
         How likely the prompt belongs to each cluster, rows of sum 1; the router's quality is
         measured on them. The weights by default.
     by_token : TokenRule, optional
-        Where given, every token of a known prompt chooses its clusters itself, whatever the
-        weights.
+        Where given, every token chooses its clusters itself, whatever the weights.
+    belonging : ndarray of float32, shape (N,), optional
+        Share of the clusters' gates in the prompt's own (0–1), the fallback gate being the rest; 1
+        for known prompts and 0 for others by default.
     """
 
     weights: Array
@@ -61,6 +63,12 @@ class Routing:
     similarity: Array
     probabilities: Array | None = None
     by_token: TokenRule | None = None
+    belonging: Array | None = None
+
+    @property
+    def shares(self) -> Array:
+        """Belonging of every prompt, shape (N,)."""
+        return self.known.astype(np.float32) if self.belonging is None else self.belonging
 
     @property
     def coverage(self) -> float:
@@ -73,13 +81,13 @@ class Routing:
         A batch must hold the routing's prompts in their order, or a multiple of them (beams); one
         routed prompt alone serves every row.
         """
-        known = torch.from_numpy(self.known)
+        belonging = torch.from_numpy(self.shares)
         if self.by_token:
             rule = self.by_token
             return gating.applied_per_token(
-                temperature=rule.temperature, top_k=rule.top_k, known=known
+                temperature=rule.temperature, top_k=rule.top_k, belonging=belonging
             )
-        return gating.applied(torch.from_numpy(self.weights), known)
+        return gating.applied(torch.from_numpy(self.weights), belonging)
 
     def take(self, rows: Sequence[int]) -> "Routing":
         """Return the routing of some of the prompts, by their numbers."""
@@ -90,6 +98,7 @@ class Routing:
             self.similarity[chosen],
             None if self.probabilities is None else self.probabilities[chosen],
             self.by_token,
+            None if self.belonging is None else self.belonging[chosen],
         )
 
     def table(self, names: Sequence[str]) -> pd.DataFrame:
@@ -103,8 +112,9 @@ class Routing:
         Returns
         -------
         DataFrame
-            nearest (most probable cluster), known, similarity, confidence (its probability), one
-            column of weights per name, and the rule of `by_token` where there is one.
+            nearest (most probable cluster), known, similarity, confidence (its probability),
+            belonging, one column of weights per name, and the rule of `by_token` where there is
+            one.
         """
         likely = self.weights if self.probabilities is None else self.probabilities
         table = pd.DataFrame(
@@ -113,6 +123,7 @@ class Routing:
                 "known": self.known,
                 "similarity": self.similarity,
                 "confidence": likely.max(axis=1, initial=0.0),
+                "belonging": self.shares,
             }
         )
         weights = pd.DataFrame(self.weights, columns=list(names))
@@ -139,6 +150,7 @@ def together(routings: Sequence[Routing]) -> Routing:
         np.concatenate([routing.known for routing in routings]),
         np.concatenate([routing.similarity for routing in routings]),
         by_token=rules.pop(),
+        belonging=np.concatenate([routing.shares for routing in routings]),
     )
 
 
@@ -166,7 +178,13 @@ def routing_from_table(table: pd.DataFrame, names: Sequence[str]) -> Routing:
         table["known"].to_numpy("bool", copy=True),
         table["similarity"].to_numpy("float32", copy=True),
         by_token=_token_rule(table),
+        belonging=_belonging(table),
     )
+
+
+def _belonging(table: pd.DataFrame) -> Array | None:
+    """Return the column, None for tables of version 0.1.0, which lack it."""
+    return table["belonging"].to_numpy("float32", copy=True) if "belonging" in table else None
 
 
 def _token_rule(table: pd.DataFrame) -> TokenRule | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,10 @@ from tclora.library.records import ModelIdentity
 from tclora.route.gates import GatedAdapter, static_gate
 from tclora.route.router import Router, load_router, save_router
 
-_SCHEMA = 2  # 1 stored gates as ratios to the static merge, and is still read
+# 1 stored gates as ratios to the static merge, 2 none for rows that belong to no cluster: both are
+# still read. Since 3 every module's last gate is the fallback's.
+_SCHEMA = 3
+_READ = (1, 2, _SCHEMA)
 
 
 class RoutedInfo(BaseModel):
@@ -40,7 +44,7 @@ class RoutedInfo(BaseModel):
     max_tokens : int
         Longest example in training (tokens).
     method : str
-        The static merge, for prompts far from every cluster and for stock PEFT.
+        The static merge, for stock PEFT; its components are those that are gated.
     clusters : tuple of str
         Adapter names of the clusters.
     """
@@ -83,8 +87,9 @@ class RoutedLibrary:
         cluster: str | int | None = None,
         *,
         weights: Sequence[float] | Mapping[str, float] | None = None,
+        share: float | None = None,
     ) -> Path:
-        """Write one cluster's adapter, or a mixture, as a plain PEFT directory.
+        """Write one cluster's adapter, a mixture, or the static merge as a plain PEFT directory.
 
         Parameters
         ----------
@@ -94,6 +99,8 @@ class RoutedLibrary:
             Adapter name or number of the cluster.
         weights : sequence of K float, or mapping from adapter name to float, optional
             Mixture of the clusters; names left out count 0.
+        share : float, optional
+            The static merge moved so far towards the fallback; see `GatedAdapter.blended`.
 
         Returns
         -------
@@ -103,13 +110,15 @@ class RoutedLibrary:
         Raises
         ------
         ValueError
-            If not exactly one of cluster and weights is given, or a name is not known.
+            If not exactly one of cluster, weights and share is given, or a name is not known.
         """
-        if (cluster is None) == (weights is None):
-            raise ValueError("exactly one of cluster and weights must be given")
+        if [cluster, weights, share].count(None) != 2:
+            raise ValueError("exactly one of cluster, weights and share must be given")
         target = Path(target)
         if cluster is not None:
             adapter = self.gated.cluster(cluster)
+        elif share is not None:
+            adapter = self.gated.blended(share).adapter
         else:
             adapter = self.gated.mixed(self._weights(weights or ()), target.name)
         write_adapter(adapter, target)
@@ -131,7 +140,10 @@ def write_library(folder: Path, gated: GatedAdapter, router: Router, info: Route
     with atomic_path(folder) as fresh:
         files = RoutedLayout(fresh)
         write_adapter(gated.adapter, fresh)
-        gates = {name: gate.contiguous() for name, gate in gated.gates.items()}
+        gates = {
+            module: torch.cat([gate, gated.elsewhere(module).to(gate)[None]])
+            for module, gate in gated.gates.items()
+        }
         save_file(gates, files.gates, metadata={"names": json.dumps(gated.names)})
         save_router(router, files.router)
         digests = {file.name: sha256_file(file) for file in _contents(fresh)}
@@ -167,7 +179,11 @@ def read_library(path: str | Path, *, router: str | None = None) -> RoutedLibrar
     gates = load_file(files.gates)
     if info.schema_version == 1:
         gates = {m: (g * static_gate(adapter.modules[m])).float() for m, g in gates.items()}
-    gated = GatedAdapter(adapter, gates, names)
+    fallback = {}
+    if info.schema_version >= 3:
+        fallback = {m: g[len(names)] for m, g in gates.items()}
+        gates = {m: g[: len(names)] for m, g in gates.items()}
+    gated = GatedAdapter(adapter, gates, names, fallback)
     return RoutedLibrary(folder, gated, load_router(files.router, router), info)
 
 
@@ -204,10 +220,10 @@ def _read_info(folder: Path) -> RoutedInfo:
         info = RoutedInfo.model_validate(values)
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
         raise LibraryError(f"{path} cannot be read: {error}; run the pipeline again") from error
-    if info.schema_version not in {1, _SCHEMA}:
+    if info.schema_version not in _READ:
         raise LibraryError(
-            f"{path}: schema_version must be 1 or {_SCHEMA}, got {info.schema_version}; run the "
-            "pipeline again"
+            f"{path}: schema_version must be one of {', '.join(map(str, _READ))}, got "
+            f"{info.schema_version}; run the pipeline again"
         )
     for file in _contents(folder):
         if not file.is_file():

@@ -2,7 +2,8 @@
 
 The registered text routers differ in how they weigh clusters; what they weigh them by is here.
 
-Symbols: N prompts, D embedding width, K clusters, s (N, K) cosine similarities to the centroids.
+Symbols: N prompts, D embedding width, K clusters, s (N, K) cosine similarities to the centroids,
+κ (N,) belonging.
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from scipy.special import log_softmax, softmax
 from tclora.cluster.centroids import NOISE, Labels, assign, centroids
 from tclora.cluster.vectors import Embeddings
 from tclora.errors import LibraryError
+from tclora.route.nearness import Abstention, NearnessScale, belonging, held_out_similarity
 from tclora.route.router import RouterState
 from tclora.route.routing import Array, Routing, TokenRule
 
 _ARRAYS = ("centroids", "thresholds", "exemplars")
 _TEMPERATURES = (1e-3, 1.0)  # bounds of the calibration
-_FOLDS = 5
 _EXEMPLARS, _NEIGHBOURS, _DENSITY_ROWS = 16, 5, 2000
 _ROUNDING = 1e-4  # an embedding differs by less between batches and machines
 
@@ -35,13 +36,16 @@ class TextClusters:
     centroids : ndarray of float32, shape (K, D)
         Unit-norm centroids.
     thresholds : ndarray of float32, shape (K,)
-        Least cosine similarity to a centroid at which its cluster knows a prompt.
+        Least cosine similarity to a centroid at which its cluster knows a prompt: belonging is one
+        half there.
     temperature : float
         Temperature of the softmax over cosine similarities.
     exemplars : ndarray of float32, shape (K, E, D)
         The rows in the densest part of each cluster; repeated where a cluster has fewer than E.
     top_k : int or None
         A mixture is of at most this many clusters; of all if None.
+    widths : ndarray of float32, shape (K,), optional
+        Cosine similarity over which belonging falls; a step by default, as in former libraries.
     """
 
     centroids: Array
@@ -49,6 +53,7 @@ class TextClusters:
     temperature: float
     exemplars: Array
     top_k: int | None = None
+    widths: Array | None = None
 
     @classmethod
     def fit(
@@ -58,6 +63,7 @@ class TextClusters:
         *,
         top_k: int | None = None,
         coverage: float = 0.99,
+        abstention: Abstention | None = None,
         seed: int = 0,
     ) -> Self:
         """Calibrate on the rows that were clustered; see `Router.fit`.
@@ -65,19 +71,23 @@ class TextClusters:
         Notes
         -----
         Thresholds and temperature come from similarities to centroids that were computed without
-        the row itself (cross-fitting), so that they hold for new prompts.
+        the row itself (cross-fitting), so that they hold for new prompts. A threshold stands where
+        the abstention rule puts it, or lower if less than `coverage` of the rows lay above.
         """
         kept = labels != NOISE
         vectors, labels = vectors[kept], labels[kept]
         centres = centroids(vectors, labels)
-        similarity = _held_out_similarity(vectors, labels, centres, seed)
-        thresholds = [
-            _threshold(similarity[labels == k, k], similarity[labels != k, k], coverage)
+        similarity = held_out_similarity(vectors, labels, centres, seed)
+        rule = abstention or Abstention()
+        scale = NearnessScale.of(similarity, labels)
+        lowest = [
+            np.quantile(similarity[labels == k, k], 1 - coverage, method="lower") - _ROUNDING
             for k in range(len(centres))
         ]
         return cls(
             centroids=centres,
-            thresholds=np.array(thresholds, dtype=np.float32),
+            thresholds=np.minimum(scale.similarity(rule.at), lowest).astype(np.float32),
+            widths=(rule.width * scale.spread).astype(np.float32),
             temperature=calibrate_temperature(similarity, labels),
             exemplars=np.stack([_densest(vectors[labels == k]) for k in range(len(centres))]),
             top_k=top_k,
@@ -125,12 +135,15 @@ class TextClusters:
     ) -> Routing:
         """Return a routing of these weights with what is known of the prompts."""
         nearest, highest = assign(self._checked(vectors), self.centroids)
-        known = highest >= self.thresholds[nearest]
-        return Routing(weights, known, highest, self.probabilities(vectors), by_token)
+        above = highest - self.thresholds[nearest]
+        shares = belonging(above, None if self.widths is None else self.widths[nearest])
+        return Routing(weights, above >= 0, highest, self.probabilities(vectors), by_token, shares)
 
     def save(self) -> RouterState:
         """Return these clusters as plain values."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.widths is not None:
+            arrays["widths"] = self.widths
         return RouterState(arrays, {"temperature": self.temperature, "top_k": self.top_k})
 
     @classmethod
@@ -152,6 +165,7 @@ class TextClusters:
         return cls(
             temperature=state.settings["temperature"],
             top_k=state.settings["top_k"],
+            widths=state.arrays.get("widths"),
             **{name: state.arrays[name] for name in _ARRAYS},
         )
 
@@ -173,19 +187,6 @@ def strongest(scores: NDArray[np.float64], top_k: int | None, absent: float) -> 
     return kept
 
 
-def _threshold(own: Array, others: Array, coverage: float) -> float:
-    """Return the least similarity at which a cluster knows a prompt.
-
-    It lies halfway between the cluster's own farthest rows and the nearest rows of other clusters,
-    or at its own farthest ones where those overlap; a share of 1 - coverage counts as outliers.
-    """
-    lowest = float(np.quantile(own, 1 - coverage, method="lower"))
-    if not len(others):
-        return lowest - _ROUNDING
-    nearest = float(np.quantile(others, coverage, method="higher"))
-    return min(lowest, (lowest + nearest) / 2) - _ROUNDING
-
-
 def _densest(vectors: Embeddings) -> Array:
     """Return the rows nearest to their neighbours, shape (E, D), the densest ones again if few."""
     if len(vectors) > _DENSITY_ROWS:  # all pairs are compared
@@ -195,29 +196,6 @@ def _densest(vectors: Embeddings) -> Array:
     core = similarity[:, min(_NEIGHBOURS, len(vectors) - 1)]  # to the k-th neighbour
     order = np.argsort(-core, kind="stable")
     return np.asarray(vectors[np.resize(order, _EXEMPLARS)], dtype=np.float32)
-
-
-def _held_out_similarity(vectors: Embeddings, labels: Labels, centres: Array, seed: int) -> Array:
-    """Return (N, K) similarities, each row's to centroids of the other folds' rows."""
-    rng = np.random.default_rng(seed)
-    fold = np.empty(len(labels), dtype=np.int64)
-    for k in range(len(centres)):  # every fold gets its share of every cluster
-        members = np.flatnonzero(labels == k)
-        fold[rng.permutation(members)] = np.arange(len(members)) % _FOLDS
-    similarity = np.empty((len(labels), len(centres)), dtype=np.float32)
-    for part in range(_FOLDS):
-        rest = fold != part
-        fitted = centres.copy()
-        present = np.unique(labels[rest])  # a cluster of one row has no other
-        for k in present:
-            fitted[k] = _centroid(vectors[rest & (labels == k)])
-        similarity[~rest] = vectors[~rest] @ fitted.T
-    return similarity
-
-
-def _centroid(vectors: Embeddings) -> Array:
-    mean = vectors.mean(axis=0)
-    return np.asarray(mean / np.linalg.norm(mean), dtype=np.float32)
 
 
 def calibrate_temperature(similarity: Array, labels: Labels) -> float:

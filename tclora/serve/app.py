@@ -1,6 +1,6 @@
 """The endpoint: ``/v1/chat/completions`` and ``/v1/models`` as OpenAI's clients expect them.
 
-Every answer also says where it was routed (``tclora``: known, weights).
+Every answer also says where it was routed (``tclora``: known, belonging, weights).
 """
 
 import asyncio
@@ -207,6 +207,7 @@ def _tokens(model: RoutedModel, messages: list[Message]) -> tuple[int, ...]:
 def _routing_body(model: RoutedModel, routing: Routing) -> dict[str, Any]:
     return {
         "known": bool(routing.known[0]),
+        "belonging": float(routing.shares[0]),
         "weights": model.weights_of(routing, 0),
         "by_token": routing.by_token is not None,
     }

@@ -65,9 +65,15 @@ def export(
     weights: Annotated[
         list[str], typer.Option("--weight", metavar="NAME=WEIGHT", help="A mixture instead.")
     ] = [],  # noqa: B006
+    static_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="The static merge instead, moved so far towards the fallback gate."
+        ),
+    ] = None,
 ) -> None:
-    """Write one cluster of a routed library, or a mixture, as a plain PEFT adapter."""
+    """Write one cluster of a routed library, a mixture or a static merge as a plain adapter."""
     from tclora_cli.export import export_adapter
 
-    place = export_adapter(library, output, cluster, weights)
+    place = export_adapter(library, output, cluster, weights, static_share)
     console.print(f"adapter: {place}", highlight=False, soft_wrap=True)

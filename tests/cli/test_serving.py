@@ -34,7 +34,7 @@ def test_generate_shows_answers_and_routes(library):
     assert rows[0]["weights"]["cluster-1"] == 1.0
     shown = invoke("generate", library, PROMPT, FAR, "--max-new-tokens", 5).stdout
     assert all(word in shown for word in ("cluster-1", "100%"))  # a narrow table breaks lines
-    assert "static" in shown
+    assert "fallback" in shown
     with pytest.raises(LibraryError, match="prompts must not be empty, but number 2 is"):
         invoke("generate", library, PROMPT, " ")
 
@@ -60,7 +60,7 @@ def test_export_writes_plain_adapters(library, gated, tmp_path):
         invoke("export", library, "-o", library, "--cluster", 0)
     with pytest.raises(LibraryError, match="must be NAME=NUMBER, got cluster-0"):
         invoke("export", library, "-o", tmp_path / "none", "--weight", "cluster-0")
-    with pytest.raises(LibraryError, match="exactly one of cluster and weights"):
+    with pytest.raises(LibraryError, match="exactly one of cluster, weights and share"):
         invoke("export", library, "-o", tmp_path / "none")
     with pytest.raises(LibraryError, match="cluster must be one of cluster-0"):
         invoke("export", library, "-o", tmp_path / "none", "--cluster", "cooking")

@@ -263,6 +263,19 @@ def test_the_routed_library_is_a_pyfunc_model(finished, library, tiny_model_dir)
     wanted = tclora.load(library, tiny_model_dir).generate(prompts, max_new_tokens=4)
     assert found["completion"].tolist() == [answer.text for answer in wanted]
     assert found["known"].tolist() == [answer.known for answer in wanted]
+    assert found["belonging"].tolist() == [answer.belonging for answer in wanted]
+
+
+def test_fallback_and_abstention_are_chosen_by_loss(library):
+    routed = read_manifest(library).routed
+    found = json.loads((library / "work" / "routing.json").read_text())
+    assert routed.fallback_spread == found["fallback"]["rule"]["spread"]
+    assert routed.abstain_at == found["abstention"]["rule"]["at"]
+    losses = [loss for _, loss in found["fallback"]["losses"]]
+    chosen = [rule for rule, loss in found["fallback"]["losses"] if loss == min(losses)]
+    assert found["fallback"]["rule"] in chosen
+    assert routed.probes_loss <= max(routed.probes_never, routed.probes_always)
+    assert {probe["kind"] for probe in found["probes"]} == {"own", "reworded", "foreign"}
 
 
 def test_the_uniform_merge_is_the_mean_of_the_adapters(library):

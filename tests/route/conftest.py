@@ -6,6 +6,7 @@ from tclora.adapter import Adapter, LoraFactors
 from tclora.merge import merge
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder, model_digest
 from tclora.route import (
+    Abstention,
     ModelIdentity,
     RoutedInfo,
     fit_gates,
@@ -67,7 +68,7 @@ def router(embedder):
 
     vectors = embed_prompts(embedder, [p for prompts in PROMPTS.values() for p in prompts])
     labels = np.repeat(np.arange(3), 3)
-    return fit_router(vectors, labels, coverage=1.0)
+    return fit_router(vectors, labels, coverage=1.0, abstention=Abstention(width=0.0))
 
 
 @pytest.fixture

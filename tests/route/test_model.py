@@ -133,7 +133,7 @@ def test_an_answer_ends_at_any_end_token_of_the_model(library):
 
 
 def test_defaults_of_the_checkpoint_change_no_answer(library, tiny_model):
-    plain = tclora.load(library).generate(NEW_PROMPTS, max_new_tokens=12)
+    plain = tclora.load(library, dtype="float32").generate(NEW_PROMPTS, max_new_tokens=12)
     tiny_model.generation_config.update(repetition_penalty=5.0, suppress_tokens=[*range(40, 90)])
     routed = tclora.load(library, tiny_model)
     assert routed.generate(NEW_PROMPTS, max_new_tokens=12) == plain

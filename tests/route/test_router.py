@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tclora.errors import LibraryError
-from tclora.route import RouterState, derive, fit_router, routers
+from tclora.route import Abstention, RouterState, derive, fit_router, routers
 from tclora.route.router import load_router, save_router
 from tclora.route.routers.nearest import Nearest
 from tclora.route.text import calibrate_temperature
@@ -40,25 +40,66 @@ def test_a_prompt_goes_to_its_nearest_centroid():
 @pytest.mark.parametrize("coverage", [1.0, 0.8])
 def test_thresholds_let_the_asked_share_of_new_rows_through(coverage):
     """Few rows in many dimensions: centroids are nearer to their own rows than to new ones."""
+    strict = Abstention(9.0)  # the coverage alone keeps it from turning all away
     vectors, labels = blobs(k=3, n=1000, d=200, spread=0.12)
     seen = np.arange(len(labels)) % 50 == 0  # 20 rows per cluster
-    router = fit_router(vectors[seen], labels[seen], coverage=coverage)
+    router = fit_router(vectors[seen], labels[seen], coverage=coverage, abstention=strict)
     assert router.route(vectors[~seen]).coverage > coverage - 0.05
-    alone = fit_router(vectors[seen][:20], labels[seen][:20], coverage=coverage)
+    alone = fit_router(vectors[seen][:20], labels[seen][:20], coverage=coverage, abstention=strict)
     new = vectors[~seen & (labels == 0)]
     assert coverage - 0.05 < alone.route(new).coverage < coverage + 0.15  # 20 rows tell so much
 
 
-def test_thresholds_lie_halfway_to_the_other_clusters():
+@pytest.mark.parametrize("at", [-0.2, 0.0, 0.4])
+def test_thresholds_lie_at_a_share_of_the_way_to_the_other_clusters(at):
     vectors, labels = blobs(spread=0.05)
-    router = fit_router(vectors, labels, coverage=1.0)
+    rule = Abstention(at, 0.1)
+    router = fit_router(vectors, labels, coverage=1.0, abstention=rule)
     similarity = vectors @ router.clusters.centroids.T
     for k in range(3):
-        own, others = similarity[labels == k, k].min(), similarity[labels != k, k].max()
-        assert router.clusters.thresholds[k] == pytest.approx((own + others) / 2, abs=0.01)
+        near, far = np.median(similarity[labels == k, k]), np.median(similarity[labels != k, k])
+        wanted = far + at * (near - far)
+        assert router.clusters.thresholds[k] == pytest.approx(wanted, abs=0.01)
+        assert router.clusters.widths[k] == pytest.approx(0.1 * (near - far), abs=0.01)
+
+
+def test_overlapping_clusters_know_the_asked_share_of_their_rows_whatever_the_rule():
     overlapping = blobs(spread=0.6)
-    router = fit_router(*overlapping, coverage=0.9)
+    router = fit_router(*overlapping, coverage=0.9, abstention=Abstention(0.9))
     assert router.route(overlapping[0]).coverage > 0.8
+
+
+def test_belonging_falls_smoothly_through_one_half_at_the_threshold():
+    vectors, labels = blobs(spread=0.05)
+    router = fit_router(vectors, labels, abstention=Abstention(0.5, 0.1))
+    centre = router.clusters.centroids[0].astype(float)
+    aside = np.eye(8)[7] - centre * centre[7]
+    aside /= np.linalg.norm(aside)
+    cosine = np.linspace(-0.2, 1, 200)
+    ray = cosine[:, None] * centre + np.sqrt(1 - cosine**2)[:, None] * aside
+    routing = router.route(ray.astype(np.float32))
+    mine = routing.weights[:, 0] == 1
+    shares, above = routing.shares[mine], cosine[mine] - router.clusters.thresholds[0]
+    assert (np.diff(shares) >= 0).all()
+    assert ((shares >= 0.5) == routing.known[mine]).all()
+    wanted = 1 / (1 + np.exp(-above / router.clusters.widths[0]))
+    assert shares == pytest.approx(wanted, abs=1e-3)
+    step = fit_router(vectors, labels, abstention=Abstention(0.5, 0.0))
+    assert set(step.route(ray.astype(np.float32)).shares) == {0.0, 1.0}
+
+
+def test_a_router_of_the_previous_version_abstains_by_a_step():
+    """Its thresholds stand for themselves: it stored no widths."""
+    vectors, _, router = fitted()
+    state = router.save()
+    arrays = {name: array for name, array in state.arrays.items() if name != "widths"}
+    found = Nearest.load(RouterState(arrays, state.settings))
+    far = np.zeros((1, 8), np.float32)
+    far[0, 7] = 1
+    routing = found.route(np.concatenate([vectors, far]))
+    assert (routing.shares == routing.known).all()
+    assert routing.known.tolist()[-1] is False
+    assert (found.clusters.thresholds == router.clusters.thresholds).all()
 
 
 def test_a_prompt_far_from_every_cluster_is_not_known():
@@ -155,6 +196,7 @@ def test_every_router_gives_weights_and_comes_back_from_its_file(name, tmp_path)
     assert (here.weights >= 0).all()
     assert (here.weights == there.weights).all()
     assert (here.known == there.known).all()
+    assert (here.shares == there.shares).all()
     assert here.by_token == there.by_token
     assert (here.by_token is not None) == (name == "per-token")
 

@@ -10,17 +10,18 @@ from tests.route.test_gating import loaded, logits
 WEIGHTS = np.array([[1, 0, 0], [0, 0, 1], [0.25, 0.5, 0.25], [0, 1, 0]], np.float32)
 KNOWN = np.array([True, True, True, False])
 SIMILARITY = np.array([0.9, 0.8, 0.7, 0.1], np.float32)
+BELONGING = np.array([1, 0.75, 0.5, 0.125], np.float32)
 RULES = [None, TokenRule(), TokenRule(0.5, 2)]
 
 
-def routing(by_token=None):
-    return Routing(WEIGHTS, KNOWN, SIMILARITY, by_token=by_token)
+def routing(by_token=None, belonging=None):
+    return Routing(WEIGHTS, KNOWN, SIMILARITY, by_token=by_token, belonging=belonging)
 
 
 def same(one, other):
     return one.by_token == other.by_token and all(
         np.array_equal(getattr(one, name), getattr(other, name))
-        for name in ("weights", "known", "similarity")
+        for name in ("weights", "known", "similarity", "shares")
     )
 
 
@@ -29,13 +30,15 @@ def gating(tiny_model, gated, tmp_path):
     return Gating(loaded(tiny_model, gated.adapter, tmp_path / "static"), gated)
 
 
+@pytest.mark.parametrize("belonging", [None, BELONGING], ids=["step", "smooth"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_a_table_gives_the_routing_back(rule, tmp_path):
-    table = routing(rule).table(CLUSTERS).assign(task="t")
-    table.to_parquet(tmp_path / "routing.parquet")
-    assert same(
-        routing_from_table(pd.read_parquet(tmp_path / "routing.parquet"), CLUSTERS), routing(rule)
-    )
+def test_a_table_gives_the_routing_back(rule, belonging, tmp_path):
+    given = routing(rule, belonging)
+    given.table(CLUSTERS).assign(task="t").to_parquet(tmp_path / "routing.parquet")
+    table = pd.read_parquet(tmp_path / "routing.parquet")
+    assert same(routing_from_table(table, CLUSTERS), given)
+    former = routing_from_table(table.drop(columns="belonging"), CLUSTERS)
+    assert (former.shares == KNOWN).all()  # version 0.1.0
     empty = routing(rule).take([]).table(CLUSTERS)
     assert routing_from_table(empty, CLUSTERS).weights.shape == (0, 3)
 
@@ -54,8 +57,8 @@ def test_a_table_without_a_cluster_is_refused():
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_parts_make_the_whole(rule):
-    parts = [routing(rule).take([row]) for row in range(4)]
-    assert same(together(parts), routing(rule))
+    for whole in (routing(rule), routing(rule, BELONGING)):
+        assert same(together([whole.take([row]) for row in range(4)]), whole)
     with pytest.raises(ValueError, match="of one token rule"):
         together([routing(rule), routing(TokenRule(3.0))])
 
@@ -73,6 +76,25 @@ def test_a_routing_gates_rows_or_tokens(gating, tiny_model):
     assert torch.allclose(by_token[:3], every[:3], atol=1e-6)
     assert torch.allclose(by_token[3], static[3], atol=1e-6)
     assert (every - by_row).abs().max() > 0.1
+
+
+def test_belonging_blends_with_the_fallback_by_row_and_by_token(gating, tiny_model):
+    """At one half, a gate of half the clusters' and half the fallback's, in both ways."""
+    name = next(iter(gating._layers))
+    width = gating._layers[name].out_features
+    components = torch.randn(4, 10, width, generator=torch.Generator().manual_seed(0))
+
+    def gated(rule, share):
+        given = routing(rule, np.full(4, share, np.float32))
+        with given.context(gating):
+            assert logits(tiny_model).isfinite().all()
+            return gating._gate(name)(components)
+
+    for rule in (None, TokenRule(0.5)):
+        low, middle, high = (gated(rule, share) for share in (0.0, 0.5, 1.0))
+        assert torch.allclose(middle, (low + high) / 2, atol=1e-5)
+        assert torch.allclose(low, gated(None, 0.0), atol=1e-5)
+        assert (low - high).abs().max() > 0.1
 
 
 def test_unknown_rows_repeat_with_their_beams(gating, tiny_model):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tclora.adapter import read_adapter
 from tclora.errors import LibraryError
 from tclora.files import sha256_file
-from tclora.route import read_library, routers
+from tclora.route import read_library, routers, write_library
 from tests.merge.examples import assert_same_updates
 from tests.route.conftest import CLUSTERS
 
@@ -61,16 +62,40 @@ def test_another_router_is_made_of_the_stored_one(library):
 
 
 def test_a_library_of_the_first_version_stored_ratios_to_the_static_merge(library, gated):
-    file = library / "routed" / "gates.safetensors"
     ratios = {m: (g / gated.static(m)).float().contiguous() for m, g in gated.gates.items()}
-    save_file(ratios, file, metadata={"names": json.dumps(gated.names)})
-    info = library / "routed" / "routed.json"
-    values = json.loads(info.read_text()) | {"schema_version": 1}
-    values["digests"]["gates.safetensors"] = sha256_file(file)
-    info.write_text(json.dumps(values))
+    older(library, ratios, gated.names, 1)
     found = read_library(library).gated
     for name in gated.names:
         assert_same_updates(found.cluster(name), gated.cluster(name), 1e-5)
+
+
+def older(library, gates, names, version):
+    """Give a library the gates of an earlier version."""
+    file = library / "routed" / "gates.safetensors"
+    save_file(gates, file, metadata={"names": json.dumps(names)})
+    info = library / "routed" / "routed.json"
+    values = json.loads(info.read_text()) | {"schema_version": version}
+    values["digests"]["gates.safetensors"] = sha256_file(file)
+    info.write_text(json.dumps(values))
+
+
+def test_the_fallback_gate_comes_back(library, gated, router, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    fallback = {m: torch.randn(g.shape[1], generator=generator) for m, g in gated.gates.items()}
+    given = replace(gated, fallback=fallback)
+    write_library(tmp_path / "other", given, router, read_library(library).info)
+    found = read_library(tmp_path / "other").gated
+    for module in gated.gates:
+        assert torch.equal(found.elsewhere(module).float(), fallback[module])
+        assert torch.equal(found.gates[module], gated.gates[module])
+
+
+def test_a_library_of_the_second_version_falls_back_to_the_static_merge(library, gated):
+    older(library, {m: g.contiguous() for m, g in gated.gates.items()}, gated.names, 2)
+    found = read_library(library).gated
+    for module in gated.gates:
+        assert torch.equal(found.gates[module], gated.gates[module])
+        assert torch.allclose(found.elsewhere(module), gated.static(module), rtol=1e-5)
 
 
 def test_stock_peft_loads_the_static_merge(library, gated, tiny_model):
@@ -89,7 +114,9 @@ def test_a_cluster_and_a_mixture_become_plain_adapters(library, gated, tmp_path)
     assert_same_updates(read_adapter(found.to_peft(tmp_path / "n", 1)), gated.cluster(1))
     mixed = found.to_peft(tmp_path / "mixed", weights={"cluster-0": 0.3, "cluster-2": 0.7})
     assert_same_updates(read_adapter(mixed), gated.mixed([0.3, 0, 0.7]))
-    with pytest.raises(ValueError, match="exactly one of cluster and weights"):
+    half = found.to_peft(tmp_path / "half", share=0.5)
+    assert_same_updates(read_adapter(half), gated.blended(0.5).adapter)
+    with pytest.raises(ValueError, match="exactly one of cluster, weights and share"):
         found.to_peft(tmp_path / "none")
     with pytest.raises(ValueError, match=r"weights must name clusters of .* got cooking"):
         found.to_peft(tmp_path / "none", weights={"cooking": 1.0})
@@ -116,8 +143,8 @@ def test_a_folder_without_a_routed_library_is_named(library, tmp_path):
         read_library(tmp_path)
     file = library / "routed" / "routed.json"
     values = json.loads(file.read_text())
-    file.write_text(json.dumps(values | {"schema_version": 3}))
-    with pytest.raises(LibraryError, match="schema_version must be 1 or 2, got 3"):
+    file.write_text(json.dumps(values | {"schema_version": 4}))
+    with pytest.raises(LibraryError, match="schema_version must be one of 1, 2, 3, got 4"):
         read_library(library)
     file.write_text("{")
     with pytest.raises(LibraryError, match=r"routed\.json cannot be read"):

@@ -33,7 +33,7 @@ def test_a_chat_is_answered_with_its_route(client, model):  # noqa: F811
     assert found["usage"]["completion_tokens"] == len(wanted.tokens)
     assert found["usage"]["prompt_tokens"] == len(ALL[0]) + 1
     assert found["tclora"] == {
-        "known": True, "weights": wanted.weights, "by_token": False,
+        "known": True, "belonging": wanted.belonging, "weights": wanted.weights, "by_token": False,
     }  # fmt: skip
 
 

@@ -1,0 +1,194 @@
+"""Where the router abstains, chosen by the base model's loss on rows unlike the training rows.
+
+Two kinds of probes are measured at several shares of belonging κ, each with the nearest cluster's
+gate against the fallback's: rows of a cluster in other wordings, which should be routed, and rows
+of a cluster that is left out of the router and of the fallback, which belong nowhere. The rule is
+the one under which both lose least together.
+
+Symbols: K clusters, n probes, D embedding width, κ belonging.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from tclora.cluster.centroids import Labels, centroids
+from tclora.cluster.vectors import Embeddings
+from tclora.data.rewording import rewordings
+from tclora.model.attach import attached
+from tclora.model.base import LoadedBase
+from tclora.model.loss import response_nll
+from tclora.model.tokens import batches
+from tclora.route.equations import Fallback
+from tclora.route.gates import GateFit
+from tclora.route.nearness import Abstention, NearnessScale, held_out_similarity
+from tclora.tune.fallback import unit_adapter
+
+SHARES = (0.0, 0.5, 1.0)  # κ at which every probe is measured; lines between
+OWN, REWORDED, FOREIGN = "own", "reworded", "foreign"
+_PLACES = np.linspace(-0.25, 1.0, 51)
+_WIDTHS = (0.01, 0.02, 0.05, 0.1)
+_LEVEL = 0.01  # rules that lose less than this share more than the best count as equal
+
+Array = NDArray[np.float64]
+Embed = Callable[[Sequence[str]], Embeddings]
+
+
+@dataclass(frozen=True)
+class AbstentionSearch:
+    """The outcome of a search.
+
+    Attributes
+    ----------
+    rule : Abstention
+        The rule.
+    loss, never, always : float
+        Mean loss (nats per token) of the probes, both kinds counting alike, under the rule, without
+        abstention and without routing.
+    """
+
+    rule: Abstention
+    loss: float
+    never: float
+    always: float
+
+
+def make_probes(
+    rows: Mapping[str, pd.DataFrame], vectors: Embeddings, labels: Labels, embed: Embed, seed: int
+) -> pd.DataFrame:
+    """Make the probes of some rows of every cluster.
+
+    Parameters
+    ----------
+    rows : Mapping[str, DataFrame]
+        Adapter name → rows of its cluster (columns prompt, response), in the clusters' order.
+    vectors : ndarray of float32, shape (N, D)
+        Unit-norm embeddings of the training prompts.
+    labels : ndarray of int64, shape (N,)
+        Their clusters, 0 … K-1.
+    embed : callable
+        Embeds prompts, as `vectors` were.
+    seed : int
+        Seed of the folds of the scale of nearness.
+
+    Returns
+    -------
+    DataFrame
+        Columns prompt, response, kind ("own", "reworded" or "foreign"), cluster, nearest (the
+        nearest cluster, of the others for foreign ones), nearness (to it).
+    """
+    frame = pd.concat([_wordings(part, k) for k, part in enumerate(rows.values())])
+    centres = centroids(vectors, labels)
+    scale = NearnessScale.of(held_out_similarity(vectors, labels, centres, seed), labels)
+    similarity = embed(frame["prompt"].tolist()) @ centres.T  # (n, K)
+    foreign = (frame["kind"] == FOREIGN).to_numpy()
+    similarity[foreign, frame.loc[foreign, "cluster"]] = -np.inf
+    nearest = similarity.argmax(axis=1)
+    nearness = scale.nearness(similarity)[np.arange(len(frame)), nearest]
+    return frame.assign(nearest=nearest, nearness=nearness)
+
+
+def _wordings(rows: pd.DataFrame, cluster: int) -> pd.DataFrame:
+    """Return rows of a cluster as they are, reworded, and as rows of no cluster."""
+    made = pd.Series(rewordings(rows["prompt"].tolist()), index=rows.index, dtype=object)
+    again = rows.assign(prompt=made).explode("prompt")
+    kinds = {OWN: rows, REWORDED: again.dropna(subset=["prompt"]), FOREIGN: rows}
+    parts = [part.assign(kind=kind) for kind, part in kinds.items()]
+    return pd.concat(parts, ignore_index=True).assign(cluster=cluster)
+
+
+def measure_probes(
+    loaded: LoadedBase, fit: GateFit, rule: Fallback, probes: pd.DataFrame, token_budget: int
+) -> Array:
+    """Measure every probe between fallback gate and nearest cluster's gate.
+
+    Parameters
+    ----------
+    loaded : LoadedBase
+        The base model, without adapters.
+    fit : GateFit
+        The equations of the gates.
+    rule : Fallback
+        How the fallback is made; for a foreign probe without its own cluster.
+    probes : DataFrame
+        As of `make_probes`, with an index of 0 … n-1.
+    token_budget : int
+        Padded tokens per forward pass.
+
+    Returns
+    -------
+    ndarray, shape (n, 3)
+        Response NLL (nats per token) at the shares `SHARES` of belonging.
+    """
+    components, own = unit_adapter(fit), fit.gated().gates
+    losses = np.empty((len(probes), len(SHARES)))
+    left_out = probes["cluster"].where(probes["kind"] == FOREIGN, -1)
+    for k, near in sorted(set(zip(left_out.tolist(), probes["nearest"].tolist(), strict=True))):
+        part = probes[(left_out == k) & (probes["nearest"] == near)]
+        fallback = fit.fallback(rule, without=None if k < 0 else k)
+        for column, share in enumerate(SHARES):
+            gates = {m: torch.lerp(fallback[m], own[m][near], share) for m in own}
+            with attached(loaded.model, components, gates):
+                for row, loss in _losses(loaded, part, token_budget):
+                    losses[row, column] = loss
+    return losses
+
+
+@torch.inference_mode()
+def _losses(
+    loaded: LoadedBase, rows: pd.DataFrame, token_budget: int
+) -> Iterator[tuple[int, float]]:
+    """Yield the index of every row and its NLL per token."""
+    encoded = loaded.encode(rows)
+    for batch in batches(encoded, pad_id=loaded.pad_id, token_budget=token_budget):
+        found = response_nll(loaded.model, batch).sum(1).tolist()
+        for row, loss in zip(batch.rows, found, strict=True):
+            yield int(rows.index[row]), loss / len(encoded[row].response)
+
+
+def choose_abstention(probes: pd.DataFrame, losses: Array) -> AbstentionSearch:
+    """Choose where the router abstains.
+
+    Parameters
+    ----------
+    probes : DataFrame
+        Columns kind and nearness.
+    losses : ndarray, shape (n, 3)
+        Their losses at the shares `SHARES` of belonging.
+
+    Returns
+    -------
+    AbstentionSearch
+        Of the rules that lose next to nothing more than the best, the one in their middle.
+    """
+    foreign = (probes["kind"] == FOREIGN).to_numpy()
+    weights = np.where(foreign, 0.5 / max(foreign.sum(), 1), 0.5 / max((~foreign).sum(), 1))
+    nearness = probes["nearness"].to_numpy(float)
+
+    def loss(shares: Array) -> float:
+        return float(weights @ _between(losses, shares))
+
+    tried = {
+        (at, width): loss(expit((nearness - at) / width)) for at in _PLACES for width in _WIDTHS
+    }
+    never, always = loss(np.ones(len(probes))), loss(np.zeros(len(probes)))
+    best = min(tried.values())
+    enough = best + _LEVEL * (max(never, always) - best)
+    good = sorted(rule for rule, value in tried.items() if value <= enough)
+    at, width = good[len(good) // 2]
+    return AbstentionSearch(Abstention(float(at), width), tried[at, width], never, always)
+
+
+def _between(losses: Array, shares: Array) -> Array:
+    """Return each row's loss at its share, on lines between those measured, shape (n,)."""
+    place = shares * (len(SHARES) - 1)
+    low = np.minimum(place.astype(int), len(SHARES) - 2)
+    rows = np.arange(len(losses))
+    part = place - low
+    found: Array = (1 - part) * losses[rows, low] + part * losses[rows, low + 1]
+    return found

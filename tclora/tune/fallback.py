@@ -1,0 +1,122 @@
+"""The gate of rows that belong to no cluster, chosen by the base model's loss.
+
+What such rows are is not known; rows of a cluster that the gate knows nothing of come nearest. For
+cluster k's sample rows the gate is made of the other clusters alone (leave one cluster out), so
+that neither its adapter nor its inputs can help.
+
+Symbols: K clusters, t the spread and λ the scale of a fallback rule.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from tclora.adapter import Adapter, LoraFactors
+from tclora.model.attach import attached
+from tclora.model.loss import response_nll
+from tclora.model.tokens import Batch
+from tclora.route.equations import Fallback
+from tclora.route.gates import GateFit
+
+SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.64, 0.8, 1.0, 1.25, 1.6)
+_STEP, _LARGEST = 1.25, 4.0  # how the scales go on while the largest is best, and where they end
+
+Progress = Callable[[Fallback, float], None]
+
+
+@dataclass(frozen=True)
+class FallbackSearch:
+    """The outcome of a search.
+
+    Attributes
+    ----------
+    rule : Fallback
+        The rule of lowest loss.
+    losses : tuple of (Fallback, float)
+        Every rule tried and its loss: the mean over the clusters of the response NLL (nats per
+        token) on their rows, by the gate of the other clusters.
+    """
+
+    rule: Fallback
+    losses: tuple[tuple[Fallback, float], ...]
+
+
+def choose_fallback(
+    model: PreTrainedModel,
+    fit: GateFit,
+    batches: Mapping[str, Sequence[Batch]],
+    *,
+    spreads: Sequence[float] = SPREADS,
+    scales: Sequence[float] = SCALES,
+    progress: Progress = lambda _rule, _loss: None,
+) -> FallbackSearch:
+    """Choose how the fallback gate is made: the spread at scale 1 first, then the scale.
+
+    Scales go on beyond the largest while it is best; small ones tend to the base model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The base model in evaluation mode, without adapters.
+    fit : GateFit
+        The equations of the gates; of two clusters or more.
+    batches : Mapping[str, sequence of Batch]
+        Adapter name → rows of its cluster.
+    spreads, scales : sequence of float
+        The candidates.
+    progress : callable, optional
+        Called with (rule, loss) after each.
+
+    Returns
+    -------
+    FallbackSearch
+
+    Raises
+    ------
+    ValueError
+        If there is only one cluster: none can be left out.
+    """
+    if len(fit.unit.names) < 2:
+        raise ValueError("fit must be of two clusters or more, got one; take the default rule")
+    components = unit_adapter(fit)
+    tried: dict[Fallback, float] = {}
+
+    def loss(rule: Fallback) -> float:
+        if rule not in tried:
+            tried[rule] = _loss(model, fit, components, batches, rule)
+            progress(rule, tried[rule])
+        return tried[rule]
+
+    best = min((Fallback(spread) for spread in spreads), key=loss)
+    rules = [replace(best, scale=scale) for scale in sorted(scales)]
+    while (best := min(rules, key=loss)) == rules[-1] and best.scale * _STEP <= _LARGEST:
+        rules.append(replace(best, scale=best.scale * _STEP))
+    return FallbackSearch(best, tuple(tried.items()))
+
+
+def unit_adapter(fit: GateFit) -> Adapter:
+    """Return the unit components U V of a fit as an adapter to be gated, single precision."""
+    merged = fit.unit.adapter
+    modules = {m: LoraFactors(*(f.float() for f in fit.unit.components(m))) for m in merged.modules}
+    return Adapter(merged.name, modules, merged.base_model)
+
+
+@torch.inference_mode()
+def _loss(
+    model: PreTrainedModel,
+    fit: GateFit,
+    components: Adapter,
+    batches: Mapping[str, Sequence[Batch]],
+    rule: Fallback,
+) -> float:
+    """Return the mean over clusters of the NLL per token by the gate of the others."""
+    means = []
+    for k, name in enumerate(fit.unit.names):
+        gates = {m: gate.to(model.device) for m, gate in fit.fallback(rule, without=k).items()}
+        with attached(model, components, gates):
+            total = sum(float(response_nll(model, batch).sum()) for batch in batches[name])
+        means.append(total / sum(batch.supervised for batch in batches[name]))
+    return sum(means) / len(means)

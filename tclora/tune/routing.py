@@ -1,0 +1,115 @@
+"""The job that calibrates a routed library: its fallback gate, and where its router abstains."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from safetensors.numpy import load_file
+
+from tclora.adapter import read_adapter
+from tclora.cluster.centroids import NOISE, Labels
+from tclora.cluster.embed import embed_prompts, load_embedder
+from tclora.cluster.vectors import Embeddings
+from tclora.files import write_json
+from tclora.jobs.call import EventCallback
+from tclora.merge.inputs import MergeInputs
+from tclora.model.base import Base
+from tclora.model.sample import Sample
+from tclora.route.gates import gate_equations
+from tclora.tune.abstention import AbstentionSearch, choose_abstention, make_probes, measure_probes
+from tclora.tune.fallback import FallbackSearch, choose_fallback
+
+
+class ClusteredTexts(BaseModel):
+    """The clustered prompts of a run, as files.
+
+    Attributes
+    ----------
+    embeddings : Path
+        Embeddings of all prompts.
+    clusters : Path
+        Split and cluster of all prompts, in the same order.
+    embedder : str
+        Path or hub id of the embedding model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    embeddings: Path
+    clusters: Path
+    embedder: str
+
+    def training(self) -> tuple[Embeddings, Labels]:
+        """Return the embeddings of the rows that adapters were trained on, and their clusters."""
+        rows = pd.read_parquet(self.clusters, columns=["split", "cluster"])
+        kept = ((rows["split"] == "train") & (rows["cluster"] != NOISE)).to_numpy()
+        return load_file(self.embeddings)["embeddings"][kept], rows["cluster"].to_numpy()[kept]
+
+
+@dataclass(frozen=True)
+class RoutingCalibration:
+    """The outcome of a calibration.
+
+    Attributes
+    ----------
+    fallback : FallbackSearch
+        How the gate of rows that belong to no cluster is made.
+    abstention : AbstentionSearch
+        Where the router abstains.
+    """
+
+    fallback: FallbackSearch
+    abstention: AbstentionSearch
+
+
+def calibrate_routing(
+    *,
+    base: Base,
+    sample: Sample,
+    given: MergeInputs,
+    merged: Path,
+    texts: ClusteredTexts,
+    target: Path,
+    on_event: EventCallback = lambda _: None,
+) -> RoutingCalibration:
+    """Choose fallback gate and abstention on rows of every cluster; the job of a run.
+
+    Parameters
+    ----------
+    base : Base
+        The base model.
+    sample : Sample
+        The rows.
+    given : MergeInputs
+        What was merged.
+    merged : Path
+        PEFT directory of the merge whose components are gated.
+    texts : ClusteredTexts
+        The clustered prompts.
+    target : Path
+        JSON file of the outcome, every probe and its losses included.
+    on_event : callable
+        Called with ``spread``, ``scale`` and ``loss`` of every fallback rule tried.
+
+    Returns
+    -------
+    RoutingCalibration
+    """
+    loaded = base.load()
+    fit = gate_equations(given.adapters_in_memory(), read_adapter(merged), given.read_statistics())
+    found = choose_fallback(
+        loaded.model,
+        fit,
+        sample.batches(loaded),
+        progress=lambda rule, loss: on_event({**asdict(rule), "loss": loss}),
+    )
+    rows = {name: sample.frame(name) for name in fit.unit.names}
+    embed = partial(embed_prompts, load_embedder(texts.embedder))
+    probes = make_probes(rows, *texts.training(), embed, sample.seed).reset_index(drop=True)
+    losses = measure_probes(loaded, fit, found.rule, probes, sample.token_budget)
+    outcome = RoutingCalibration(found, choose_abstention(probes, losses))
+    points = probes[["kind", "cluster", "nearest", "nearness"]].assign(losses=losses.tolist())
+    write_json(target, {**asdict(outcome), "probes": points.to_dict("records")})
+    return outcome

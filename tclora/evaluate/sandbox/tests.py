@@ -1,9 +1,10 @@
 """What runs in the tests' sandbox: unit tests on functions that are in another sandbox.
 
 The tests find the program's names that they mention. A name of Python's own stays Python's, unless
-it is the one thing the tests ask the program for: a program that replaced ``abs`` would decide what
-is near enough. Modules and functions of the standard library that the program imported are the real
-ones.
+the tests call nothing else of the program's: a program that replaced ``abs`` would decide what is
+near enough. For the same reason modules of the standard library are the real ones, and so are
+functions of some of them: the program may say where a name comes from, and would name an object
+that equals everything.
 """
 
 import ast
@@ -22,6 +23,11 @@ from tclora.evaluate.sandbox.peer import (
 from tclora.evaluate.sandbox.values import receive, send
 
 _WIRE, _VERDICT = 3, 4
+# What tests take from a program that has imported it; nothing here agrees with every value.
+_PLAIN = {
+    "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools",
+    "heapq", "itertools", "math", "operator", "random", "re", "statistics", "string",
+}  # fmt: skip
 
 
 def main(text: str) -> None:
@@ -51,20 +57,32 @@ def _outcome(text: str) -> str | None:
 
 def _names(peer: Peer, text: str) -> dict[str, object]:
     """Return those of the program's names that the tests mention."""
-    mentioned = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    nodes = list(ast.walk(ast.parse(text)))
+    called = {_id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    opened = {_id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     found = {}
-    for name in sorted(mentioned):
+    for name in sorted({_id(node) for node in nodes} - {""}):
         try:
             found[name] = Remote(peer, ROOT)[name]
         except KeyError:  # the tests' own, or Python's
             continue
     own = {name: value for name, value in found.items() if not hasattr(builtins, name)}
-    return {name: _genuine(peer, name, value) for name, value in (own or found).items()}
+    modules = {name for name in own if name in sys.stdlib_module_names and name in opened}
+    chosen = own if called & (own.keys() - modules) else found
+    return {
+        name: from_library(name, "") if name in modules else _genuine(peer, value)
+        for name, value in chosen.items()
+    }
 
 
-def _genuine(peer: Peer, name: str, value: object) -> object:
-    """Return what of the standard library a name stands for, else what the program has there."""
-    if name in sys.stdlib_module_names:
-        return from_library(name, "")
-    origin = peer.ask("origin", value) if isinstance(value, Remote) else None
-    return from_library(*map(str, origin)) if isinstance(origin, tuple) else value
+def _id(node: ast.AST) -> str:
+    """Return the name that a node is; empty for other nodes."""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _genuine(peer: Peer, value: object) -> object:
+    """Return the function of the standard library that a value is said to be, else the value."""
+    match peer.ask("origin", value) if isinstance(value, Remote) else None:
+        case (str(module), str(name)) if module in _PLAIN and name and not name.startswith("_"):
+            return from_library(module, name)
+    return value

@@ -346,6 +346,25 @@ def test_tests_keep_what_is_pythons(helper):
     assert not run_tests(f"import math\n{WRONG}{helper}", tests).passed
 
 
+@pytest.mark.parametrize(
+    "said", [("unittest.mock", "_ANY"), ("unittest.mock", "ANY"), ("sys", "exit")]
+)
+def test_a_name_is_not_what_the_program_says(said, tight):
+    """An object of the standard library that equals everything would agree with the tests."""
+    forge = (
+        FRAME
+        + f"""
+import sys
+class Lie: pass
+f = Lie()
+peer = sys.modules["tclora.evaluate.sandbox.peer"]
+peer.OPERATIONS["origin"] = lambda target: {said!r}
+"""
+    )
+    for tests in ("assert f() == 5", "assert f == 5", "assert f(1) == 2"):
+        assert not run_tests(forge, tests, tight).passed
+
+
 def test_the_program_reaches_nothing_of_its_tests(tight):
     """Its answers may name no object of the tests' side but the functions that it was given."""
     forge = (

@@ -67,6 +67,9 @@ def test_instances_of_subclasses_become_the_usual_type():
         ("import math\ndef f(x):\n    return math.sqrt(x)", "assert math.isclose(f(4), 2)"),
         ("from math import isclose\ndef f(x): return x / 3", "assert isclose(f(1), 1 / 3)"),
         ("def sum(a, b):\n    return a * b", "assert sum(2, 3) == 6"),
+        ("i = 9\ndef sum(a, b): return a * b", "for i in (2, 3):\n    assert sum(i, 3) == i * 3"),
+        ("def bisect(x):\n    return x // 2", "assert bisect(8) == 4"),
+        ("from math import sqrt as f", "assert f(9) == 3"),
         ("LIMIT = 7\ndef f(): return LIMIT", "assert f() == LIMIT == 7"),
         ("def f(a, b):\n    return a - b", "def check(candidate):\n"
          "    assert candidate(5, b=3) == 2\ncheck(f)"),

@@ -54,7 +54,7 @@ def summarise(
                 seeds = seeds_of(own)
                 row: list[object] = [method, split, kind, name, len(own) // seeds, seeds]
                 for metric in metrics:
-                    row += _figure(found[metric][str(method)], bootstrap)
+                    row += _figure(metric, found[metric][str(method)], bootstrap)
                 rows.append(row)
     names = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high", "_n")]
     columns = ["method", "split", "group_kind", "group", "n", "seeds", *names]
@@ -178,7 +178,9 @@ def groups(part: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield kind, str(name), group
 
 
-def _figure(found: Resampled, bootstrap: Bootstrap) -> tuple[float, float, float, int]:
+def _figure(metric: str, found: Resampled, bootstrap: Bootstrap) -> tuple[float, float, float, int]:
+    if metric != "nll" and found.point in (0, 1):
+        return found.point, *bootstrap.extreme_share(found.point, found.n), found.n
     return found.point, *bootstrap.interval(found.draws), found.n
 
 

@@ -86,6 +86,17 @@ class Bootstrap:
         low, high = np.nanquantile(draws, [tail, 1 - tail])
         return float(low), float(high)
 
+    def extreme_share(self, share: float, n: int) -> tuple[float, float]:
+        """Return the exact interval of a share that is 0 or 1, of which every resample is alike.
+
+        Notes
+        -----
+        Clopper and Pearson's: 0 of n rules out shares whose n misses are less likely than half of
+        1 - confidence.
+        """
+        reach = 1 - ((1 - self.confidence) / 2) ** (1 / n)
+        return (0.0, reach) if share == 0 else (1 - reach, 1.0)
+
 
 class Difference(NamedTuple):
     """A paired difference of two figures, its interval, and p of its being none."""

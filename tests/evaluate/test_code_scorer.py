@@ -25,6 +25,7 @@ def walls():
         (f"Here it is:\n```python\n{RIGHT}\n```\nIt adds.", f"{RIGHT}\n"),
         (f"```\nx\n```\nor\n```py\n{RIGHT}\n```", f"{RIGHT}\n"),
         (f"{RIGHT}\n\nThis function adds two numbers.", RIGHT),
+        (f"```python\n{RIGHT}\n\ndef cut_", RIGHT),
         ("I do not know.", "I do not know."),
         ("", ""),
     ],

@@ -256,3 +256,10 @@ def test_items_without_nll_count_in_the_accuracy_alone():
     kept = items[10:]
     assert whole["nll"] == pytest.approx(kept["nll"].sum() / kept["tokens"].sum())
     assert (whole["n"], whole["accuracy"]) == (20, items["correct"].mean())
+
+
+def test_a_share_of_nothing_has_an_interval_that_n_items_allow():
+    items = frame(base=1.0, own=1.0).assign(correct=0.0)
+    row = summarise(items, resamples=20).iloc[0]
+    assert (row["accuracy"], row["accuracy_low"]) == (0, 0)
+    assert row["accuracy_high"] == pytest.approx(1 - 0.025 ** (1 / 4))

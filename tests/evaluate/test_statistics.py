@@ -92,3 +92,12 @@ def test_no_difference_at_all_is_p_1():
     assert difference(0.0, np.zeros(50), bootstrap) == Difference(0.0, 0.0, 0.0, 1.0)
     assert difference(0.5, np.full(50, 0.5), bootstrap).p == 0.0
     assert np.isnan(difference(np.nan, np.full(50, np.nan), bootstrap).p)
+
+
+@pytest.mark.parametrize("n", [1, 4, 50])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_an_extreme_share_has_scipys_exact_interval(n, confidence):
+    bootstrap = Bootstrap(confidence)
+    for right, share in ((0, 0.0), (n, 1.0)):
+        wanted = stats.binomtest(right, n).proportion_ci(confidence, method="exact")
+        assert bootstrap.extreme_share(share, n) == pytest.approx((wanted.low, wanted.high))

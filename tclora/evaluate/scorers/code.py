@@ -15,7 +15,7 @@ from tclora.evaluate.sandbox.judge import VARIABLE, check_isolation, run_tests
 from tclora.evaluate.sandbox.limits import Isolation
 from tclora.evaluate.scorers.registry import Expected, register
 
-_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
 _CONTINUE = "continue"
 
 
@@ -57,7 +57,7 @@ def _check(expected: Expected) -> None:
 def unit_tests(generated: str, expected: Expected) -> float:
     """Run the answer, unit tests in Python, on the program: 1 if all pass (in a sandbox).
 
-    The program is the longest fenced block of the text, else the text as far as it is Python; with
+    The program is the longest fenced block of the text, else the text, as far as it is Python; with
     ``unit-tests:continue`` it goes on from the prompt.
     """
     text = expected.prompt + generated if expected.argument == _CONTINUE else generated
@@ -66,15 +66,12 @@ def unit_tests(generated: str, expected: Expected) -> float:
 
 
 def program_of(text: str) -> str:
-    """Return the program in a text: its longest fenced block, else its lines as far as they parse.
+    """Return the program in a text: its longest fenced block, else all of it.
 
-    Where no line does, the text as it is.
+    An answer may be cut off, or go on in words: what counts are its lines as far as they parse.
+    Where none does, the text as it is.
     """
-    blocks = _FENCE.findall(text)
-    if blocks:
-        longest: str = max(blocks, key=len)
-        return longest
-    lines = text.splitlines()
+    lines = max(_FENCE.findall(text), key=len, default=text).splitlines()
     for end in range(len(lines), 0, -1):
         program = "\n".join(lines[:end])
         if _parses(program):

@@ -9,6 +9,7 @@ import pytest
 
 from tclora.files import (
     atomic_path,
+    link_path,
     parquet_batches,
     sha256_file,
     sha256_json,
@@ -141,3 +142,14 @@ def test_parquet_is_read_group_by_group(tmp_path):
     assert [len(batch) for batch in batches] == [3, 1, 3, 1, 2]
     assert [value for batch in batches for value in batch.column("a").to_pylist()] == [*range(10)]
     assert batches[0].schema.names == ["a"]
+
+
+def test_writing_one_of_two_linked_paths_anew_leaves_the_other(tmp_path):
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "b").write_text("1")
+    link_path(source, tmp_path / "deep" / "target")
+    target = tmp_path / "deep" / "target" / "sub" / "b"
+    assert target.samefile(source / "sub" / "b")
+    write_text(target, "2")
+    assert (source / "sub" / "b").read_text() == "1"

@@ -79,3 +79,12 @@ def test_leave_is_refused_where_the_machine_has_no_walls(monkeypatch):
         check_leave(["unit-tests"], allowed=True, remedy="-")
     with pytest.raises(ConfigError, match="'unit-tests' runs code written by the model; ask"):
         check_leave(["unit-tests"], allowed=False, remedy="ask")
+
+
+def test_what_runs_in_the_sandboxes_counts_in_a_stages_key():
+    """The supervisor is started by its name; its source must be followed all the same."""
+    from tasks.closure import Symbol, closure
+
+    found = closure([score], ["unit-tests"]).definitions
+    for module, name in (("confine", "confine"), ("program", "main"), ("syscalls", "forbid_calls")):
+        assert Symbol(f"tclora.evaluate.sandbox.{module}", name) in found

@@ -43,3 +43,20 @@ def test_the_digest_follows_the_files_alone(artifact):
     assert other.digest == artifact.digest
     (artifact.root / "b").write_text("changed")
     assert Artifact.of(artifact.root, *artifact.paths).digest != artifact.digest
+
+
+def test_a_linked_artifact_is_the_same_files_elsewhere(artifact, tmp_path):
+    root = tmp_path / "elsewhere"
+    linked = artifact.linked(root)
+    assert linked.root == root
+    assert (linked.digest, linked.metrics, linked.info) == (
+        artifact.digest, artifact.metrics, artifact.info,
+    )  # fmt: skip
+    assert (root / "b").samefile(artifact.root / "b")
+    assert Artifact.model_validate_json(linked.model_dump_json()) == linked
+    stamp = (root / "b").stat().st_ino
+    artifact.linked(root)
+    assert (root / "b").stat().st_ino == stamp
+    (root / "folder" / "new").write_text("damage")
+    artifact.linked(root)
+    assert not (root / "folder" / "new").exists()

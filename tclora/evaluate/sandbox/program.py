@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from types import ModuleType
 
 from tclora.evaluate.sandbox.peer import OPERATIONS, GoneError, Peer
 from tclora.evaluate.sandbox.values import send
@@ -12,7 +13,8 @@ _WIRE = 3
 def main(text: str) -> None:
     """Run a program, then serve the calls of its tests until they end."""
     sys.set_int_max_str_digits(0)
-    names: dict[str, object] = {"__name__": "program"}
+    module = sys.modules["program"] = ModuleType("program")  # dataclasses look themselves up there
+    names = vars(module)
     try:
         exec(compile(text, "<program>", "exec"), names)  # noqa: S102
     except BaseException:  # whatever a program ends with

@@ -70,6 +70,8 @@ def test_instances_of_subclasses_become_the_usual_type():
         ("i = 9\ndef sum(a, b): return a * b", "for i in (2, 3):\n    assert sum(i, 3) == i * 3"),
         ("def bisect(x):\n    return x // 2", "assert bisect(8) == 4"),
         ("from math import sqrt as f", "assert f(9) == 3"),
+        ("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+         "@dataclass\nclass P:\n    x: int\ndef f():\n    return P(3)", "assert f().x == 3"),
         ("LIMIT = 7\ndef f(): return LIMIT", "assert f() == LIMIT == 7"),
         ("def f(a, b):\n    return a - b", "def check(candidate):\n"
          "    assert candidate(5, b=3) == 2\ncheck(f)"),

@@ -60,12 +60,12 @@ def confine(folder: str, limits: Limits, isolation: Isolation, *, number: int) -
     ----------
     folder : str
         An empty folder: where the new root is mounted, or the program's folder itself.
-    number : int
-        No other sandbox's at this time, such as the supervisor's process id.
     limits : Limits
         What it may use.
     isolation : Isolation
         "full" needs `isolate` in the parent.
+    number : int
+        No other sandbox's at this time, such as the supervisor's process id.
 
     Raises
     ------
@@ -73,8 +73,8 @@ def confine(folder: str, limits: Limits, isolation: Isolation, *, number: int) -
         If anything is refused; nothing may be run then.
     """
     full, root = isolation == "full", os.getuid() == 0
-    # In place of root, a user that owns no file and no other process.
-    user = _UNUSED_USERS + number if root else os.getuid()
+    ids = Path("/proc/self/uid_map").read_text(encoding="ascii")
+    user = unused_user(number, ids) if root else os.getuid()
     library = [path for path in sys.path if Path(path).is_dir()]
     os.umask(0o022)
     if full:
@@ -92,6 +92,23 @@ def confine(folder: str, limits: Limits, isolation: Isolation, *, number: int) -
     call("prctl", _PR_SET_DUMPABLE, 0)
     call("prctl", _PR_SET_PDEATHSIG, _SIGKILL)
     forbid_calls(allow_processes=full)
+
+
+def unused_user(number: int, ids: str) -> int:
+    """Return the user to be in place of root: one that owns no file and no other process.
+
+    Parameters
+    ----------
+    number : int
+        See `confine`.
+    ids : str
+        The kernel's ``uid_map``. In a container it may hold few ids; then it is nobody, whom other
+        processes may be as well.
+    """
+    user = _UNUSED_USERS + number
+    ranges = [tuple(map(int, line.split())) for line in ids.splitlines()]
+    known = any(first <= user < first + count for first, _, count in ranges)
+    return user if known else _NOBODY
 
 
 def _enter_root(folder: str, library: list[str], user: int, room: int) -> None:

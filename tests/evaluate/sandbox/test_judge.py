@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tclora.evaluate.sandbox.confine import unused_user
 from tclora.evaluate.sandbox.judge import SandboxError, run_tests
 from tclora.evaluate.sandbox.limits import Limits
 from tclora.evaluate.sandbox.syscalls import MACHINES, forbid_calls
@@ -144,6 +145,17 @@ def test_the_filter_forbids_what_the_kernel_calls_so(machine):
     wanted = {**table.forbidden, "clone": table.clone, "clone3": table.clone3}
     assert {name: numbers[name] for name in wanted} == wanted
     assert table.forks == tuple(numbers[name] for name in ("fork", "vfork") if name in numbers)
+
+
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [
+        ("         0          0 4294967295\n", 2_000_000_007),
+        ("0 1000 1\n1 100000 65536\n", 65534),  # a container without a user of its own to spare
+    ],
+)
+def test_the_user_in_place_of_root(ids, wanted):
+    assert unused_user(7, ids) == wanted
 
 
 def in_a_child(act):

@@ -7,8 +7,11 @@ the library does not hold out, so that `merges.py` measures the choice on others
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from merge_bench import Adapters, Bench
@@ -22,9 +25,9 @@ from tclora.library.names import BASE, OWN
 from tclora.merge import merge
 from tclora.tensor import CPFactors
 from tclora.tensor.lowrank import product_energy
-from tclora.tune.scale import on_line, scaled
+from tclora.tune.scale import scaled
 
-SCALES = (0.7, 1.0, 1.4)
+SCALES = (0.7, 1.0, 1.4, 2.0)
 RIVALS = ("svd", "svc", "pico", "iso-c", "compress-then-merge")
 Weigh = Callable[[CPFactors], Tensor]
 
@@ -53,29 +56,34 @@ WEIGHTS: dict[str, Weigh] = {
 }  # fmt: skip
 
 
-def at_mean_norm(merged: Adapter, adapters: list[Adapter]) -> Adapter:
-    """Scale every module to the mean norm of the updates."""
-    modules = {}
+def candidates(bench: Bench) -> Iterator[tuple[str, Callable[[], Adapter]]]:
+    """Yield the name of every candidate and what merges by it, at scale 1."""
+    for rival in RIVALS:
+        yield rival, partial(bench.keep, f"data-free@r@{rival}", partial(_rival, bench, rival))
+    for normalise in (False, True):
+        for name in WEIGHTS:
+            label = f"{name}{', fit of normalised adapters' if normalise else ''}"
+            yield label, partial(_weighted, bench, name, normalise)
+            yield f"{label}, mean norm", partial(_at_mean_norm, bench, name, normalise)
+
+
+def _weighted(bench: Bench, name: str, normalise: bool) -> Adapter:
+    factors = bench.factors(bench.r, normalise)
+    return factors.adapter({m: WEIGHTS[name](cp) for m, cp in factors.modules.items()})
+
+
+def _at_mean_norm(bench: Bench, name: str, normalise: bool) -> Adapter:
+    """Scale every module of a merge to the mean norm of the updates."""
+    merged, modules = _weighted(bench, name, normalise), {}
     for module, factors in merged.modules.items():
-        norms = [product_energy(*f) ** 0.5 for f in module_factors(adapters, module)]
+        norms = [product_energy(*f) ** 0.5 for f in module_factors(bench.adapters, module)]
         own = product_energy(*factors) ** 0.5
-        aim = sum(norms) / len(norms) / own if own else 1.0
-        modules[module] = factors._replace(B=factors.B * aim)
+        modules[module] = factors._replace(B=factors.B * (sum(norms) / len(norms) / own))
     return Adapter(merged.name, modules, merged.base_model)
 
 
-def candidates(bench: Bench) -> Iterator[tuple[str, Adapter]]:
-    """Yield every merge at scale 1."""
-    for rival in RIVALS:
-        yield rival, merge(bench.adapters, rival, rank=bench.r).adapter
-    for normalise in (False, True):
-        factors = bench.factors(bench.r, normalise)
-        for name, weigh in WEIGHTS.items():
-            label = f"{name}{', fit of normalised adapters' if normalise else ''}"
-            merged = factors.adapter({m: weigh(cp) for m, cp in factors.modules.items()})
-            yield label, merged
-            if name in ("mean of the loadings", "loadings weighed by their size"):
-                yield f"{label}, at the updates' mean norm", at_mean_norm(merged, bench.adapters)
+def _rival(bench: Bench, name: str) -> tuple[Adapter, dict[str, Any]]:
+    return merge(bench.adapters, name, rank=bench.r).adapter, {}
 
 
 def other_rows(bench: Bench, data: Path, count: int) -> pd.DataFrame:
@@ -93,37 +101,35 @@ def other_rows(bench: Bench, data: Path, count: int) -> pd.DataFrame:
     return found.assign(id=[f"choice-{i}" for i in range(len(found))])
 
 
-def main(library: Path, data: Path, out: Path, count: int) -> None:
-    """Measure all candidates and report."""
-    bench = Bench(library, out / library.name, 1, 1)
-    bench.use(other_rows(bench, data, count))
+def main(library: Path, data: Path, options: argparse.Namespace) -> None:
+    """Measure the candidates and report."""
+    bench = Bench(library, options.out / library.name, 1, 1)
+    bench.use(other_rows(bench, data, options.rows))
+    scales: Sequence[float] = options.scales
     known: list[tuple[str, Adapters]] = [(BASE, None), (OWN, dict(enumerate(bench.adapters)))]
     references = [bench.items(adapters).assign(method=name) for name, adapters in known]
     rows: list[dict[str, object]] = []
-    for name, merged in candidates(bench):
-        rows.append({"weights": name, **_at_its_best(bench, references, merged)})
+    for name, make in candidates(bench):
+        if not re.search(options.only, name):
+            continue
+        merged = make()
+        rows.append({"weights": name, **_measured(bench, references, merged, scales)})
         note = f"{library.name}: {len(bench.rows)} rows, recovery in percent, rank {bench.r}."
-        frame = pd.DataFrame(rows).sort_values("recovery", ascending=False)
+        frame = pd.DataFrame(rows).sort_values(f"at scale {scales[0]:g}", ascending=False)
         report("cp_weights", "Weights of joint CP components, data-free", frame, note)
 
 
-def _at_its_best(
-    bench: Bench, references: list[pd.DataFrame], merged: Adapter
+def _measured(
+    bench: Bench, references: list[pd.DataFrame], merged: Adapter, scales: Sequence[float]
 ) -> dict[str, object]:
-    """Return recovery at scale 1 and at the best scale of a grid that goes on beyond its ends."""
-    tables = {}
-
-    def loss(scale: float) -> float:
+    """Return mean and worst recovery at every scale."""
+    found: dict[str, object] = {}
+    for scale in scales:
         items = bench.items(scaled(merged, scale)).assign(method="merge")
         table = recovery(pd.concat([*references, items]), resamples=200).set_index("cluster")
-        tables[scale] = 100 * table["recovery"]
-        return -float(tables[scale]["mean"])
-
-    best = on_line(loss, SCALES).scale
-    return {
-        "at scale 1": tables[1.0]["mean"], "worst at 1": tables[1.0]["worst"],
-        "best scale": best, "recovery": tables[best]["mean"], "worst": tables[best]["worst"],
-    }  # fmt: skip
+        found[f"at scale {scale:g}"] = 100 * table.loc["mean", "recovery"]
+        found[f"worst at {scale:g}"] = 100 * table.loc["worst", "recovery"]
+    return found
 
 
 if __name__ == "__main__":
@@ -131,6 +137,8 @@ if __name__ == "__main__":
     parser.add_argument("library", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
+    parser.add_argument("--only", default="", help="regular expression of candidates")
     parser.add_argument("--rows", type=int, default=6, help="per task")
     given = parser.parse_args()
-    main(given.library, given.data, given.out, given.rows)
+    main(given.library, given.data, given)

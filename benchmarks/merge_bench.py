@@ -43,10 +43,14 @@ class Bench:
         Folder of what has been measured.
     rows, other_rows : int
         Held-out rows per trained task and per other task.
+    choices : bool
+        Compare the choices of other tasks by their likelihood.
     """
 
-    def __init__(self, library: Path, store: Path, rows: int, other_rows: int) -> None:
-        self.layout, self.store = Layout(library), store
+    def __init__(
+        self, library: Path, store: Path, rows: int, other_rows: int, choices: bool = True
+    ) -> None:
+        self.layout, self.store, self.choices = Layout(library), store, choices
         self.manifest = manifest = read_manifest(library)
         self.seed, train = manifest.settings.seed, manifest.settings.train
         self.loaded = Base(
@@ -122,7 +126,9 @@ class Bench:
         return ActivationStatistics.load(*files)
 
     def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
-        """Return the joint CP factors of the updates."""
+        """Return the joint CP factors of the updates, the library's own at its own rank."""
+        if rank == self.manifest.factors.rank and not normalise:
+            return LibraryFactors.load(self.layout.factors)
         file = self.store / f"cp-{rank}{'-normalised' * normalise}.safetensors"
         if not file.exists():
             factorise(self.adapters, rank, normalise=normalise, n_starts=2).save(file)
@@ -192,7 +198,7 @@ class Bench:
         listed = [
             (place, choice.strip() == row["response"], row["prompt"], choice.strip())
             for place, row in self.rows.loc[list(places)].iterrows()
-            if row["split"] == "ood" and row["choices"] is not None
+            if self.choices and row["split"] == "ood" and row["choices"] is not None
             for choice in row["choices"]
         ]
         if not listed:

@@ -65,9 +65,10 @@ def _figures(items: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_references(items: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    """Return the items of methods, and of base and own, on the libraries that all were run on."""
-    stores = set.intersection(*(set(items[items["method"] == m]["store"]) for m in methods))
-    return items[items["method"].isin([BASE, OWN, *methods]) & items["store"].isin(stores)]
+    """Return the items of methods, and of base and own, on the rows that all were measured on."""
+    chosen = items[items["method"].isin([BASE, OWN, *methods])]
+    counts = chosen.groupby("id")["method"].nunique()
+    return chosen[chosen["id"].map(counts) == chosen["method"].nunique()]
 
 
 def _recovered(items: pd.DataFrame, method: str, against: str | None = None) -> dict[str, Any]:

@@ -186,7 +186,9 @@ def main(chosen: Sequence[Path], out: Path, arguments: argparse.Namespace) -> No
     """Measure what has not been measured."""
     end = time.process_time() + arguments.seconds
     for library in chosen:
-        bench = Bench(library, out / library.name, arguments.rows, arguments.other_rows)
+        bench = Bench(
+            library, out / library.name, arguments.rows, arguments.other_rows, arguments.choices
+        )
         for key, make in cells(bench):
             if time.process_time() > end:
                 return
@@ -200,6 +202,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=60, help="held-out rows per trained task")
     parser.add_argument("--other-rows", type=int, default=20, help="rows per other task")
+    parser.add_argument("--no-choices", dest="choices", action="store_false")
     parser.add_argument("--only", default="", help="regular expression of cells")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of the processor")
     parser.add_argument("--report", action="store_true", help="write the tables and stop")

@@ -129,7 +129,7 @@ def tune_scale(
             return loss
 
         start = _around(min(found, key=_loss)) if found else sorted(set(scales))
-        found.append(replace(on_line(measure, start), density=density))
+        found.append(replace(_on_line(measure, start), density=density))
     return min(found, key=_loss)
 
 
@@ -161,7 +161,7 @@ def _around(best: ScaleSearch) -> list[float]:
     return known[max(0, at - 1) : at + 2]
 
 
-def on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
+def _on_line(measure: Measure, scales: Sequence[float]) -> ScaleSearch:
     """Measure a grid of scales, and go on beyond an end as long as the best one lies there.
 
     Parameters

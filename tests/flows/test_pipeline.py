@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -18,6 +19,7 @@ import tclora
 from flows.pipeline import pipeline, step_named
 from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
+from tclora.jobs.run import LocalExecutor
 from tclora.library.manifest import read_manifest, verify
 from tclora.merge import merge
 from tclora.model.tokens import encode
@@ -103,6 +105,19 @@ def failed(settings, environment, prefect_server):
 def finished(settings, failed):
     """The second, complete run; tests may damage its library if they run the pipeline again."""
     return pipeline(settings)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Jobs of later runs in this process, in turn: the first two runs have shown that they run in
+    processes of their own, which take some seconds each to start."""
+    lock = threading.Lock()
+
+    def run_isolated(self, function, /, **arguments):
+        with lock:
+            return function(**arguments)
+
+    monkeypatch.setattr(LocalExecutor, "run_isolated", run_isolated)
 
 
 @pytest.fixture
@@ -368,7 +383,7 @@ def test_a_second_run_takes_everything_from_the_cache(library, settings):
     assert [point.value for point in curve] == [record["loss"] for record in history]
 
 
-def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
+def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings, in_process):
     written, _ = written_by(
         library, settings, factorise={"rank": 1}, merge={"methods": ["tc-lora"]}
     )
@@ -384,7 +399,7 @@ def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings):
     assert read_manifest(library).digests.keys() > manifest.digests.keys()
 
 
-def test_a_deleted_adapter_alone_is_trained_again(library, settings):
+def test_a_deleted_adapter_alone_is_trained_again(library, settings, in_process):
     before = read_manifest(library).digests
     shutil.rmtree(library / "adapters" / "cluster-0")
     written, _ = written_by(library, settings)
@@ -396,7 +411,7 @@ def test_a_deleted_adapter_alone_is_trained_again(library, settings):
     assert after[weights] == before[weights]
 
 
-def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
+def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings, in_process):
     before = read_manifest(library).digests
     weights = library / "merged" / "uniform" / "adapter_model.safetensors"
     with weights.open("r+b") as file:
@@ -409,7 +424,7 @@ def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings):
     assert read_manifest(library).digests == before
 
 
-def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
+def test_the_cp_rank_can_be_chosen_by_recovery(library, settings, in_process):
     """After those that use the library: it leaves another rank behind."""
     _, outcome = written_by(library, settings, factorise={"target_recovery": 0.9})
     found = json.loads((library / "work" / "rank.json").read_text())
@@ -421,7 +436,7 @@ def test_the_cp_rank_can_be_chosen_by_recovery(library, settings):
     assert run.data.params["factorise.target_recovery"] == "0.9"
 
 
-def test_scales_are_tuned_on_the_sample_rows(library, settings):
+def test_scales_are_tuned_on_the_sample_rows(library, settings, in_process):
     merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
     before = stamps_of(library)
     staging = Path(pipeline(settings | {"merge": merging}, until="merge")["library"])

@@ -2,8 +2,9 @@
 
 Two kinds of probes are measured at several shares of belonging κ, each with the nearest cluster's
 gate against the fallback's: rows of a cluster in other wordings, which should be routed, and rows
-of a cluster that is left out of the router and of the fallback, which belong nowhere. The rule is
-the one under which both lose least together.
+of a cluster that is left out of the router and of the fallback, which belong nowhere. Of the rules
+that lose measurably no more than the best one, that which abstains least is taken: a prompt is
+turned away where its routed answer is shown to be worse, not where nothing is known.
 
 Symbols: K clusters, n probes, D embedding width, κ belonging.
 """
@@ -29,11 +30,11 @@ from tclora.route.gates import GateFit
 from tclora.route.nearness import Abstention, NearnessScale, held_out_similarity
 from tclora.tune.fallback import unit_adapter
 
-SHARES = (0.0, 0.5, 1.0)  # κ at which every probe is measured; lines between
+SHARES = (0.0, 0.5, 1.0)  # κ at which every probe is measured; a parabola between
 OWN, REWORDED, FOREIGN = "own", "reworded", "foreign"
 _PLACES = np.linspace(-0.25, 1.0, 51)
-_WIDTHS = (0.01, 0.02, 0.05, 0.1)
-_LEVEL = 0.01  # rules that lose less than this share more than the best count as equal
+_WIDTHS = (0.02, 0.05, 0.1)
+_SIGMAS = 1.96  # a rule is worse if its loss is by so many standard errors, at a level of 95 %
 
 Array = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], Embeddings]
@@ -48,8 +49,8 @@ class AbstentionSearch:
     rule : Abstention
         The rule.
     loss, never, always : float
-        Mean loss (nats per token) of the probes, both kinds counting alike, under the rule, without
-        abstention and without routing.
+        Mean loss (nats per token) of the probes under the rule, without abstention and without
+        routing; rows of their cluster, half of them reworded, count as much as foreign ones.
     """
 
     rule: Abstention
@@ -164,31 +165,40 @@ def choose_abstention(probes: pd.DataFrame, losses: Array) -> AbstentionSearch:
     Returns
     -------
     AbstentionSearch
-        Of the rules that lose next to nothing more than the best, the one in their middle.
+        Of the rules whose loss is not above the least one's by more than 1.96 standard errors of
+        their difference, paired probe by probe, that of the lowest place; at equal places that of
+        the least loss.
     """
-    foreign = (probes["kind"] == FOREIGN).to_numpy()
-    weights = np.where(foreign, 0.5 / max(foreign.sum(), 1), 0.5 / max((~foreign).sum(), 1))
+    kinds = probes["kind"]
+    per_kind = kinds.groupby(kinds != FOREIGN).transform("nunique") * kinds.map(
+        kinds.value_counts()
+    )
+    weights = (0.5 / per_kind).to_numpy(float)  # rows that belong count as much as foreign ones
     nearness = probes["nearness"].to_numpy(float)
-
-    def loss(shares: Array) -> float:
-        return float(weights @ _between(losses, shares))
-
     tried = {
-        (at, width): loss(expit((nearness - at) / width)) for at in _PLACES for width in _WIDTHS
+        Abstention(float(at), width): _between(losses, expit((nearness - at) / width))
+        for at in _PLACES
+        for width in _WIDTHS
     }
-    never, always = loss(np.ones(len(probes))), loss(np.zeros(len(probes)))
-    best = min(tried.values())
-    enough = best + _LEVEL * (max(never, always) - best)
-    good = sorted(rule for rule, value in tried.items() if value <= enough)
-    at, width = good[len(good) // 2]
-    return AbstentionSearch(Abstention(float(at), width), tried[at, width], never, always)
+    means = {rule: float(weights @ found) for rule, found in tried.items()}
+    least = min(means, key=means.__getitem__)
+    good = [rule for rule, found in tried.items() if not _worse(found, tried[least], weights)]
+    rule = min(good, key=lambda rule: (rule.at, means[rule]))
+    never, always = float(weights @ losses[:, -1]), float(weights @ losses[:, 0])
+    return AbstentionSearch(rule, means[rule], never, always)
+
+
+def _worse(losses: Array, others: Array, weights: Array) -> bool:
+    """Tell whether one weighted mean loss is measurably above another, probe by probe."""
+    differences = losses - others
+    mean = float(weights @ differences)
+    error = float(np.sqrt(weights**2 @ (differences - mean) ** 2))
+    return mean > _SIGMAS * error
 
 
 def _between(losses: Array, shares: Array) -> Array:
-    """Return each row's loss at its share, on lines between those measured, shape (n,)."""
-    place = shares * (len(SHARES) - 1)
-    low = np.minimum(place.astype(int), len(SHARES) - 2)
-    rows = np.arange(len(losses))
-    part = place - low
-    found: Array = (1 - part) * losses[rows, low] + part * losses[rows, low + 1]
+    """Return each row's loss at its share, on a parabola through those measured, shape (n,)."""
+    none, half, whole = losses.T
+    curved = 2 * none - 4 * half + 2 * whole
+    found: Array = none + shares * (whole - none - curved + shares * curved)
     return found

@@ -60,7 +60,7 @@ def settings(name: str, rows: Path, seed: int, epochs: float) -> dict[str, Any]:
             "lr": 2e-3, "batch_size": 8, "epochs": epochs, "max_tokens": 512, "template": "plain",
         },
         "factorise": {"ranks": [4, 8, 16, 32]},
-        "merge": {"methods": ["tc-lora"], "refit_steps": 0},
+        "merge": {"methods": ["tc-lora"]},
     }  # fmt: skip
 
 

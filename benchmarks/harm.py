@@ -43,7 +43,7 @@ def main() -> None:
         max_tokens=settings.max_tokens,
     )
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "items.parquet")
+        target = Path(folder, "crossed")
         measure_cross(
             base=base, rows=layout.held_out, adapters=adapters, per_cluster=arguments.rows,
             seed=0, config=MeasureConfig(), target=target,

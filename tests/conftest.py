@@ -8,6 +8,7 @@ from pathlib import Path
 # Libraries read these when they are imported; `tests` must not share anything with real runs.
 SCRATCH = Path(tempfile.mkdtemp(prefix="tclora-tests-"))
 os.environ |= {
+    "COLUMNS": "200",  # of tables on the terminal
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_DATASETS_CACHE": str(SCRATCH / "datasets"),

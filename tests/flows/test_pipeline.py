@@ -173,7 +173,7 @@ def test_the_library_is_complete(library):
     assert verify(library) == []
     manifest = read_manifest(library)
     folders = ("adapters/cluster-0", "adapters/cluster-1", "adapters/joint", "merged/tc-lora",
-               "merged/uniform", "routed")  # fmt: skip
+               "merged/tc-lora-unrefitted", "merged/uniform", "routed")  # fmt: skip
     assert set(manifest.digests) == {
         *(f"{folder}/{file}" for folder in folders for file in ADAPTER_FILES),
         "centroids.safetensors", "clusters.parquet", "evaluation/cross.parquet",
@@ -202,12 +202,15 @@ def test_the_two_tasks_became_the_two_clusters(library):
 def test_every_method_measured_every_held_out_row(library):
     items = pd.read_parquet(library / "evaluation" / "items.parquet")
     assert items.groupby("method").size().to_dict() == {
-        "base": 11, "own": 11, "joint": 11, "tc-lora": 11, "uniform": 11, "routed": 11,
+        "base": 11, "own": 11, "joint": 11, "tc-lora": 11, "tc-lora-unrefitted": 11, "uniform": 11,
+        "routed": 11,
     }  # fmt: skip
     totals = items.groupby("method")["nll"].sum()
     assert totals["own"] < totals["base"]
     recovery = pd.read_parquet(library / "evaluation" / "recovery.parquet")
-    assert set(recovery["method"]) == {"joint", "tc-lora", "uniform", "routed"}
+    assert set(recovery["method"]) == {
+        "joint", "tc-lora", "tc-lora-unrefitted", "uniform", "routed",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["tc-lora", "uniform", "joint", "base"])
@@ -348,7 +351,7 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
     }
     assert children == {
         "cluster-0", "cluster-1", "joint", "evaluate-base", "evaluate-own", "evaluate-joint",
-        "evaluate-tc-lora", "evaluate-uniform",
+        "evaluate-tc-lora", "evaluate-tc-lora-unrefitted", "evaluate-uniform",
         "evaluate-routed",
     }  # fmt: skip
     artifacts = {entry.path for entry in client.list_artifacts(finished["mlflow_run"])}
@@ -389,7 +392,7 @@ def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings, in_pr
     )
     manifest = read_manifest(library)
     assert manifest.factors.rank == 1
-    assert set(manifest.merges) == {"tc-lora"}
+    assert set(manifest.merges) == {"tc-lora", "tc-lora-unrefitted"}
     assert not (library / "merged" / "uniform").exists()
     assert {"factors.safetensors", "work/items/tc-lora.parquet"} < written
     assert not [name for name in written if name.startswith(("adapters/", "training/"))]
@@ -444,7 +447,7 @@ def test_scales_are_tuned_on_the_sample_rows(library, settings, in_process):
     library = staging
     found = json.loads((library / "work" / "scales" / "task-arithmetic.json").read_text())
     losses = {float(scale): loss for scale, loss in found["losses"].items()}
-    assert losses.keys() == {0.1, 0.8}
+    assert losses.keys() >= {0.1, 0.8}  # and beyond, while the best is the last
     assert losses[found["scale"]] == min(losses.values()) < max(losses.values())
     assert not (library / "work" / "scales" / "tc-lora.json").exists()
     adapters = [read_adapter(library / "adapters" / name) for name in ("cluster-0", "cluster-1")]

@@ -134,7 +134,7 @@ def followed(tmp_path_factory, tiny_model_dir, prefect_server):
             prepared = prepare(context)
             trained = train(context, prepared)
             merged = merge(context, prepared, trained)
-            evaluate(context, prepared, trained, merged)
+            evaluate(context, prepared, trained, merged, {})
 
         with Follower() as follower:
             all_stages()

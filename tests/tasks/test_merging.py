@@ -1,5 +1,7 @@
 """Stages from adapters to merges, against the library's own functions on the same files."""
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -72,35 +74,36 @@ def test_interference_and_shared_energy_are_written(adapters, where):
 
 @pytest.mark.parametrize("method", ["uniform", "task-arithmetic"])
 def test_a_merge_is_what_the_library_makes_of_the_same_adapters(adapters, where, method):
-    scale = 0.3 if method == "task-arithmetic" else None
-    found = merge.fn(method, Given(adapters, None, None, None, 0), scale, False, where)
-    options = {} if scale is None else {"scale": scale}
+    options = {"scale": 0.3} if method == "task-arithmetic" else {}
+    found = merge.fn(method, Given(adapters, None, None, None, 0), options, False, where)
     wanted = merge_adapters(read(adapters), method, **options)
     assert found.path == where.layout.merged(method)
     assert same(read_adapter(found.path), wanted.adapter)
     assert found.info["rank"] == 9
-    assert ("tuned" in found.info["notes"]) is (scale is not None)
+    assert ("tuned" in found.info["notes"]) is bool(options)
 
 
 def test_statistics_inform_a_merge(adapters, where, rows):
-    given = Given(adapters, None, statistics.fn(adapters, rows, where), 3, 0)
-    found = merge.fn("regmean", given, None, False, where)
+    given = Given(adapters, None, statistics.fn(adapters, rows, "base", where), 3, 0)
+    found = merge.fn("regmean", given, {}, False, where)
     inputs = given.inputs()
     wanted = merge_adapters(read(adapters), "regmean", statistics=inputs.read_statistics(), rank=3)
     assert same(read_adapter(found.path), wanted.adapter)
     assert sorted(given.statistics.info["tokens"]) == sorted(adapters)
 
 
-def test_a_tuned_scale_is_one_of_those_given(adapters, where, rows):
+def test_a_tuned_scale_is_the_best_of_those_tried(adapters, where, rows):
     given = Given(adapters, None, None, None, 0)
-    found = tune_scale.fn("task-arithmetic", given, (0.1, 0.5), rows, where)
-    assert found.info["scale"] in (0.1, 0.5)
+    found = tune_scale.fn("task-arithmetic", given, (0.1, 0.5), (), rows, where)
+    tried = json.loads(found.path.read_text())["losses"]
+    assert {0.1, 0.5} <= {float(scale) for scale in tried}
+    assert tried[str(found.info["scale"])] == min(tried.values())
 
 
 def test_refitting_does_not_raise_the_loss(adapters, where, rows):
     given = Given(adapters, None, None, None, 0)
-    merged = merge.fn("uniform", given, None, True, where)
-    assert merged.path == where.layout.unrefitted("uniform")
+    merged = merge.fn("uniform", given, {}, True, where)
+    assert merged.path == where.layout.merged("uniform-unrefitted")
     found = refit.fn("uniform", merged, 2, rows, where)
     assert found.path == where.layout.merged("uniform")
     assert min(found.info["losses"]) <= found.info["losses"][0]
@@ -108,7 +111,7 @@ def test_refitting_does_not_raise_the_loss(adapters, where, rows):
 
 
 def test_the_smallest_rank_that_reaches_a_recovery(adapters, where, rows):
-    given = Given(adapters, None, statistics.fn(adapters, rows, where), None, 0)
+    given = Given(adapters, None, statistics.fn(adapters, rows, "base", where), None, 0)
     found = find_rank.fn(given, "tc-lora", SOLVER, 0.0, rows, where)
     assert found.info["rank"] >= 1
     assert found.metrics

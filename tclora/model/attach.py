@@ -22,7 +22,7 @@ def attached(
     adapter : Adapter or None
         What to attach; None attaches nothing.
     gates : Mapping[str, Tensor], optional
-        Module path → factors of its components, shape (R,); 1 by default.
+        Module path → factors of its components, shape (R,), on any device; 1 by default.
     """
     handles = [
         model.get_submodule(module).register_forward_hook(
@@ -41,9 +41,10 @@ def _hook(
     model: PreTrainedModel, factors: LoraFactors, gate: Tensor | None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     B, A = (factor.to(model.device, model.dtype) for factor in factors)
+    moved = None if gate is None else gate.to(model.device, model.dtype)
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         inner = inputs[0] @ A.mT
-        return output + (inner if gate is None else inner * gate.to(model.dtype)) @ B.mT
+        return output + (inner if moved is None else inner * moved) @ B.mT
 
     return add

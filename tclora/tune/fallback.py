@@ -113,8 +113,7 @@ def _loss(
     """Return the mean over clusters of the NLL per token by the gate of the others."""
     means = []
     for k, name in enumerate(fit.unit.names):
-        gates = {m: gate.to(model.device) for m, gate in fit.fallback(rule, without=k).items()}
-        with attached(model, components, gates):
+        with attached(model, components, fit.fallback(rule, without=k)):
             total = sum(float(response_nll(model, batch).sum()) for batch in batches[name])
         means.append(total / sum(batch.supervised for batch in batches[name]))
     return sum(means) / len(means)

@@ -166,6 +166,26 @@ def test_svc_leaves_what_all_share_and_adds_up_what_one_has_alone():
     check(merged(apart, "svc"), dense(apart).sum(0))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_svc_takes_the_rounding_of_stored_adapters_for_no_response(seed):
+    torch.manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(32, 32).double())[0] for _ in range(2))
+    apart = [
+        Adapter(
+            str(k),
+            {
+                MODULE: LoraFactors(
+                    (left[:, own] @ torch.randn(2, 2).double()).float(),
+                    (torch.randn(2, 2).double() @ right[:, own].mT).float(),
+                )
+            },
+            "base",
+        )
+        for k, own in enumerate(torch.arange(8).split(2))
+    ]
+    check(merged(apart, "svc"), dense(apart).sum(0), tolerance=1e-4)
+
+
 @pytest.mark.parametrize("gauge", ["published", "balanced"])
 def test_pico(adapters, gauge):
     X = dense(adapters)

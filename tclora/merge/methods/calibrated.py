@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tclora.adapter import LoraFactors
 from tclora.merge.methods.dense import ties
-from tclora.merge.methods.spans import SPAN_TOLERANCE, balanced, significant
+from tclora.merge.methods.spans import balanced, significant
 from tclora.merge.methods.spectral import tsv_m
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
@@ -20,7 +20,8 @@ from tclora.tensor.compress import orthonormal_basis
 from tclora.tensor.lowrank import product_energy
 
 Gauge = Literal["published", "balanced"]
-_TINY = SPAN_TOLERANCE**2  # share of the largest squared response that counts as none
+# Responses below this share of the largest are what storage in single precision leaves of none.
+_ROUNDING = 32 * torch.finfo(torch.float32).eps
 
 
 @register(
@@ -32,7 +33,8 @@ def svc(stack: ModuleStack, *, alpha: float | None = None, scale: float = 1.0) -
     """Return λ U diag(S_ρ / mean_k max(α, s_ρk)) Vᵀ, with U S Vᵀ the average of the updates.
 
     s_ρk = ⟨u_ρᵀ Δ, u_ρᵀ Δ_k⟩ / ‖u_ρᵀ Δ_k‖² says how much of adapter k's response along u_ρ is in
-    the average; α is 1 / K unless given, as the authors set it for averages.
+    the average, 0 where adapter k has no response; α is 1 / K unless given, as the authors set it
+    for averages.
     """
     alpha = 1 / len(stack.factors) if alpha is None else alpha
     if not alpha > 0:
@@ -43,8 +45,8 @@ def svc(stack: ModuleStack, *, alpha: float | None = None, scale: float = 1.0) -
     U, S, Vh = U[:, kept], S[kept], Vh[kept]
     responses = U.mT @ cores  # (K, q, n)
     energy = responses.square().sum(2)  # (K, q)
-    floor = _TINY * energy.max() if energy.numel() else 0
-    share = S * (responses * Vh).sum(2) / energy.clamp_min(floor)
+    least = _ROUNDING**2 * energy.max() if energy.numel() else 0
+    share = torch.where(energy > least, S * (responses * Vh).sum(2) / energy, 0)
     raised = scale * S / share.clamp_min(alpha).mean(0)
     return LoraFactors((core.left @ U) * raised, Vh @ core.right.mT)
 

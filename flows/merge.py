@@ -65,7 +65,7 @@ def _route(context: Context, prepared: Prepared, merged: Artifact, given: Given)
     open_values = [value for value in dict(gates).values() if value is None]
     if open_values and cfg.calibration_rows and len(given.adapters) > 1:
         rows = context.rows(prepared.rows, cfg.calibration_rows)
-        calibrated = calibrate(merged, given, texts, rows, where)
+        calibrated = calibrate(merged, given, texts, rows, gates, where)
     rules = Rules.of(gates, calibrated, cfg.static_share)
     info = _routed_info(context, list(given.adapters))
     return route(info, merged, given, texts, cfg.only(RouterConfig), rules, where)

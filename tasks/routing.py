@@ -40,13 +40,13 @@ class Rules(NamedTuple):
     fallback: Fallback
     abstention: Abstention
     static_share: float
-    losses: dict[str, float]  # of the probes they were chosen on; empty without
+    losses: dict[str, float]  # of the probes abstention was chosen on; empty without
 
     @classmethod
     def of(cls, config: GateConfig, calibrated: Artifact | None, static_share: float) -> "Rules":
         """Return what the configuration says, else what was calibrated, else the defaults."""
-        losses = {name: calibrated.info[name] for name in _LOSSES} if calibrated else {}
         found = dict(calibrated.info) if calibrated else {}
+        losses = {name: found[name] for name in _LOSSES if name in found}
         found |= {name: value for name, value in dict(config).items() if value is not None}
         fallback = {n: found[f"fallback_{n}"] for n in _FALLBACK if f"fallback_{n}" in found}
         abstention = {n: found[f"abstain_{n}"] for n in _ABSTENTION if f"abstain_{n}" in found}
@@ -55,14 +55,23 @@ class Rules(NamedTuple):
     @property
     def figures(self) -> dict[str, float]:
         """The rules as flat numbers, named as in the configuration."""
-        fallback = {f"fallback_{name}": value for name, value in asdict(self.fallback).items()}
-        abstention = {f"abstain_{name}": value for name, value in asdict(self.abstention).items()}
-        return fallback | abstention | {"static_share": self.static_share} | self.losses
+        rules = _flat("fallback", self.fallback) | _flat("abstain", self.abstention)
+        return rules | {"static_share": self.static_share} | self.losses
 
 
 @stage("calibrate-routing")
-def calibrate(merged: Artifact, given: Given, texts: Texts, rows: Rows, where: Where) -> Artifact:
-    """Choose fallback gate and abstention by the base model's loss on rows of every cluster."""
+def calibrate(
+    merged: Artifact,
+    given: Given,
+    texts: Texts,
+    rows: Rows,
+    configured: GateConfig,
+    where: Where,
+) -> Artifact:
+    """Choose fallback gate and abstention by the base model's loss on rows of every cluster.
+
+    Values that are configured are taken as they are, and the others chosen beside them.
+    """
     logger, file = get_run_logger(), where.layout.routing_calibration
 
     def on_event(event: Event) -> None:
@@ -79,14 +88,21 @@ def calibrate(merged: Artifact, given: Given, texts: Texts, rows: Rows, where: W
             clusters=texts.clusters.path,
             embedder=texts.embedder,
         ),
+        configured=configured,
         target=file,
         on_event=on_event,
     )
-    searched = found.abstention
-    losses = dict(zip(_LOSSES, (searched.loss, searched.never, searched.always), strict=True))
-    rules = Rules(found.fallback.rule, searched.rule, 0.0, losses)
-    metrics = {f"router/{name}": value for name, value in losses.items()}
-    return Artifact.of(where.layout.root, file, metrics=metrics, info=rules.figures)
+    info, metrics = _flat("fallback", found.fallback.rule), {}
+    if searched := found.abstention:
+        losses = dict(zip(_LOSSES, (searched.loss, searched.never, searched.always), strict=True))
+        metrics = {f"router/{name}": value for name, value in losses.items()}
+        info |= _flat("abstain", searched.rule) | losses
+    return Artifact.of(where.layout.root, file, metrics=metrics, info=info)
+
+
+def _flat(name: str, rule: Fallback | Abstention) -> dict[str, float]:
+    """Return the values of a rule, named as in the configuration."""
+    return {f"{name}_{field}": value for field, value in asdict(rule).items()}
 
 
 @stage("route")

@@ -32,8 +32,9 @@ from tclora.tune.fallback import unit_adapter
 
 SHARES = (0.0, 0.5, 1.0)  # κ at which every probe is measured; a parabola between
 OWN, REWORDED, FOREIGN = "own", "reworded", "foreign"
-_PLACES = np.linspace(-0.25, 1.0, 51)
-_WIDTHS = (0.02, 0.05, 0.1)
+PLACES = tuple(np.linspace(-0.25, 1.0, 51).tolist())
+WIDTHS = (0.02, 0.05, 0.1)
+_STEP = float(np.finfo(np.float32).tiny)  # the width of a step
 _SIGMAS = 1.96  # a rule is worse if its loss is by so many standard errors, at a level of 95 %
 
 Array = NDArray[np.float64]
@@ -152,7 +153,13 @@ def _losses(
             yield int(rows.index[row]), loss / len(encoded[row].response)
 
 
-def choose_abstention(probes: pd.DataFrame, losses: Array) -> AbstentionSearch:
+def choose_abstention(
+    probes: pd.DataFrame,
+    losses: Array,
+    *,
+    places: Sequence[float] = PLACES,
+    widths: Sequence[float] = WIDTHS,
+) -> AbstentionSearch:
     """Choose where the router abstains.
 
     Parameters
@@ -161,6 +168,8 @@ def choose_abstention(probes: pd.DataFrame, losses: Array) -> AbstentionSearch:
         Columns kind and nearness.
     losses : ndarray, shape (n, 3)
         Their losses at the shares `SHARES` of belonging.
+    places, widths : sequence of float
+        The candidates (nearness).
 
     Returns
     -------
@@ -176,9 +185,9 @@ def choose_abstention(probes: pd.DataFrame, losses: Array) -> AbstentionSearch:
     weights = (0.5 / per_kind).to_numpy(float)  # rows that belong count as much as foreign ones
     nearness = probes["nearness"].to_numpy(float)
     tried = {
-        Abstention(float(at), width): _between(losses, expit((nearness - at) / width))
-        for at in _PLACES
-        for width in _WIDTHS
+        Abstention(at, width): _between(losses, expit((nearness - at) / max(width, _STEP)))
+        for at in places
+        for width in widths
     }
     means = {rule: float(weights @ found) for rule, found in tried.items()}
     least = min(means, key=means.__getitem__)

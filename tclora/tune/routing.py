@@ -1,5 +1,6 @@
 """The job that calibrates a routed library: its fallback gate, and where its router abstains."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,24 @@ from tclora.adapter import read_adapter
 from tclora.cluster.centroids import NOISE, Labels
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.cluster.vectors import Embeddings
+from tclora.config import GateConfig
 from tclora.files import write_json
 from tclora.jobs.call import EventCallback
 from tclora.merge.inputs import MergeInputs
-from tclora.model.base import Base
+from tclora.model.base import Base, LoadedBase
 from tclora.model.sample import Sample
-from tclora.route.gates import gate_equations
-from tclora.tune.abstention import AbstentionSearch, choose_abstention, make_probes, measure_probes
-from tclora.tune.fallback import FallbackSearch, choose_fallback
+from tclora.model.tokens import Batch
+from tclora.route.equations import Fallback
+from tclora.route.gates import GateFit, gate_equations
+from tclora.tune.abstention import (
+    PLACES,
+    WIDTHS,
+    AbstentionSearch,
+    choose_abstention,
+    make_probes,
+    measure_probes,
+)
+from tclora.tune.fallback import SCALES, SPREADS, FallbackSearch, choose_fallback
 
 
 class ClusteredTexts(BaseModel):
@@ -55,13 +66,14 @@ class RoutingCalibration:
     Attributes
     ----------
     fallback : FallbackSearch
-        How the gate of rows that belong to no cluster is made.
-    abstention : AbstentionSearch
-        Where the router abstains.
+        How the gate of rows that belong to no cluster is made; of no losses where all of that is
+        configured.
+    abstention : AbstentionSearch or None
+        Where the router abstains; None where all of that is configured.
     """
 
     fallback: FallbackSearch
-    abstention: AbstentionSearch
+    abstention: AbstentionSearch | None
 
 
 def calibrate_routing(
@@ -71,6 +83,7 @@ def calibrate_routing(
     given: MergeInputs,
     merged: Path,
     texts: ClusteredTexts,
+    configured: GateConfig,
     target: Path,
     on_event: EventCallback = lambda _: None,
 ) -> RoutingCalibration:
@@ -88,6 +101,8 @@ def calibrate_routing(
         PEFT directory of the merge whose components are gated.
     texts : ClusteredTexts
         The clustered prompts.
+    configured : GateConfig
+        Values that are not searched: the others are chosen beside them.
     target : Path
         JSON file of the outcome, every probe and its losses included.
     on_event : callable
@@ -99,17 +114,47 @@ def calibrate_routing(
     """
     loaded = base.load()
     fit = gate_equations(given.adapters_in_memory(), read_adapter(merged), given.read_statistics())
-    found = choose_fallback(
+    fallback = _fallback(loaded, fit, sample.batches(loaded), configured, on_event)
+    if None not in (configured.abstain_at, configured.abstain_width):
+        outcome, points = RoutingCalibration(fallback, None), []
+    else:
+        rows = {name: sample.frame(name) for name in fit.unit.names}
+        embed = partial(embed_prompts, load_embedder(texts.embedder))
+        probes = make_probes(rows, *texts.training(), embed, sample.seed).reset_index(drop=True)
+        losses = measure_probes(loaded, fit, fallback.rule, probes, sample.token_budget)
+        abstention = choose_abstention(
+            probes,
+            losses,
+            places=_candidates(configured.abstain_at, PLACES),
+            widths=_candidates(configured.abstain_width, WIDTHS),
+        )
+        outcome = RoutingCalibration(fallback, abstention)
+        seen = probes[["kind", "cluster", "nearest", "nearness"]].assign(losses=losses.tolist())
+        points = seen.to_dict("records")
+    write_json(target, {**asdict(outcome), "probes": points})
+    return outcome
+
+
+def _fallback(
+    loaded: LoadedBase,
+    fit: GateFit,
+    batches: Mapping[str, Sequence[Batch]],
+    configured: GateConfig,
+    on_event: EventCallback,
+) -> FallbackSearch:
+    """Choose what is open of the fallback rule."""
+    spread, scale = configured.fallback_spread, configured.fallback_scale
+    if spread is not None and scale is not None:
+        return FallbackSearch(Fallback(spread, scale), ())
+    return choose_fallback(
         loaded.model,
         fit,
-        sample.batches(loaded),
+        batches,
+        spreads=_candidates(spread, SPREADS),
+        scales=_candidates(scale, SCALES),
         progress=lambda rule, loss: on_event({**asdict(rule), "loss": loss}),
     )
-    rows = {name: sample.frame(name) for name in fit.unit.names}
-    embed = partial(embed_prompts, load_embedder(texts.embedder))
-    probes = make_probes(rows, *texts.training(), embed, sample.seed).reset_index(drop=True)
-    losses = measure_probes(loaded, fit, found.rule, probes, sample.token_budget)
-    outcome = RoutingCalibration(found, choose_abstention(probes, losses))
-    points = probes[["kind", "cluster", "nearest", "nearness"]].assign(losses=losses.tolist())
-    write_json(target, {**asdict(outcome), "probes": points.to_dict("records")})
-    return outcome
+
+
+def _candidates(configured: float | None, grid: Sequence[float]) -> Sequence[float]:
+    return grid if configured is None else (configured,)

@@ -72,18 +72,50 @@ def test_held_out_prompts_are_routed_and_counted(given, merged, where, prompts):
     assert gated.static(module).tolist() == pytest.approx((0.875 * average).tolist(), rel=1e-2)
 
 
-def test_rules_are_chosen_on_rows_of_every_cluster(given, merged, where, base, prompts):
+@pytest.fixture
+def rows(where, base):
     rows = {
         name: write_rows(where, name, [(prompt, "ok") for prompt in part])
         for name, part in PROMPTS.items()
     }
-    found = calibrate.fn(merged, given, prompts, Rows(base, rows, 2, 400, 0), where)
+    return Rows(base, rows, 2, 400, 0)
+
+
+def test_rules_are_chosen_on_rows_of_every_cluster(given, merged, where, rows, prompts):
+    found = calibrate.fn(merged, given, prompts, rows, GateConfig(), where)
     written = json.loads(where.layout.routing_calibration.read_text())
     assert found.info["fallback_scale"] == written["fallback"]["rule"]["scale"]
     assert found.info["abstain_at"] == written["abstention"]["rule"]["at"]
     assert len(written["probes"]) > 12
-    rules = Rules.of(GateConfig(abstain_at=0.3), found, 0.0)
+    rules = Rules.of(GateConfig(), found, 0.0)
     assert rules.fallback == Fallback(**written["fallback"]["rule"])
-    assert rules.abstention == Abstention(0.3, written["abstention"]["rule"]["width"])
+    assert rules.abstention == Abstention(**written["abstention"]["rule"])
     assert rules.figures["probes_never"] == written["abstention"]["never"]
     assert Rules.of(GateConfig(), None, 0.0) == Rules(Fallback(), Abstention(), 0.0, {})
+
+
+def test_what_is_configured_is_not_searched_and_the_rest_is_chosen_beside_it(
+    given, merged, where, rows, prompts
+):
+    gates = GateConfig(fallback_spread=0.5, fallback_scale=0.3, abstain_at=0.4)
+    found = calibrate.fn(merged, given, prompts, rows, gates, where)
+    written = json.loads(where.layout.routing_calibration.read_text())
+    assert written["fallback"] == {"rule": {"spread": 0.5, "scale": 0.3}, "losses": []}
+    at_none = [probe["losses"][0] for probe in written["probes"]]
+    assert written["abstention"]["rule"]["at"] == 0.4
+    assert "probes_loss" in Rules.of(gates, found, 0.0).figures
+    calibrate.fn(merged, given, prompts, rows, GateConfig(abstain_at=0.4), where)
+    chosen = json.loads(where.layout.routing_calibration.read_text())
+    assert [probe["losses"][0] for probe in chosen["probes"]] != pytest.approx(at_none, rel=1e-9)
+
+
+def test_no_loss_is_published_of_an_abstention_that_is_configured(
+    given, merged, where, rows, prompts
+):
+    gates = GateConfig(fallback_scale=0.5, abstain_at=0.4, abstain_width=0)
+    found = calibrate.fn(merged, given, prompts, rows, gates, where)
+    written = json.loads(where.layout.routing_calibration.read_text())
+    assert (written["abstention"], written["probes"], found.metrics) == (None, [], {})
+    rules = Rules.of(gates, found, 0.0)
+    assert rules == Rules(Fallback(**written["fallback"]["rule"]), Abstention(0.4, 0), 0.0, {})
+    assert rules.fallback.scale == 0.5

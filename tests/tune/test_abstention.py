@@ -125,3 +125,10 @@ def test_what_cannot_be_told_from_noise_turns_nothing_away():
     losses = np.random.default_rng(1).normal(1.5, 1.0, losses.shape)
     losses[:, 1] = losses[:, [0, 2]].mean(axis=1)
     assert choose_abstention(probes, losses).rule.at == -0.25
+
+
+def test_a_configured_step_is_kept_and_the_place_chosen_beside_it():
+    found = choose_abstention(*planted(), widths=(0.0,))
+    assert found.rule.width == 0
+    assert found.rule.at == pytest.approx(0.3, abs=0.03)
+    assert choose_abstention(*planted(), places=(0.7,)).rule.at == 0.7

@@ -167,6 +167,21 @@ def test_probes_come_from_one_start_and_each_from_its_own_rows(request_of, tmp_p
     assert set(alone["response"]) == {"aaaaaaaa"}
 
 
+def test_probes_of_a_few_rows_take_all_their_steps_whatever_the_run_holds_out(request_of, tmp_path):
+    request = request_of(probe_shards=N, probe_steps=3)
+    run = request.adapter.model_copy(
+        update={"validation_fraction": 0.5, "validation_steps": 1, "patience": 1, "lr": 0.5}
+    )
+    events = []
+    compute_features(
+        name="lora-parameters",
+        request=request.model_copy(update={"adapter": run}),
+        target=tmp_path / "features",
+        on_event=events.append,
+    )
+    assert events[-1] == {"done": 3 * N, "of": 3 * N}
+
+
 def test_shards_without_labels_are_groups_of_similar_prompts(request_of):
     request = request_of(probe_shards=5)
     shards = shard_rows(request, request.frame())

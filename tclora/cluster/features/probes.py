@@ -74,7 +74,13 @@ def _train_probes(
 ) -> list[Adapter]:
     """Train a probe per shard, all from one A_0; return them in the shards' order."""
     steps = request.config.probe_steps
-    config = request.adapter.model_copy(update={"max_steps": steps, "epochs": float(steps)})
+    own = {
+        "max_steps": steps,
+        "epochs": float(steps * request.adapter.batch_size),  # one row alone is enough
+        "validation_fraction": 0.0,
+        "patience": None,
+    }
+    config = request.adapter.model_copy(update=own)
     folder, names = request.scratch, [f"probe-{i}" for i in range(shards.max() + 1)]
     folder.mkdir(parents=True, exist_ok=True)
     requests = []

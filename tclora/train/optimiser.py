@@ -3,7 +3,7 @@
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tclora.config import AdapterConfig
 from tclora.files import atomic_path
 
 logger = logging.getLogger(__name__)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdapterOptimiser:
@@ -108,23 +109,55 @@ class AdapterOptimiser:
             (fresh / "history.json").write_text(json.dumps(history))
 
     def restore(self, folder: Path) -> list[dict[str, float]]:
-        """Load a checkpoint of the same adapter; return its history."""
+        """Load a checkpoint of the same adapter; return its history.
+
+        Raises
+        ------
+        KeyError, OSError, SafetensorError, ValueError
+            If it is damaged; nothing is changed then.
+        """
         device = next(iter(self.masters.values())).device
         tensors = load_file(folder / "state.safetensors", device=str(device))
+        history = _records(json.loads((folder / "history.json").read_text()))
+        masters = self._part(tensors, "master", self.masters)
+        known = any(name.startswith("best/") for name in tensors)
+        best = self._part(tensors, "best", self.masters) if known else None
+        moments = {key: self._part(tensors, key, self.params) for key in _MOMENTS}
+        steps = {name: tensors[f"step/{name}"] for name in self.params}
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
-        kept = {name: tensors[f"best/{name}"] for name in self.masters if f"best/{name}" in tensors}
-        self.best = kept or None
+                master.copy_(masters[name])
+        self.best = best
         self._copy_back()
         for name in self.params:
-            self.optimiser.state[self.masters[name]] = {
-                key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        history: list[dict[str, float]] = json.loads((folder / "history.json").read_text())
+            own = {key: part[name] for key, part in moments.items()}
+            self.optimiser.state[self.masters[name]] = {"step": steps[name], **own}
         self.scheduler.last_epoch = len(history) - 1
         with warnings.catch_warnings():  # of a missing optimiser step: it was in the earlier run
             warnings.simplefilter("ignore", UserWarning)
             self.scheduler.step()
         logger.info("resumed at step %d of %d", len(history), self.total)
         return history
+
+    def _part(
+        self, tensors: Mapping[str, Tensor], kind: str, names: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of one kind, each of the shape of its weight."""
+        found = {name: tensors[f"{kind}/{name}"] for name in names}
+        for name, tensor in found.items():
+            if tensor.shape != self.masters[name].shape:
+                raise ValueError(
+                    f"{kind}/{name} must be of shape {tuple(self.masters[name].shape)}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+        return found
+
+
+def _records(history: object) -> list[dict[str, float]]:
+    """Return a history that holds one record per step, or raise ValueError."""
+    if not isinstance(history, list) or any(
+        not isinstance(record, dict) or record.get("step") != step or "loss" not in record
+        for step, record in enumerate(history)
+    ):
+        raise ValueError("history.json must be a list of one record per step")
+    return history

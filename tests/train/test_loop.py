@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from tclora.adapter import read_adapter
@@ -316,6 +316,42 @@ def test_a_resumed_training_keeps_its_best(train, tmp_path, stop):
     repeated, again = train("cut", **changes, options={"checkpoint": place})
     assert repeated.steps == whole.steps
     assert sha256_path(again) == sha256_path(target)
+
+
+def _lose_a_moment(folder):
+    tensors = load_file(folder / "state.safetensors")
+    del tensors[max(name for name in tensors if name.startswith("exp_avg_sq/"))]
+    save_file(tensors, folder / "state.safetensors")
+
+
+def _cut_a_best(folder):
+    tensors = load_file(folder / "state.safetensors")
+    name = max(name for name in tensors if name.startswith("best/"))
+    save_file(tensors | {name: tensors[name][:1].clone()}, folder / "state.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _lose_a_moment,
+        _cut_a_best,
+        lambda folder: (folder / "history.json").write_text("[{"),
+        lambda folder: (folder / "history.json").write_text("{}"),
+        lambda folder: (folder / "history.json").unlink(),
+    ],
+    ids=["moment", "best", "cut history", "other history", "no history"],
+)
+def test_from_a_damaged_checkpoint_nothing_is_taken(train, tmp_path, damage, caplog):
+    changes = {"epochs": 3, **WATCHED}
+    whole, target = train("whole", **changes)
+    place = Checkpoint(tmp_path / "checkpoint", 2)
+    train("cut", **changes, lr=0.3, options={"checkpoint": place})  # of other weights
+    damage(place.folder)
+    again, other = train("cut", **changes, options={"checkpoint": place})
+    assert "cannot be read, training starts afresh" in caplog.text
+    assert [r["loss"] for r in again.history] == [r["loss"] for r in whole.history]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (other / name).read_bytes() == (target / name).read_bytes()
 
 
 def test_patience_needs_rows_to_watch():

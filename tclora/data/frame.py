@@ -170,7 +170,8 @@ def _check_answer(row: Row, pair: Pair) -> None:
     scorer, choices = _optional(row.get("scorer")), options_of(row.get("choices"))
     if scorer is None and choices is None:
         return
-    answer = str(_optional(row.get("answer")) or pair[1])
+    given = _optional(row.get("answer"))
+    answer = str(pair[1] if given is None else given)
     if choices and scorer in (None, CHOICES):
         answer = resolve_answer(answer, choices)
     if scorer:

@@ -139,6 +139,16 @@ def test_a_bad_row_is_named_or_skipped(row, message):
     assert skipped[0].startswith("rows.jsonl, row 1: ")
 
 
+def test_an_answer_of_nought_is_an_answer():
+    bad = {"prompt": "q", "response": "yes", "choices": ["yes", "no"], "answer": 0}
+    with pytest.raises(DataError, match=r"rows.jsonl, row 1: answer must be one .*, got '0'"):
+        read(bad)
+    good = bad | {"choices": ["0", "1"]}
+    frame, skipped = read(bad, good, on_bad_row="skip")
+    assert frame["answer"].tolist() == ["0"]
+    assert len(skipped) == 1
+
+
 def test_all_bad_rows_are_listed_up_to_ten():
     rows = [{"prompt": "", "response": "x"}] * 13 + [{"prompt": "a", "response": "x"}]
     with pytest.raises(DataError) as caught:

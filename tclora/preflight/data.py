@@ -18,17 +18,20 @@ def check_data(config: Config) -> None:
     Raises
     ------
     DataError
-        If a file is missing, empty or malformed, has unknown columns or bad rows, leaves no
-        training row, or has too few of them for the configured clusters.
+        If a file, of given embeddings too, is missing, empty or malformed, has unknown columns or
+        bad rows, leaves no training row, or has too few of them for the configured clusters.
     ConfigError
         If rows are scored by running what the model wrote, and that is not allowed.
     """
-    from tclora.data.demo import DEMO  # with pandas
+    from tclora.cluster.given import given_width  # with pandas
+    from tclora.data.demo import DEMO
     from tclora.data.examples import read_examples, read_rows
     from tclora.data.readers import is_local
     from tclora.evaluate.scorers import LEAVE, check_leave
 
     data = config.data
+    if config.embed.vectors:
+        given_width(Path(config.embed.vectors))
     named = {name: path for name in ("path", *_HELD_OUT) if (path := getattr(data, name))}
     local = {name: path for name, path in named.items() if path != DEMO and is_local(path)}
     for name, path in local.items():

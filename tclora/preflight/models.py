@@ -1,13 +1,16 @@
 """The models of a run: where they are, and whether layers, templates and packages fit."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tclora.cluster.embed import embed_prompts, load_embedder
+from tclora.cluster.given import given_width
 from tclora.config import Config
-from tclora.errors import ConfigError, ModelError
+from tclora.errors import ConfigError, DataError, ModelError
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
 from tclora.preflight.methods import lm_eval_problems, method_problems, variant_problems
@@ -39,7 +42,8 @@ def check_models(config: Config) -> Models:
     ------
     ConfigError
         With every problem found: unknown models, methods, routers or clusterers, a LoRA target
-        that matches no layer, a missing chat template, missing packages.
+        that matches no layer, a missing chat template, missing packages, given embeddings of
+        another width than those of the model that embeds the prompts to be routed.
     """
     problems = method_problems(config) + lm_eval_problems(config) + variant_problems(config)
     base = embedder = ""
@@ -50,12 +54,28 @@ def check_models(config: Config) -> Models:
         problems.append(f"base_model: {error}")
     try:
         embedder = locate_embedder(config.embed.model)
+        if config.embed.vectors and config.route.enabled:
+            problems += _width_problems(Path(config.embed.vectors), embedder)
     except ModelError as error:
         problems.append(f"embed.model: {error}")
+    except DataError as error:
+        problems.append(str(error))
     if problems:
         listing = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"the run cannot start, {len(problems)} problem(s):\n{listing}")
     return Models(base, model_digest(base), embedder, model_digest(embedder))
+
+
+def _width_problems(vectors: Path, embedder: str) -> list[str]:
+    """Compare given embeddings with the model that embeds the prompts to be routed."""
+    given = given_width(vectors)
+    own = embed_prompts(load_embedder(embedder), ["a"]).shape[1]
+    if given == own:
+        return []
+    return [
+        f"embed.vectors: {vectors} must hold vectors of the width of embed.model, {own}, got "
+        f"{given}; name the model that made them in embed.model, or set route.enabled=false"
+    ]
 
 
 def _target_problems(adapted: PeftModel, config: Config) -> list[str]:

@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from tclora.cluster import given
-from tclora.cluster.given import place_vectors
+from tclora.cluster.given import given_width, place_vectors
 from tclora.errors import DataError
 
 PROMPTS = [f"prompt {i}" for i in range(9)]
@@ -48,7 +49,11 @@ def test_a_prompt_without_a_vector_is_named(place):
     [
         (6, np.zeros(4), "row 7: must be finite and not zero"),
         (1, np.array([1, np.nan, 0, 0]), "row 2: must be finite and not zero"),
-        (5, np.ones(3), "vectors of one width, got others from row 5 on"),
+        (5, np.ones(3), "row 6: must be of the first row's width, 4, got 3"),
+        (0, np.ones(0), "row 1: must hold numbers, got none"),
+        (0, None, "row 1: must hold numbers, got none"),
+        (8, None, "row 9: must be of the first row's width, 4, got 0"),
+        (2, np.array([1, None, 0, 0]), "row 3: must be finite and not zero"),
     ],
 )
 def test_a_bad_vector_is_named(place, row, value, message):
@@ -58,13 +63,31 @@ def test_a_bad_vector_is_named(place, row, value, message):
         place(PROMPTS, PROMPTS, values)
 
 
-def test_parts_of_different_width_are_refused(place):
-    values = [*vectors(4), *vectors(5, width=3)]
-    with pytest.raises(DataError, match="vectors of one width, got 3 beside 4"):
+@pytest.mark.parametrize("widths", [(4, 4, 4, 4, 3, 3, 3, 3, 3), (4, 3, 5) * 3])
+def test_vectors_of_different_width_are_refused_though_they_fill_the_same_space(place, widths):
+    values = [np.ones(width) for width in widths]
+    row = next(i for i, width in enumerate(widths) if width != 4) + 1
+    with pytest.raises(DataError, match=f"row {row}: must be of the first row's width, 4, got 3"):
         place(PROMPTS, PROMPTS, values)
 
 
+def test_the_width_is_that_of_the_first_row(tmp_path):
+    pd.DataFrame({"prompt": PROMPTS, "embedding": list(vectors())}).to_parquet(tmp_path / "given")
+    assert given_width(tmp_path / "given") == 4
+    pd.DataFrame({"prompt": PROMPTS, "embedding": list(vectors())})[:0].to_parquet(
+        tmp_path / "given", schema=pq.read_schema(tmp_path / "given")
+    )
+    with pytest.raises(DataError, match="must hold at least one row, got none"):
+        given_width(tmp_path / "given")
+
+
 def test_another_file_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"embed\.vectors must name a file that exists, got"):
+        given_width(tmp_path / "given.parquet")
+    for values in (["a"], [0.5], [["a", "b"]]):
+        pd.DataFrame({"prompt": ["a"], "embedding": values}).to_parquet(tmp_path / "given.parquet")
+        with pytest.raises(DataError, match="embedding must hold lists of numbers, got "):
+            given_width(tmp_path / "given.parquet")
     pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "given.parquet")
     with pytest.raises(DataError, match=r"must have columns .* lacks embedding, prompt"):
         place_vectors(["a"], tmp_path / "given.parquet", tmp_path / "vectors")

@@ -50,6 +50,13 @@ def test_every_file_is_read(file, tmp_path, field):
             check(path, **{field: str(empty)})
 
 
+@pytest.mark.parametrize("path", ["demo", "someone/rows"])
+def test_given_embeddings_are_looked_at_first(path):
+    config = parse_config({"data": {"path": path}, "embed": {"vectors": "none.parquet"}})
+    with pytest.raises(DataError, match=r"embed\.vectors must name a file that exists, got 'none"):
+        check_data(config)
+
+
 def test_datasets_of_the_hub_are_left_to_the_run(file):
     check("someone/rows", {"k": 1000})
     check(file, test_path="someone/rows", ood_path="someone/more")

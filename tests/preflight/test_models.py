@@ -1,11 +1,12 @@
 import shutil
 
+import pandas as pd
 import pytest
 
 from tclora.config import parse_config
 from tclora.errors import ConfigError
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder, model_digest
-from tclora.preflight import check
+from tclora.preflight import check, check_models
 
 
 @pytest.fixture
@@ -29,6 +30,15 @@ def test_settings_that_do_not_suit_a_clusterer_are_refused(tiny_model_dir):
     config = configuration(tiny_model_dir, cluster={"method": "random", "k": "auto"})
     with pytest.raises(ConfigError, match=r"cluster\.k must be a number with cluster\.method"):
         check(config)
+
+
+def test_given_embeddings_are_of_the_width_of_the_model_that_routes(tiny_model_dir, tmp_path):
+    file = str(tmp_path / "given.parquet")
+    pd.DataFrame({"prompt": ["a"], "embedding": [[0.6, 0.8]]}).to_parquet(file)
+    config = configuration(tiny_model_dir, embed={"vectors": file})
+    with pytest.raises(ConfigError, match=r"embed\.vectors: .* of embed\.model, 384, got 2; name"):
+        check_models(config)
+    check_models(configuration(tiny_model_dir, embed={"vectors": file}, route={"enabled": False}))
 
 
 def test_preflight_reports_every_problem(folder, tmp_path):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from tclora.adapter import read_adapter
 from tclora.cluster.clusterers.by_model import mix
@@ -117,6 +117,15 @@ def test_sketches_are_projections_of_the_gradients_of_b(request_of, tmp_path, ti
         wanted = [omegas[m][1] @ gradients[m] / scale for m in omegas]
         wanted = torch.cat([part.flatten() for part in wanted]).numpy()
         np.testing.assert_allclose(features[index], wanted / np.linalg.norm(wanted), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_sketches_are_of_linear_layers_alone(request_of):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2))
+    request = request_of()
+    adapter = request.adapter.model_copy(update={"target_modules": ("c_attn",)})
+    with pytest.raises(ModelError, match=r"train\.target_modules must .* 'transformer\.h\.0\.attn"):
+        projections(model, request.model_copy(update={"adapter": adapter}))
 
 
 def test_sketches_leave_the_model_as_it_was(request_of, tmp_path, tiny_model):

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from tclora.cluster.features.request import FeatureRequest, Features, unit_rows
+from tclora.errors import ModelError
 from tclora.jobs.call import EventCallback
 from tclora.model.loss import response_nll
 from tclora.model.tokens import IGNORED, Batch, batches
@@ -55,7 +56,13 @@ def gradient_sketches(request: FeatureRequest, on_event: EventCallback) -> Featu
 def projections(
     model: PreTrainedModel, request: FeatureRequest
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return module → A_0 (r, d_in) of the run's adapters and Ω (S, d_out), single precision."""
+    """Return module → A_0 (r, d_in) of the run's adapters and Ω (S, d_out), single precision.
+
+    Raises
+    ------
+    ModelError
+        If a module that adapters are trained on is not a linear layer.
+    """
     weights = fresh_weights(model, request.adapter, request.seed)
     generator = torch.Generator().manual_seed(request.seed)
     found = {}
@@ -63,8 +70,13 @@ def projections(
         if name.endswith(A_WEIGHT):
             module = module_of(name)
             layer = model.get_submodule(module)
-            height = layer.out_features if isinstance(layer, nn.Linear) else 0
-            omega = torch.randn(WIDTH, height, generator=generator) / WIDTH**0.5
+            if not isinstance(layer, nn.Linear):
+                raise ModelError(
+                    f"train.target_modules must be linear layers with cluster.method: gradients, "
+                    f"got {module!r}, a {type(layer).__name__}; name others, or take another "
+                    "cluster.method, such as hidden-states"
+                )
+            omega = torch.randn(WIDTH, layer.out_features, generator=generator) / WIDTH**0.5
             found[module] = (weights[name].detach().float(), omega.to(model.device))
     return found
 

@@ -18,6 +18,8 @@ import pandas as pd
 from tclora.errors import DataError
 
 DEMO = "demo"
+_SEED_STEP = 1_000_003  # reasoning-gym seeds row i with the seed plus i
+_APART = _SEED_STEP // 2  # of compositions from the family they are made of
 Item = dict[str, Any]
 
 
@@ -96,7 +98,8 @@ def demo_examples(train_rows: int = 200, test_rows: int = 40, seed: int = 0) -> 
     rows, seen = [], set[str]()
     for number, family in enumerate(FAMILIES):
         wanted = test_rows + (train_rows if family.split == "train" else 0)
-        items = _distinct_items(family, wanted, seed * len(FAMILIES) + number, seen)
+        start = seed * _SEED_STEP + number + (_APART if family.split == "composition" else 0)
+        items = _distinct_items(family, wanted, start, seen)
         for index, item in enumerate(items):
             held_out = "test" if family.split == "train" else family.split
             rows.append(_row(family, item, held_out if index < test_rows else "train"))

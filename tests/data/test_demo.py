@@ -13,6 +13,7 @@ DIGEST = (
     "import hashlib; from tclora.data.demo import demo_examples; "
     "print(hashlib.sha256(demo_examples(8, 4, seed=3).to_csv().encode()).hexdigest())"
 )
+SEED_0 = "33c83552e32d89a5b157f0bb7494543fc18c7463a447b7c2ec6c0626a4a28106"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,25 @@ def test_the_same_rows_in_every_process(hash_seed):
 
 def test_the_seed_matters():
     assert set(demo_examples(8, 4, seed=1)["prompt"]) != set(demo_examples(8, 4, seed=2)["prompt"])
+
+
+def test_seeds_give_other_rows():
+    one, two = (demo_examples(60, 20, seed=seed)["prompt"] for seed in (0, 1))
+    assert two.isin(one).mean() < 0.1
+
+
+def test_the_rows_of_seed_0_stay():
+    rows = demo_examples(8, 4, seed=0)
+    kept = rows.loc[rows["split"] != "composition", ["prompt", "response", "split"]].to_csv()
+    assert hashlib.sha256(kept.encode()).hexdigest() == SEED_0
+
+
+def test_compositions_are_not_made_of_trained_lists():
+    rows = demo_examples(seed=0)
+    lists = rows["prompt"].str.extract(r"(\[.*?\])")[0]
+    trained = set(lists[rows["task"] == "filtering"])
+    assert len(trained) > 200
+    assert not trained & set(lists[rows["task"] == "filter_by_sum"])
 
 
 def test_no_prompt_appears_twice(rows):

@@ -22,7 +22,6 @@ from mlflow.entities import (
     LoggedModelStatus,
     Metric,
     Param,
-    RunTag,
 )
 from mlflow.exceptions import MlflowException
 from prefect import get_run_logger
@@ -237,11 +236,6 @@ def log_params(run: Run, params: Mapping[str, Any]) -> None:
     entries = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items()]
     for start in range(0, len(entries), 100):
         run.client.log_batch(run.run_id, params=entries[start : start + 100])
-
-
-def set_tags(run: Run, tags: Mapping[str, str]) -> None:
-    """Set tags of a run."""
-    run.client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
 def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: str) -> None:

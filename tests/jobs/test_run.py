@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -90,10 +89,9 @@ def test_a_job_ended_from_outside_names_the_signal(executor):
 
 
 def test_a_job_that_takes_too_long_is_stopped():
-    started = time.monotonic()
     with pytest.raises(JobError, match="its time limit of 1 s"):
         LocalExecutor(timeout=1).run_isolated(functions.endless)
-    assert time.monotonic() - started < 20
+    assert not children(threading.get_native_id())
 
 
 def test_an_exception_of_the_callback_ends_the_job(executor):

@@ -58,9 +58,7 @@ for _ in range(200):
 def attempt():
     return children
 """
-    start = time.monotonic()
     verdict = run_tests(bomb, f"assert attempt() < {tight.processes}, attempt()", tight)
-    assert time.monotonic() - start < 2 * tight.seconds + 5
     assert verdict.passed, verdict
 
 
@@ -213,11 +211,9 @@ while True:
 @pytest.mark.parametrize("act", ["while True: pass", "import time; time.sleep(3600)", IGNORE])
 def test_no_end(tight, act, place):
     code = act if place == "before" else f"def f(x):\n{textwrap.indent(act, '    ')}"
-    start = time.monotonic()
     verdict = run_tests(code, TESTS, tight._replace(seconds=1.5))
     assert not verdict.passed
     assert "was killed by signal 9" in verdict.reason or "took more than 1.5 s" in verdict.reason
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,9 @@ class MeasureConfig(Section):
     """What is measured on every held-out row."""
 
     token_budget: Positive = Field(2048, description="padded tokens per forward pass")
-    generate: bool = Field(True, description="also score generated answers (exact match)")
+    generate: bool = Field(
+        True, description="also score generated answers, each by its row's scorer"
+    )
     max_new_tokens: Positive = Field(24, description="longest generated answer (tokens)")
 
 
@@ -385,7 +387,9 @@ class LmEvalConfig(Section):
     lm_eval: tuple[str, ...] = Field((), description="lm-eval tasks to run as well")
     lm_eval_limit: Positive | None = Field(None, description="items per lm-eval task")
     allow_code_execution: bool = Field(
-        False, description="run model-written code of lm-eval tasks such as humaneval"
+        False,
+        description="run model-written code: of rows whose scorer runs it, in a sandbox, and of "
+        "lm-eval tasks such as humaneval, without one",
     )
 
 

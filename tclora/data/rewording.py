@@ -1,8 +1,10 @@
 """Other wordings of a cluster's prompts, made from their own text by fixed rules.
 
 They stand in for how people will ask: politely, tersely, or without the instructions that all
-prompts of a cluster begin or end with. What distinguishes a prompt from the others stays, so that
-the answer does too.
+prompts of a cluster begin or end with. Most of what distinguishes a prompt from the others stays,
+and with it, mostly, the answer. Where case, line breaks or a common word belong to what is asked
+about, as in code or in a list of words, the terse wording may have another answer, and a bare one
+has lost what all prompts say.
 """
 
 import re

@@ -56,7 +56,7 @@ def gradient_sketches(request: FeatureRequest, on_event: EventCallback) -> Featu
 def projections(
     model: PreTrainedModel, request: FeatureRequest
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return module → A_0 (r, d_in) of the run's adapters and Ω (S, d_out), single precision.
+    """Return module → A_0 (r, d_in) of an adapter and Ω (S, d_out), single precision.
 
     Raises
     ------

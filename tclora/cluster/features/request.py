@@ -34,7 +34,8 @@ class FeatureRequest(BaseModel):
     adapter : AdapterConfig
         Of the adapters that are to be trained on the clusters.
     seed : int
-        Seed of anything random; adapters of the run start from it too.
+        Seed of anything random, the start of adapters included; those of the run start from its
+        training seed, where that is another.
     scratch : Path
         Folder for what is under way; one of other rows or settings must not be there.
     """

@@ -14,6 +14,7 @@ from tclora.evaluate.recovery import recovery
 from tclora.library.layout import Layout
 from tclora.library.manifest import verify
 from tests.flows.test_pipeline import alpaca_rows, environment, write_rows
+from tests.tasks.conftest import Inline
 
 __all__ = ["environment"]
 pytestmark = [
@@ -38,12 +39,20 @@ def settings(tmp_path_factory, tiny_model_dir):
         "evaluate": {"generate": False, "resamples": 50},
         "merge": {"methods": ["uniform", "svd"], "primary": "uniform", "sample_rows": 0},
         "route": {"enabled": False},
-        "resources": {"jobs": 2},
+        "resources": {"jobs": 1},
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_process():
+    """Jobs run in this process, in turn; those of their own are test_pipeline's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.opening.LocalExecutor", Inline)
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(settings, environment, prefect_server):
+def finished(settings, environment, prefect_server, in_process):
     return pipeline(settings)
 
 

@@ -1,6 +1,7 @@
 """The cells of a study: every combination of the values of its axes, as a configuration."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import yaml
 from tclora.cluster.registry import clusterers
 from tclora.config import Config, config_keys, parse_config
 from tclora.errors import ConfigError
+from tclora.files import sha256_json
 from tclora.library.layout import Layout
 from tclora.registry import closest
 
@@ -52,12 +54,13 @@ def make_cells(config: Config, axes: Axes, folder: Path) -> list[Cell]:
     for key in (name for names in axes for name in names.split(",")):
         if key not in known:
             raise ConfigError(f"axis must be a key, got {key!r}; {closest(key, known)}")
-    found: dict[str, Cell] = {}
-    for values in _combinations(axes):
-        label = _label(values)
-        if label not in found:
-            found[label] = _cell(config, values, label, folder)
-    return list(found.values())
+    combinations = {sha256_json(values): values for values in _combinations(axes)}
+    labels = {digest: _label(values) for digest, values in combinations.items()}
+    count = Counter(labels.values())
+    return [
+        _cell(config, values, label if count[label] == 1 else f"{label}-{digest[:8]}", folder)
+        for (digest, values), label in zip(combinations.items(), labels.values(), strict=True)
+    ]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
@@ -104,7 +107,7 @@ def _cell(config: Config, values: Mapping[str, Any], label: str, folder: Path) -
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    """Return a folder's name for a cell: the values in short."""
+    """Return a folder's name for a cell: the values in short, which may be those of another too."""
     parts = []
     for key, value in values.items():
         text = Path(str(value)).name if isinstance(value, str) else str(value)

@@ -28,6 +28,26 @@ def test_a_number_of_clusters_that_does_not_count_makes_no_cell(tmp_path):
     assert cells[0].values == {"cluster.method": "hdbscan", "cluster.k": None}
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("data.path", ["v1/train.jsonl", "v2/train.jsonl"]),
+        ("embed.model", ["a/mpnet", "b/mpnet", "c/mpnet"]),
+        ("route.abstain_at", [-1, 1]),
+    ],
+)
+def test_values_that_look_alike_in_short_are_cells_of_their_own(tmp_path, key, values):
+    cells = make_cells(Config(), {key: values, "seed": [0, 1]}, tmp_path)
+    assert [cell.values[key] for cell in cells] == [value for value in values for _ in range(2)]
+    assert len(set(labels(cells))) == len({cell.layout.root for cell in cells}) == len(cells)
+    again = make_cells(Config(), {key: values[::-1], "seed": [1, 0]}, tmp_path)
+    assert labels(again) == labels(cells)[::-1]  # a cell is found again, whatever its place
+
+
+def test_a_value_that_is_given_twice_makes_one_cell(tmp_path):
+    assert labels(make_cells(Config(), {"cluster.k": [4, 8, 4]}, tmp_path)) == ["k4", "k8"]
+
+
 def test_keys_that_change_together_share_an_axis(tmp_path):
     cells = make_cells(Config(), {"train.r,train.alpha": [[4, 8], [8, 16]]}, tmp_path)
     assert [(c.config.train.r, c.config.train.alpha) for c in cells] == [(4, 8), (8, 16)]

@@ -39,7 +39,7 @@ def study(name: str, config: Config, axes: Axes) -> dict[str, str]:
     Raises
     ------
     ConfigError
-        If a cell's configuration is not valid; nothing has run.
+        If a cell's configuration is not valid, or the cells could tell nothing; nothing has run.
     JobError
         If cells failed; the summary tells of the others, and a new run repeats the failed ones.
 
@@ -51,6 +51,7 @@ def study(name: str, config: Config, axes: Axes) -> dict[str, str]:
     kind = studies[name]
     layout = StudyLayout(config.library_dir.with_name(f"{config.name}-{name}"))
     cells = make_cells(config, {**kind.axes, **axes}, layout.folder)
+    kind.check(cells)
     models = _check(cells)
     done, failed = [], {}
     for number, cell in enumerate(cells, start=1):

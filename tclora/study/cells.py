@@ -48,12 +48,11 @@ def make_cells(config: Config, axes: Axes, folder: Path) -> list[Cell]:
     Raises
     ------
     ConfigError
-        If an axis is no key of the configuration, or a value does not fit it.
+        If an axis is no key of the configuration, or a value does not fit it or them.
     """
     known = config_keys()
-    for key in (name for names in axes for name in names.split(",")):
-        if key not in known:
-            raise ConfigError(f"axis must be a key, got {key!r}; {closest(key, known)}")
+    for names, given in axes.items():
+        _check_axis(names, given, known)
     combinations = {sha256_json(values): values for values in _combinations(axes)}
     labels = {digest: _label(values) for digest, values in combinations.items()}
     count = Counter(labels.values())
@@ -72,10 +71,29 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         If it is not a key with a list of values.
     """
     key, sign, values = text.partition("=")
-    parsed = yaml.safe_load(values) if sign else None
+    try:
+        parsed = yaml.safe_load(values) if sign else None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"axis must be KEY=[VALUE, ...], got {text!r}, whose values are not valid YAML: {error}"
+        ) from error
     if not isinstance(parsed, list) or not parsed:
         raise ConfigError(f"axis must be KEY=[VALUE, ...], got {text!r}")
     return key.strip().replace(" ", ""), parsed
+
+
+def _check_axis(names: str, given: Sequence[Any], known: Sequence[str]) -> None:
+    keys = names.split(",")
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"axis must be a key, got {key!r}; {closest(key, known)}")
+    for value in given if len(keys) > 1 else ():
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(keys):
+            example = ", ".join(f"VALUE{number}" for number in range(1, len(keys) + 1))
+            raise ConfigError(
+                f"axis {names} must have lists of {len(keys)} values, one per key, got {value!r}; "
+                f"write {names}=[[{example}], ...]"
+            )
 
 
 def _combinations(axes: Axes) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,7 @@ class Outcome:
     notes: tuple[str, ...]
 
 
+Check = Callable[[Sequence[Cell]], None]
 Summarise = Callable[[Sequence[Cell], Mapping[str, Any], IntervalConfig], Outcome]
 
 
@@ -50,6 +51,8 @@ class Study:
         Last step of every run.
     control : Mapping
         The overrides of the runs that others are compared with, such as random clusters.
+    check : callable
+        (cells) → None; raises `ConfigError`, before anything runs, if they could tell nothing.
     """
 
     summary: str
@@ -57,6 +60,7 @@ class Study:
     summarise: Summarise
     until: str = "evaluate"
     control: Mapping[str, Any] = field(default_factory=dict)
+    check: Check = lambda _: None
 
 
 studies: Registry[Study] = Registry("study", lambda study: study.summary)

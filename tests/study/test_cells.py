@@ -63,6 +63,12 @@ def test_the_datas_own_seed_stays(tmp_path):
     ("axes", "message"),
     [
         ({"cluster.kk": [1]}, r"axis must be a key, got 'cluster.kk'; did you mean cluster.k"),
+        (
+            {"train.r,train.alpha": [8, 16]},
+            r"axis train.r,train.alpha must have lists of 2 values, one per key, got 8; write",
+        ),
+        ({"train.r,train.alpha": [[4, 8], [8]]}, r"must have lists of 2 values, .* got \[8\]"),
+        ({"train.r,train.alpha": ["ab"]}, r"must have lists of 2 values, .* got 'ab'"),
         ({"cluster.k": ["many"]}, r"cell many has [\s\S]*cluster\.k"),
     ],
 )
@@ -74,7 +80,7 @@ def test_an_axis_that_does_not_fit_is_named(tmp_path, axes, message):
 def test_axes_are_read_from_the_command_line():
     assert parse_axis("cluster.k=[4, 8]") == ("cluster.k", [4, 8])
     assert parse_axis("train.r, train.alpha=[[4, 8]]") == ("train.r,train.alpha", [[4, 8]])
-    for text in ("cluster.k", "cluster.k=4", "cluster.k=[]"):
+    for text in ("cluster.k", "cluster.k=4", "cluster.k=[]", "cluster.k=[4"):
         with pytest.raises(ConfigError, match="axis must be KEY="):
             parse_axis(text)
 

@@ -5,9 +5,11 @@ import pandas as pd
 import pytest
 
 from tclora.config import Config, IntervalConfig
+from tclora.errors import ConfigError
 from tclora.study.agreement import compare_clusters
 from tclora.study.cells import make_cells
 from tclora.study.methods import compare_methods
+from tclora.study.registry import studies
 from tclora.study.write import StudyLayout, write_study
 
 CONFIG = IntervalConfig(resamples=400)
@@ -132,6 +134,32 @@ def test_agreement_counts_the_training_rows_that_both_have(tmp_path):
     axes = {"data.seed": [0, 1], "seed": [0]}
     outcome = compare_clusters(cells_of(tmp_path, axes, write), {}, CONFIG)
     assert row_of(outcome.table, between="samples")["ari"] == 1
+
+
+def test_agreement_of_nothing_is_a_stated_gap(tmp_path):
+    def write(cell):  # samples 0 and 1 share no row, 1 and 2 share one
+        first = {0: 0, 1: 10, 2: 19}[cell.config.data.seed]
+        ids = [f"r{i}" for i in range(first, first + 10)]
+        table = pd.DataFrame({"id": ids, "split": "train", "cluster": np.arange(10) % 2})
+        table.to_parquet(cell.layout.clusters)
+
+    cells = cells_of(tmp_path, {"data.seed": [0, 1, 2], "seed": [0]}, write)
+    outcome = compare_clusters(cells, {}, CONFIG)
+    row = row_of(outcome.table, between="samples")
+    assert row["pairs"] == 0
+    assert np.isnan([row["ari"], row["lowest"], row["highest"]]).all()
+    assert any("pairs is 0" in note for note in outcome.notes)
+    alone = compare_clusters(cells[:1], {}, CONFIG)  # the others have failed
+    assert row_of(alone.table, between=None)["pairs"] == 0
+    write_study(StudyLayout(tmp_path / "study"), "nothing", alone)
+
+
+def test_agreement_needs_cells_to_compare(tmp_path):
+    check = studies["agreement"].check
+    axes = {"cluster.method": ["kmeans", "random"], "data.seed": [0], "seed": [3]}
+    with pytest.raises(ConfigError, match=r"axis seed or data\.seed must have two .* seed=\[3\]"):
+        check(make_cells(Config(), axes, tmp_path))
+    check(make_cells(Config(), {**axes, "seed": [3, 4]}, tmp_path))
 
 
 def test_table_plot_and_summary_are_written(measured, tmp_path):

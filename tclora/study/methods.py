@@ -1,15 +1,17 @@
 """Studies of what is learned: held-out NLL of every method in every cell, against a control.
 
+A seed is one run of a setting: of a cell, and of each of its further training seeds (`seeds`).
+
 Symbols: S seeds, n held-out rows.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from tclora.config import IntervalConfig
 from tclora.library.names import OWN, ROUTED
@@ -20,7 +22,6 @@ from tclora.study.registry import Outcome, Study, studies
 
 SEED = "seed"
 EMBEDDERS = ("all-minilm-l6-v2", "smollm2-135m-instruct")
-_Array = NDArray[np.float64]
 _Key = tuple[tuple[str, Any], ...]
 
 
@@ -34,7 +35,8 @@ def compare_methods(
     Outcome
         Table with a column per axis, and clusters (K that was found, mean over seeds), method, n
         (rows), seeds, nll (nats per response token) with low and high, difference (to the same
-        method in the control; negative is better) with its ends. Seeds of a setting count as one.
+        method in the control, seed by seed and row by row where both have them; negative is
+        better) with its ends. Seeds of a setting count as one.
     """
     settings = _by_setting(cells)
     items = {key: _items(group) for key, group in settings.items()}
@@ -42,16 +44,16 @@ def compare_methods(
     for key, group in settings.items():
         against = _control_of(key, control, settings)
         for method in items[key]["method"].unique():
-            own = _matrix(items[key], method)
-            other = _matrix(items[against], method) if against and against != key else None
+            own = _measured(items[key], method)
+            other = _measured(items[against], method) if against and against != key else None
             rows.append(
                 {
                     **dict(key),
                     "clusters": np.mean([_clusters(cell) for cell in group]),
                     "method": method,
-                    "n": own["nll"].shape[1],
-                    "seeds": len(group),
-                    **_estimate("nll", own["nll"], own["tokens"], config),
+                    "n": own.nll.shape[1],
+                    "seeds": len(own.nll),
+                    **_estimate("nll", own.nll, own.tokens, config),
                     **_difference(own, other, config),
                 }
             )
@@ -86,23 +88,32 @@ def _control_of(
 
 
 def _items(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return the measured in-domain rows of a setting's cells, with a column for the cell."""
-    parts = [
-        pd.read_parquet(cell.layout.evaluation.items).assign(part=number)
-        for number, cell in enumerate(cells)
-    ]
+    """Return the measured in-domain rows of a setting, with the seeds of cell and training."""
+    parts = []
+    for cell in cells:
+        items = pd.read_parquet(cell.layout.evaluation.items).assign(cell=cell.config.seed)
+        if "seed" not in items:  # a single training seed
+            items["seed"] = cell.config.of_training
+        parts.append(items)
     items = pd.concat(parts, ignore_index=True)
     primary = cells[0].config.merge.primary
     kept = items["method"].isin([OWN, primary, ROUTED]) & (items["split"] == "test")
     return items[kept]
 
 
-def _matrix(items: pd.DataFrame, method: str) -> dict[str, _Array]:
-    """Return a method's NLL (S, n) and the rows' tokens (n,), in the order of their ids."""
-    rows = items[items["method"] == method].sort_values(["part", "id"])
-    seeds = rows["part"].nunique()
-    nll = rows["nll"].to_numpy(float).reshape(seeds, -1)
-    return {"nll": nll, "tokens": rows["tokens"].to_numpy(float)[: nll.shape[1]]}
+@dataclass(frozen=True)
+class _Measured:
+    """A method's NLL (S, n), an index of (cell, seed) and columns of ids; tokens of the rows."""
+
+    nll: pd.DataFrame
+    tokens: "pd.Series[float]"
+
+
+def _measured(items: pd.DataFrame, method: str) -> _Measured:
+    """Return what a method has on the rows that all of its seeds have."""
+    rows = items[items["method"] == method]
+    nll = rows.pivot(index=["cell", "seed"], columns="id", values="nll").dropna(axis="columns")
+    return _Measured(nll, rows.groupby("id")["tokens"].first()[nll.columns])
 
 
 def _clusters(cell: Cell) -> int:
@@ -111,35 +122,40 @@ def _clusters(cell: Cell) -> int:
 
 
 def _difference(
-    own: Mapping[str, _Array], other: Mapping[str, _Array] | None, config: IntervalConfig
+    own: _Measured, other: _Measured | None, config: IntervalConfig
 ) -> dict[str, float]:
+    """Return how far a method is from the control's, where both have seeds and rows in common."""
+    gap = dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
     if other is None:
-        return _estimate("difference", np.full((1, 1), np.nan), np.ones(1), config)
-    seeds = min(len(own["nll"]), len(other["nll"]))
-    apart = own["nll"][:seeds] - other["nll"][:seeds]
-    return _estimate("difference", apart, own["tokens"], config)
+        return gap
+    runs = own.nll.index.intersection(other.nll.index)
+    ids = own.nll.columns.intersection(other.nll.columns)
+    if runs.empty or ids.empty:
+        return gap
+    apart = own.nll.loc[runs, ids] - other.nll.loc[runs, ids]
+    return _estimate("difference", apart, own.tokens[ids], config)
 
 
 def _estimate(
-    name: str, values: _Array, tokens: _Array, config: IntervalConfig
+    name: str, values: pd.DataFrame, tokens: "pd.Series[float]", config: IntervalConfig
 ) -> dict[str, float]:
     """Return Σ values / Σ tokens with its ends, seeds and rows both resampled.
 
     Parameters
     ----------
-    values : ndarray, shape (S, n)
+    values : DataFrame, shape (S, n)
         Per seed and row.
-    tokens : ndarray, shape (n,)
+    tokens : Series, shape (n,)
         Tokens of each row.
     """
     seeds, rows = values.shape
     rng = np.random.default_rng(0)
     by_row = rng.multinomial(rows, np.full(rows, 1 / rows), config.resamples)  # (resamples, n)
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), config.resamples)
-    draws = np.einsum("bs,sn,bn->b", by_seed, values, by_row, optimize=True)
-    draws = draws / (seeds * (by_row @ tokens))
+    summed = np.einsum("bs,sn,bn->b", by_seed, values.to_numpy(float), by_row, optimize=True)
+    draws = summed / (seeds * (by_row @ tokens.to_numpy(float)))
     ends = np.quantile(draws, [(1 - config.confidence) / 2, (1 + config.confidence) / 2])
-    point = values.mean(axis=0).sum() / tokens.sum()
+    point = values.mean().sum() / tokens.sum()
     return {name: float(point), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
 
 

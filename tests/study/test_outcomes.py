@@ -103,6 +103,26 @@ def test_seeds_widen_the_interval(tmp_path):
     assert table.loc[4, "difference_high"] > 0.6
 
 
+def test_training_seeds_of_a_cell_are_paired_and_are_no_further_rows(tmp_path):
+    def write(cell):
+        seeds = [0, 1, 2] if cell.config.cluster.k == 2 else [2, 0]  # in another order, one missing
+        rows = {"id": [f"r{i}" for i in range(ROWS)], "method": "own", "split": "test"}
+        parts = [
+            pd.DataFrame({**rows, "nll": TOKENS * (2.0 + seed), "tokens": TOKENS, "seed": seed})
+            for seed in seeds
+        ]
+        pd.concat(parts).to_parquet(cell.layout.evaluation.items)
+        write_clusters(cell, np.arange(4) % 2)
+
+    cells = cells_of(tmp_path, {"cluster.k": [2, 4]}, write)
+    table = compare_methods(cells, {"cluster.k": 2}, CONFIG).table.set_index("cluster.k")
+    assert table["n"].tolist() == [ROWS, ROWS]
+    assert table["seeds"].tolist() == [3, 2]
+    assert table.loc[2, "nll_high"] > 3.5  # seeds are resampled whole
+    found = table.loc[4, ["difference", "difference_low", "difference_high"]].tolist()
+    assert found == [0, 0, 0]  # the same seeds have the same values
+
+
 def test_agreement_tells_seeds_from_samples(tmp_path):
     def write(cell):
         n = 40

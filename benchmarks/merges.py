@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerwise import merge_by_layers
 from merge_bench import Adapters, Bench
 from merge_libraries import libraries
 from merge_tables import write_tables
@@ -29,7 +30,6 @@ from tclora.config import AdapterConfig
 from tclora.merge import merge
 from tclora.train.loop import train_adapter
 from tclora.tune.components import fit_components
-from tclora.tune.layerwise import merge_by_layers
 from tclora.tune.scale import is_scaled, tune_scale
 
 DENSE = 1 << 20  # a rank that nothing reaches: the dense update as it is

@@ -44,8 +44,6 @@ class MethodInfo:
         "" for adapters alone, "factors" for joint CP factors, "statistics" for activations.
     weighted : bool
         Whether it takes weights of the adapters.
-    invariant : bool
-        Whether it depends on the updates alone, not on how each was split into B and A.
     options : Mapping[str, Any]
         Its own options and their defaults.
     """
@@ -56,7 +54,6 @@ class MethodInfo:
     exact: bool
     needs: str
     weighted: bool
-    invariant: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -82,14 +79,13 @@ def register(
     exact: bool = True,
     needs: str = "",
     weighted: bool = False,
-    invariant: bool = True,
     truncation: Truncation = truncate,
 ) -> Callable[[Function], Function]:
     """Register a function as a merge method; its keyword-only parameters become its options.
 
     Parameters
     ----------
-    name, summary, paper, exact, needs, weighted, invariant
+    name, summary, paper, exact, needs, weighted
         See `MethodInfo`.
     truncation : Truncation
         How to truncate the result; best in the Frobenius norm by default.
@@ -109,7 +105,7 @@ def register(
             for p in inspect.signature(function).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
-        info = MethodInfo(name, summary, paper, exact, needs, weighted, invariant, options)
+        info = MethodInfo(name, summary, paper, exact, needs, weighted, options)
         enter(Method(info, function, truncation))
         return function
 

@@ -56,7 +56,6 @@ def svc(stack: ModuleStack, *, alpha: float | None = None, scale: float = 1.0) -
     summary="shared directions of all B scaled down, then a merge, rescaled to one update's norm",
     paper="Tang, Yang 2026, Crowded in B-Space (Pico), arXiv 2604.16826",
     exact=False,
-    invariant=False,
 )
 def pico(
     stack: ModuleStack, *, rule: str = "sum", gauge: Gauge = "published", scale: float = 1.0

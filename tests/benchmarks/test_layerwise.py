@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from benchmarks.layerwise import merge_by_layers
 from tclora.activations import ActivationStatistics
 from tclora.activations.collect import collect
 from tclora.adapter import Adapter, LoraFactors
 from tclora.merge import merge
 from tclora.model.attach import attached
-from tclora.tune.layerwise import merge_by_layers
 from tests.tune.small_model import MODULES, ROWS, make_model, make_model_adapters
 
 CLUSTERS = {"law": ROWS[:2], "prose": ROWS[1:]}

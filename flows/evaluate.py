@@ -7,7 +7,7 @@ from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
 from tasks.evaluation import Measured, cross, measure_routed, summarise_items
 from tasks.evaluation import evaluate as evaluate_stage
-from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.config import EvaluateConfig, IntervalConfig, LmEvalConfig, MeasureConfig
 from tclora.evaluate.scorers import LEAVE, check_leave
 from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, JOINT, OWN, ROUTED, cluster_number
@@ -65,16 +65,25 @@ def _methods(trained: Trained, merged: Merged) -> dict[str, Artifacts]:
     return methods | {name: {ALL: part} for name, part in merged.merges.items()}
 
 
+def lm_eval_for(adapters: Artifacts, config: EvaluateConfig) -> LmEvalConfig | None:
+    """Return which of lm-eval's tasks are run with a method's adapters, if any are."""
+    # A method that is a different adapter per row is no model lm-eval could be given.
+    asked = bool(config.lm_eval) and set(adapters) <= {ALL}
+    return config.only(LmEvalConfig) if asked else None
+
+
 @parallel_flow("measure-methods")
 def _measure(
     context: Context, rows: Artifact, methods: dict[str, Artifacts], routed: Artifact | None
 ) -> Artifacts:
     """Measure all methods in parallel jobs."""
     cfg, base = context.config.evaluate, context.base
-    measured, lm_eval = cfg.only(MeasureConfig), cfg.only(LmEvalConfig)
+    measured = cfg.only(MeasureConfig)
     where = context.where.shared_by(len(methods) + bool(routed))
     futures = {
-        name: evaluate_stage.submit(name, rows, adapters, measured, lm_eval, base, where)
+        name: evaluate_stage.submit(
+            name, rows, adapters, measured, lm_eval_for(adapters, cfg), base, where
+        )
         for name, adapters in methods.items()
     }
     if routed:

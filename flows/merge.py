@@ -9,6 +9,7 @@ from flows.parallel import collect, parallel_flow
 from tasks.artifact import Artifact, Artifacts
 from tasks.merging import (
     Given,
+    as_refitted,
     diagnose,
     explained_variance,
     factorise,
@@ -20,6 +21,7 @@ from tasks.merging import merge as merge_stage
 from tasks.merging import statistics as statistics_stage
 from tasks.routing import Rules, Texts, calibrate, route
 from tasks.tracking import announce
+from tclora.adapter import read_adapter
 from tclora.config import GateConfig, RouterConfig, SolverConfig
 from tclora.library.names import unrefitted_name
 from tclora.merge import methods
@@ -77,7 +79,10 @@ def _statistics(context: Context, prepared: Prepared, adapters: Artifacts) -> Ar
     if not cfg.sample_rows:
         return None
     rows = context.rows(prepared.rows, cfg.sample_rows)
-    return statistics_stage(adapters, rows, cfg.activations, context.where)
+    # Cluster adapters differ in their numbers alone, so that one speaks for all.
+    modules = tuple(read_adapter(next(iter(adapters.values())).path).modules)
+    own = adapters if cfg.activations == "own" else {}
+    return statistics_stage(modules, own, rows, context.where)
 
 
 def _rank(context: Context, prepared: Prepared, given: Given) -> int:
@@ -123,7 +128,7 @@ def _merge(
     with where.progress.shown():
         rows = context.rows(prepared.rows, cfg.sample_rows)
         fitted = refit(method, merged, cfg.refit_steps, rows, where)
-    return {method: fitted, unrefitted_name(method): merged}
+    return {method: as_refitted(fitted, merged), unrefitted_name(method): merged}
 
 
 def _routed_info(context: Context, adapters: list[str]) -> RoutedInfo:

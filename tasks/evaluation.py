@@ -13,7 +13,6 @@ from tclora.evaluate.cross import measure_cross
 from tclora.evaluate.harm import foretold, summarise_cross
 from tclora.evaluate.method import evaluate_adapters, evaluate_routed
 from tclora.evaluate.recovery import recovery, summarise
-from tclora.evaluate.subjects import ALL
 from tclora.evaluate.winners import winners
 from tclora.files import atomic_path
 from tclora.jobs.call import Event, EventCallback
@@ -26,17 +25,16 @@ def evaluate(
     rows: Artifact,
     adapters: Artifacts,
     config: MeasureConfig,
-    lm_eval: LmEvalConfig,
+    lm_eval: LmEvalConfig | None,
     base: Base,
     where: Where,
 ) -> Artifact:
     """Measure one method on the held-out rows.
 
     `adapters` maps `ALL`, or a cluster's number, to an adapter; it is empty for the base model.
+    `lm_eval` is None where none of lm-eval's tasks are asked for.
     """
     layout = where.layout
-    # A method that is a different adapter per row is no model lm-eval could be given.
-    asked = bool(lm_eval.lm_eval) and set(adapters) <= {ALL}
     where.executor.run_isolated(
         evaluate_adapters,
         name=method,
@@ -45,11 +43,11 @@ def evaluate(
         adapters=paths_of(adapters),
         config=config,
         target=layout.items(method),
-        lm_eval=lm_eval if asked else None,
-        lm_eval_target=layout.lm_eval(method) if asked else None,
+        lm_eval=lm_eval,
+        lm_eval_target=layout.lm_eval(method) if lm_eval else None,
         on_event=_shown(method, where),
     )
-    files = [layout.items(method), *([layout.lm_eval(method)] if asked else [])]
+    files = [layout.items(method), *([layout.lm_eval(method)] if lm_eval else [])]
     return Artifact.of(layout.root, *files)
 
 

@@ -66,22 +66,20 @@ class Given(NamedTuple):
 
 
 @stage("statistics")
-def statistics(adapters: Artifacts, rows: Rows, of: str, where: Where) -> Artifact:
-    """Collect activation statistics on each cluster, for merges that use them.
+def statistics(modules: tuple[str, ...], adapters: Artifacts, rows: Rows, where: Where) -> Artifact:
+    """Collect activation statistics of modules on each cluster, for merges that use them.
 
-    They are `of` the "base" model, or with each cluster's "own" adapter.
+    They are of the base model, or with each cluster's own adapter where `adapters` are given.
     """
     layout = where.layout
-    targets = {name: layout.statistics(name) for name in adapters}
-    # Cluster adapters differ in their numbers alone, so that one speaks for all.
-    modules = list(read_adapter(next(iter(adapters.values())).path).modules)
+    targets = {name: layout.statistics(name) for name in rows.rows}
     tokens = where.executor.run_isolated(
         collect_clusters,
         base=rows.base,
         sample=rows.sample("statistics"),
-        modules=modules,
+        modules=list(modules),
         targets=targets,
-        adapters=paths_of(adapters) if of == "own" else {},
+        adapters=paths_of(adapters),
     )
     return Artifact.of(layout.root, *targets.values(), info={"tokens": tokens})
 
@@ -242,7 +240,10 @@ def merge(
 
 @stage("refit", "refit-{method}")
 def refit(method: str, merged: Artifact, steps: int, rows: Rows, where: Where) -> Artifact:
-    """Refit the weights of a merge's components by the base model's loss on a few rows."""
+    """Refit the weights of a merge's components by the base model's loss on a few rows.
+
+    What else is known of the merge is no part of the key, and so not of the result: `as_refitted`.
+    """
 
     def on_event(event: Event) -> None:
         note = f"loss {event['loss']:.3f}"
@@ -263,6 +264,11 @@ def refit(method: str, merged: Artifact, steps: int, rows: Rows, where: Where) -
         "%s: loss on the rows %.3f, %.3f after refitting", method, losses[0], min(losses)
     )
     note = f"component weights refitted in {steps} steps on {rows.per_cluster} rows per cluster"
-    notes = "; ".join(part for part in (merged.info["notes"], note) if part)
-    info = merged.info | {"notes": notes, "losses": losses}
-    return Artifact.of(where.layout.root, target, metrics=merged.metrics, info=info)
+    return Artifact.of(where.layout.root, target, info={"notes": note, "losses": losses})
+
+
+def as_refitted(fitted: Artifact, merged: Artifact) -> Artifact:
+    """Return a refitted merge with what is known of the merge that it was made of."""
+    notes = "; ".join(part for part in (merged.info["notes"], fitted.info["notes"]) if part)
+    info = merged.info | fitted.info | {"notes": notes}
+    return fitted.model_copy(update={"metrics": merged.metrics, "info": info})

@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
+from flows.evaluate import lm_eval_for
 from tasks.evaluation import Measured, cross, evaluate, summarise_items
 from tasks.merging import diagnose, factorise
-from tclora.config import IntervalConfig, LmEvalConfig, MeasureConfig, SolverConfig
+from tclora.config import EvaluateConfig, IntervalConfig, MeasureConfig, SolverConfig
 from tclora.evaluate.subjects import ALL
 from tclora.library.names import BASE, OWN
 from tests.tasks.conftest import write_rows
@@ -25,7 +26,7 @@ def held_out(where):
 
 
 def measure(method, adapters, held_out, base, where):
-    return evaluate.fn(method, held_out, adapters, MEASURE, LmEvalConfig(), base, where)
+    return evaluate.fn(method, held_out, adapters, MEASURE, None, base, where)
 
 
 def test_methods_are_measured_row_by_row_and_summed_up(adapters, where, base, held_out):
@@ -51,6 +52,15 @@ def test_methods_are_measured_row_by_row_and_summed_up(adapters, where, base, he
     harm = pd.read_parquet(where.layout.evaluation.table("harm")).set_index("measure")
     assert (harm["n"] == 6).all()  # ordered pairs of three clusters
     assert "interference/harm" in found.metrics
+
+
+def test_what_lm_eval_is_told_counts_only_where_it_is_asked(adapters):
+    one = {ALL: adapters["cluster-0"]}
+    own = {str(k): part for k, part in enumerate(adapters.values())}
+    assert lm_eval_for(one, EvaluateConfig(allow_code_execution=True)) is None
+    asked = EvaluateConfig(lm_eval=("piqa",), lm_eval_limit=3)
+    assert lm_eval_for(own, asked) is None
+    assert [lm_eval_for(part, asked).lm_eval_limit for part in (one, {})] == [3, 3]
 
 
 def test_choices_that_rows_bring_reach_the_summary(adapters, where, base):

@@ -9,6 +9,7 @@ import torch
 from tasks.merging import (
     Given,
     Rows,
+    as_refitted,
     diagnose,
     explained_variance,
     factorise,
@@ -34,6 +35,15 @@ def rows(where, base):
 
 def read(adapters):
     return [read_adapter(part.path, name) for name, part in adapters.items()]
+
+
+def seen(adapters, rows, where):
+    modules = tuple(read(adapters)[0].modules)
+    found = statistics.fn(modules, {}, rows, where)
+    own = statistics.fn(modules, adapters, rows, where)
+    assert set(own.files) == set(found.files)
+    assert own.files != found.files
+    return statistics.fn(modules, {}, rows, where)
 
 
 def same(one, other):
@@ -84,7 +94,7 @@ def test_a_merge_is_what_the_library_makes_of_the_same_adapters(adapters, where,
 
 
 def test_statistics_inform_a_merge(adapters, where, rows):
-    given = Given(adapters, None, statistics.fn(adapters, rows, "base", where), 3, 0)
+    given = Given(adapters, None, seen(adapters, rows, where), 3, 0)
     found = merge.fn("regmean", given, {}, False, where)
     inputs = given.inputs()
     wanted = merge_adapters(read(adapters), "regmean", statistics=inputs.read_statistics(), rank=3)
@@ -110,8 +120,20 @@ def test_refitting_does_not_raise_the_loss(adapters, where, rows):
     assert "refitted" in found.info["notes"]
 
 
+def test_a_refitted_merge_tells_of_the_merge_it_was_made_of_now(adapters, where, rows):
+    merged = merge.fn("uniform", Given(adapters, None, None, None, 0), {}, True, where)
+    fitted = refit.fn("uniform", merged, 2, rows, where)
+    told = merged.model_copy(update={"info": merged.info | {"notes": "new"}, "metrics": {"a": 1}})
+    assert "new" not in str(refit.fn("uniform", told, 2, rows, where).info)  # of the same key
+    found = as_refitted(fitted, told)
+    assert found.info["notes"].startswith("new; component weights refitted")
+    assert found.info["rank"] == merged.info["rank"]
+    assert found.info["losses"] == fitted.info["losses"]
+    assert (found.files, found.metrics) == (fitted.files, {"a": 1})
+
+
 def test_the_smallest_rank_that_reaches_a_recovery(adapters, where, rows):
-    given = Given(adapters, None, statistics.fn(adapters, rows, "base", where), None, 0)
+    given = Given(adapters, None, seen(adapters, rows, where), None, 0)
     found = find_rank.fn(given, "tc-lora", SOLVER, 0.0, rows, where)
     assert found.info["rank"] >= 1
     assert found.metrics

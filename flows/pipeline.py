@@ -51,7 +51,7 @@ def pipeline(
         Such as "train.epochs=1".
     until : str
         Last step: prepare, train, merge, evaluate or publish. A run that stops earlier leaves the
-        finished library as it is.
+        finished library as it is, and those of further training seeds.
 
     Returns
     -------
@@ -76,21 +76,26 @@ def checked_pipeline(
 
 def _run(config: Config, models: Models, last: str, shared: Path | None = None) -> dict[str, str]:
     with opened(config, models, shared) as context:
-        for step in _steps(context):
-            if step == last:
-                break
+        library = _run_steps(context, last)
     run = context.where.run
-    finished = last == STEPS[-1]
     return {
         "until": last,
-        "library": str(config.library_dir if finished else context.where.layout.root),
+        "library": str(library),
         "mlflow_run": run.run_id,
         "mlflow_uri": run.uri,
         "mlflow_experiment": run.experiment_id,
     }
 
 
-def _steps(context: Context, given: Prepared | None = None) -> Iterator[str]:
+def _run_steps(context: Context, last: str, given: Prepared | None = None) -> Path:
+    """Run the steps up to the last; return the library's folder, or that of what there is of it."""
+    for step in _steps(context, last, given):
+        if step == last:
+            break
+    return context.config.library_dir if last == STEPS[-1] else context.where.layout.root
+
+
+def _steps(context: Context, last: str, given: Prepared | None) -> Iterator[str]:
     """Run the steps, and give the name of each when it is done; what is given is prepared."""
     prepared = given or prepare(context)
     yield "prepare"
@@ -98,23 +103,22 @@ def _steps(context: Context, given: Prepared | None = None) -> Iterator[str]:
     yield "train"
     merged = merge(context, prepared, trained)
     yield "merge"
-    replicas = _replicate(context, prepared)
+    replicas = _replicate(context, prepared, last)
     evaluated = evaluate(context, prepared, trained, merged, replicas)
     yield "evaluate"
     publish(context, prepared, trained, merged, evaluated)
     yield "publish"
 
 
-def _replicate(context: Context, prepared: Prepared) -> Artifacts:
-    """Make a library with every further training seed; return what was measured in each."""
+def _replicate(context: Context, prepared: Prepared, last: str) -> Artifacts:
+    """Run every further training seed up to the same last step; return what each has measured."""
     measured: Artifacts = {}
     for config in context.config.replicas():
-        with opened(config, context.models) as replica:
-            for _ in _steps(replica, prepared.linked(replica.where.layout.root)):
-                pass
-        items = Layout(config.library_dir).evaluation.items
+        with opened(config, context.models, context.where.shared) as replica:
+            root = _run_steps(replica, last, prepared.linked(replica.where.layout.root))
+        items = Layout(root).evaluation.items
         if items.exists():  # else nothing is held out
-            measured[str(config.of_training)] = Artifact.of(config.library_dir, items)
+            measured[str(config.of_training)] = Artifact.of(root, items)
     return measured
 
 

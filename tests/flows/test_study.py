@@ -84,6 +84,22 @@ def test_cells_share_what_they_have_in_common_and_nothing_is_repeated(config):
     assert CALLS["evaluate_routed"] == 3
 
 
+def test_cells_share_what_their_training_seeds_have_in_common(config):
+    twice = config.model_copy(update={"name": "twice", "seeds": 2})
+    axes = {**AXES, "cluster.method": ["kmeans", "random"]}
+    study("clustering", twice, axes)
+    layout = StudyLayout(config.library_dir.with_name("twice-clustering"))
+    table = pd.read_parquet(layout.parquet)
+    assert set(table["n"]) == {11}
+    assert set(table["seeds"]) == {2}
+    assert CALLS["train_adapters joint"] == 2  # once with each seed
+    assert CALLS["evaluate_routed"] == 4
+    assert not list(layout.folder.glob("[!.]*-seed1"))  # no run of a study publishes a library
+    CALLS.clear()
+    study("clustering", twice, axes)
+    assert not CALLS
+
+
 def test_a_failed_cell_is_named_and_the_others_are_kept(config):
     axes = {"cluster.method": ["kmeans", "hdbscan"], "data.seed": [0, 1], "seed": [0, 1]}
     lonely = config.model_copy(

@@ -4,12 +4,13 @@ Not covered: datasets of the Hugging Face hub, which the run itself fetches.
 """
 
 import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 
 from tclora.config import ClusterConfig, Config, DataConfig
 from tclora.errors import DataError
 
-_HELD_OUT = ("test_path", "ood_path", "composition_path")
+HELD_OUT = ("test_path", "ood_path", "composition_path")
 
 
 def check_data(config: Config) -> None:
@@ -32,12 +33,12 @@ def check_data(config: Config) -> None:
     data = config.data
     if config.embed.vectors:
         given_width(Path(config.embed.vectors))
-    named = {name: path for name in ("path", *_HELD_OUT) if (path := getattr(data, name))}
+    named = {name: path for name in ("path", *HELD_OUT) if (path := getattr(data, name))}
     local = {name: path for name, path in named.items() if path != DEMO and is_local(path)}
     for name, path in local.items():
         _check_exists(name, path)
     if "path" in local:
-        frame = read_examples(_without(data, set(named) - set(local)), config.seed).frame
+        frame = read_examples(without_sources(data, set(named) - set(local)), config.seed).frame
         check_leave(
             frame["scorer"].unique(), allowed=config.evaluate.allow_code_execution, remedy=LEAVE
         )
@@ -57,8 +58,9 @@ def _check_exists(name: str, path: str) -> None:
         )
 
 
-def _without(data: DataConfig, hub: set[str]) -> DataConfig:
-    """Return the configuration without datasets of the hub, which would be fetched."""
+def without_sources(data: DataConfig, hub: Collection[str]) -> DataConfig:
+    """Return the configuration without the named datasets of the hub, which would be fetched."""
+    changed: dict[str, float | None]
     changed = dict.fromkeys(hub) | ({"test_fraction": 0.0} if "test_path" in hub else {})
     return data.model_copy(update=changed)
 

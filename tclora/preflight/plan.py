@@ -7,8 +7,11 @@ base's weights are not formed), and as many again recompute activations where th
 Memory of a training job is its weights, the adapter with gradients and optimiser state, the
 activations of one forward pass, and its logits.
 
+Further training seeds repeat all that follows the clusters (`seeds`).
+
 Not covered: downloads' time, generated tokens beyond their operations (a GPU spends more on reading
-weights), merging and factorising (minutes at most, see ``benchmarks/results/large_library.md``).
+weights), merging and factorising (minutes at most, see ``benchmarks/results/large_library.md``),
+and the stages that `uncovered` names.
 
 Symbols: P parameters, L layers, d hidden width, T tokens per forward pass.
 
@@ -20,13 +23,13 @@ References
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tclora.cluster.registry import clusterers
-from tclora.config import Config, TrainConfig
+from tclora.config import Config, GateConfig, TrainConfig
 from tclora.data.demo import DEMO
 from tclora.jobs.devices import parallel_jobs, visible_gpus
 from tclora.model.locate import BUILTIN_BASE, BUILTIN_EMBEDDER, choose_dtype, default_device
@@ -107,13 +110,16 @@ def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan
     dtype = choose_dtype(config.train.dtype, default_device())
     measured = rate or matmul_rate(dtype)
     cost = _Costs(config, rows, base_size(models.base, config.train), dtype.itemsize, measured)
-    stages = [_embed(config, models, rows, measured), *cost.features(), cost.train()]
-    stages += [*cost.statistics(), cost.evaluate()]
+    stages = [_embed(config, models, rows, measured), *cost.features()]
+    repeated = [cost.train(), *cost.statistics(), *cost.refit(), cost.evaluate()]
+    stages += [_times(stage, config.seeds) for stage in repeated]
     source = "given" if rate else f"measured here in {str(dtype).removeprefix('torch.')}"
     assumptions = (
         rows.source,
         f"{measured / 1e12:.3g} TFLOP/s per job ({source}), {UTILISATION:.0%} of it used",
         f"{_lanes(config, 1000)} at once that do not slow each other, {START:g} s to start each",
+        *([f"{config.seeds} training seeds, one after the other"] if config.seeds > 1 else []),
+        *(f"not covered: {name}" for name in uncovered(config)),
     )
     return Plan(tuple(fetched(config)), tuple(stages), assumptions)
 
@@ -133,6 +139,31 @@ def fetched(config: Config) -> Iterator[str]:
         if value not in here and not Path(str(value)).exists():
             yield f"{kind} {value}"
     yield from (f"lm-eval task {task}" for task in config.evaluate.lm_eval)
+
+
+def uncovered(config: Config) -> Iterator[str]:
+    """Yield the stages of a run that look at the base model and that a plan leaves out."""
+    merge, route = config.merge, config.route
+    named = {
+        "the choice of scales (merge.scales)": bool(merge.scales),
+        "the search for the CP rank (factorise.target_recovery)": (
+            config.factorise.target_recovery is not None
+        ),
+        "the calibration of fallback and abstention (route.calibration_rows)": (
+            route.enabled
+            and route.calibration_rows > 0
+            and any(value is None for value in dict(route.only(GateConfig)).values())
+        ),
+        "rows under every adapter (evaluate.cross_rows)": config.evaluate.cross_rows > 0,
+        "lm-eval's tasks (evaluate.lm_eval)": bool(config.evaluate.lm_eval),
+    }
+    yield from (name for name, counts in named.items() if counts)
+
+
+def _times(stage: StageCost, seeds: int) -> StageCost:
+    """Return the cost of a stage that is run with several seeds, one after the other."""
+    counts = {name: seeds * getattr(stage, name) for name in ("jobs", "rows", "tokens", "steps")}
+    return replace(stage, **counts, seconds=seeds * stage.seconds)
 
 
 def matmul_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -199,10 +230,24 @@ class _Costs:
         seconds = self._seconds(2 * self._shape.parameters * tokens, 1)
         return [StageCost("statistics", 1, rows, tokens, 0, seconds, self._forward_memory())]
 
+    def refit(self) -> list[StageCost]:
+        """Return the refits of merges, each a job: so many passes over the sample rows."""
+        merge = self._config.merge
+        jobs, steps = len(merge.refitted), len(merge.refitted) * merge.refit_steps
+        rows = (steps + jobs) * self._k * merge.sample_rows  # the last pass tells the loss alone
+        if not rows:
+            return []
+        tokens = int(rows * self._rows.tokens)
+        # One after the other, whatever the machine's jobs.
+        seconds = 4 * self._shape.parameters * tokens / self._rate + jobs * START
+        memory = self._training_memory(self._config.train)
+        return [StageCost("refit", jobs, rows, tokens, steps, seconds, memory)]
+
     def evaluate(self) -> StageCost:
         """Return every method on the held-out rows; standard benchmarks are not counted."""
         cfg = self._config
         methods = 2 + cfg.train.joint + len(cfg.merge.methods) + cfg.route.enabled
+        methods += len(cfg.merge.refitted)  # each before the refit too
         rows = methods * self._rows.held_out
         new = cfg.evaluate.max_new_tokens if cfg.evaluate.generate else 0
         tokens = int(rows * (self._rows.tokens + new))

@@ -8,10 +8,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tclora.config import Config, TrainConfig
 from tclora.data.demo import DEMO
-from tclora.data.examples import profile, read_examples
+from tclora.data.examples import profile, read_examples, read_rows
 from tclora.data.readers import is_local
 from tclora.errors import DataError
 from tclora.model.locate import load_tokenizer
+from tclora.preflight.data import HELD_OUT, without_sources
 from tclora.preflight.models import Models
 from tclora.train.lora import attach_lora
 
@@ -65,7 +66,7 @@ class BaseSize:
 
 
 def count_rows(config: Config, models: Models) -> RowCounts:
-    """Count what is here; take the configured limits of what is on the hub.
+    """Count what is here; take the configured limits of what is on the hub, and fetch nothing.
 
     Raises
     ------
@@ -73,9 +74,10 @@ def count_rows(config: Config, models: Models) -> RowCounts:
         If a dataset of the hub has no limit.
     """
     data = config.data
-    if data.path != DEMO and not is_local(data.path):
+    if _on_hub(data.path):
         return _from_limits(config)
-    examples = read_examples(data, config.seed)
+    named = [name for name in HELD_OUT if (path := getattr(data, name)) and _on_hub(path)]
+    examples = read_examples(without_sources(data, named), config.seed)
     tokenizer = load_tokenizer(models.base)
 
     def count(texts: list[str]) -> list[int]:
@@ -83,9 +85,11 @@ def count_rows(config: Config, models: Models) -> RowCounts:
 
     figures = profile(examples, count, config.train.max_tokens)
     train = int(figures["rows_train"])
+    held_out = int(figures["rows"]) - train + sum(_held_out_rows(config, name) for name in named)
+    limits = f"; of {', '.join(f'data.{name}' for name in named)}, rows are the limits"
     return RowCounts(
-        train, int(figures["rows"]) - train, figures["prompt_tokens_mean"],
-        figures["response_tokens_mean"], "rows and tokens are counted",
+        train, held_out, figures["prompt_tokens_mean"], figures["response_tokens_mean"],
+        f"rows and tokens are counted{limits if named else ''}",
     )  # fmt: skip
 
 
@@ -98,12 +102,33 @@ def _from_limits(config: Config) -> RowCounts:
             "whose rows are not known before it is read; set it or data.max_train_rows"
         )
     train = min(limits)
-    held_out = min(round(train * data.test_fraction), data.max_test_rows or train)
+    split_off = 0.0 if data.test_path else data.test_fraction
+    held_out = min(round(train * split_off), data.max_test_rows or train)
+    held_out += sum(_held_out_rows(config, name) for name in HELD_OUT if getattr(data, name))
     tokens = min(HUB_TOKENS, config.train.max_tokens)
     return RowCounts(
         train, held_out, tokens * (1 - RESPONSE_SHARE), tokens * RESPONSE_SHARE,
         f"rows are the configured limits, {tokens} tokens per row are assumed",
     )  # fmt: skip
+
+
+def _held_out_rows(config: Config, name: str) -> int:
+    """Count the rows of a source that is wholly held out; take the limits of one of the hub."""
+    data = config.data
+    path = str(getattr(data, name))
+    limits = [n for n in (data.max_read_rows, data.max_test_rows) if n]
+    if not _on_hub(path):
+        return min([len(read_rows(data, path, config.seed)[0]), *limits])
+    if not limits:
+        raise DataError(
+            f"data.max_test_rows must be set to plan a run with data.{name}={path!r}, a dataset of "
+            "the hub whose rows are not known before it is read; set it or data.max_read_rows"
+        )
+    return min(limits)
+
+
+def _on_hub(path: str) -> bool:
+    return path != DEMO and not is_local(path)
 
 
 def base_size(location: str, train: TrainConfig) -> BaseSize:

@@ -68,7 +68,9 @@ def test_rows_tokens_and_steps_are_counted(config):
     assert train.tokens == 320 * 14  # a byte is a token: 9 and 5
     assert stages["embed"].tokens == 100 * 9
     assert stages["statistics"].rows == 12
-    assert (stages["evaluate"].jobs, stages["evaluate"].rows) == (5, 100)
+    assert (stages["refit"].steps, stages["refit"].rows) == (10, 11 * 12)
+    # base, own, joint, merge, the merge before its refit, routed
+    assert (stages["evaluate"].jobs, stages["evaluate"].rows) == (6, 120)
     assert made.fetched == ()
     assert "rows and tokens are counted" in made.assumptions
 
@@ -100,11 +102,60 @@ def test_a_dataset_of_the_hub_is_planned_by_its_limits(config):
     hub = {"path": "sordonia/flan-10k-flat", "max_read_rows": 5000, "test_fraction": 0.1}
     made, stages = plan(config(data=hub))
     assert stages["train"].rows == 4 * 5000
-    assert stages["evaluate"].rows == 5 * 500
+    assert stages["evaluate"].rows == 6 * 500
     assert made.fetched == ("data sordonia/flan-10k-flat",)
     assert any("256 tokens per row are assumed" in line for line in made.assumptions)
     with pytest.raises(DataError, match=r"data\.max_read_rows must be set to plan"):
         plan(config(data=hub | {"max_read_rows": None}))
+
+
+def test_training_seeds_repeat_what_follows_the_clusters(config):
+    _, once = plan(config())
+    made, thrice = plan(config().model_copy(update={"seeds": 3}))
+    assert thrice["embed"] == once["embed"]
+    for name in ("train", "statistics", "refit", "evaluate"):
+        one, three = once[name], thrice[name]
+        assert (three.jobs, three.rows, three.tokens, three.steps) == (
+            3 * one.jobs, 3 * one.rows, 3 * one.tokens, 3 * one.steps,
+        )  # fmt: skip
+        assert three.seconds == pytest.approx(3 * one.seconds)
+        assert three.memory == one.memory
+    assert any("3 training seeds" in line for line in made.assumptions)
+
+
+def test_what_a_plan_leaves_out_is_named(config):
+    def left_out(**sections):
+        return {line for line in plan(config(**sections))[0].assumptions if "not covered" in line}
+
+    always = left_out()
+    assert len(always) == 1
+    assert "route.calibration_rows" in next(iter(always))
+    assert not left_out(route={"enabled": False})
+    for section, value in (
+        ("merge", {"scales": [0.5, 1.0]}),
+        ("factorise", {"target_recovery": 0.9}),
+        ("evaluate", {"cross_rows": 2}),
+        ("evaluate", {"lm_eval": ["piqa"]}),
+    ):
+        (line,) = left_out(**{section: value}) - always
+        assert f"{section}.{next(iter(value))}" in line
+
+
+@pytest.mark.parametrize("name", ["test_path", "ood_path", "composition_path"])
+def test_held_out_rows_of_the_hub_are_planned_by_their_limit_and_not_fetched(
+    config, monkeypatch, name
+):
+    def refuse(path, *_, **__):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("tclora.data.readers.read_hub", refuse)
+    split_off = 0 if name == "test_path" else 20
+    made, stages = plan(config(data={name: "org/hard", "max_test_rows": 30}))
+    assert stages["train"].rows == 4 * (100 - split_off)
+    assert stages["evaluate"].rows == 6 * (split_off + 30)
+    assert any(f"data.{name}, rows are the limits" in line for line in made.assumptions)
+    with pytest.raises(DataError, match=rf"data\.max_test_rows must be set .* data\.{name}='org"):
+        plan(config(data={name: "org/hard"}))
 
 
 def test_a_model_of_seven_billion_parameters_takes_the_memory_it_is_known_to(

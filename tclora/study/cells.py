@@ -30,7 +30,8 @@ class Cell:
     Attributes
     ----------
     values : Mapping
-        Key → value on every axis; None where it does not count, as K for a clusterer that finds it.
+        Key → value on every axis, lists as text; None where it does not count, as K for a clusterer
+        that finds it.
     config : Config
         Of the run.
     layout : Layout
@@ -121,7 +122,8 @@ def _cell(config: Config, values: Mapping[str, Any], label: str, folder: Path) -
         if value is not None:
             place[last] = value
     made = parse_config(nested, source=f"cell {label}")
-    return Cell(values, made, Layout(made.library_dir))
+    told = {k: str(v) if isinstance(v, (list, tuple, dict)) else v for k, v in values.items()}
+    return Cell(told, made, Layout(made.library_dir))
 
 
 def _label(values: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ class StudyLayout:
 def write_study(layout: StudyLayout, title: str, outcome: Outcome) -> None:
     """Write table, plot and summary."""
     with atomic_path(layout.parquet) as fresh:
-        outcome.table.to_parquet(fresh)
+        _with_one_type_each(outcome.table).to_parquet(fresh)
     with atomic_path(layout.csv) as fresh:
         outcome.table.to_csv(fresh, index=False)
     with atomic_path(layout.plot) as fresh, mpl.rc_context({"svg.hashsalt": title}):
@@ -62,6 +62,13 @@ def write_study(layout: StudyLayout, title: str, outcome: Outcome) -> None:
     notes = "\n".join(f"- {note}" for note in outcome.notes)
     text = f"# {title}\n\n{markdown_table(outcome.table)}\n\n{notes}\n\n![]({layout.plot.name})\n"
     write_text(layout.summary, text)
+
+
+def _with_one_type_each(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return columns of values of several types, as of an axis [auto, 4], as text."""
+    mixed = [str(column) for column in frame if frame[column].dropna().map(type).nunique() > 1]
+    texts = {c: frame[c].map(lambda value: None if pd.isna(value) else str(value)) for c in mixed}
+    return frame.assign(**texts)
 
 
 def markdown_table(frame: pd.DataFrame) -> str:

@@ -123,6 +123,21 @@ def test_training_seeds_of_a_cell_are_paired_and_are_no_further_rows(tmp_path):
     assert found == [0, 0, 0]  # the same seeds have the same values
 
 
+def test_values_may_be_lists_and_of_several_types(tmp_path):
+    axes = {
+        "cluster.k": ["auto", 4],
+        "train.target_modules": ["all-linear", ["q_proj"]],
+        "seed": [0, 1],
+    }
+    cells = cells_of(tmp_path, axes, lambda cell: write_clusters(cell, np.arange(8) % 2))
+    assert [cell.config.train.target_modules for cell in cells[1:3]] == ["all-linear", ("q_proj",)]
+    layout = StudyLayout(tmp_path / "study")
+    write_study(layout, "agreement", compare_clusters(cells, {}, CONFIG))
+    table = pd.read_parquet(layout.parquet)
+    assert table["cluster.k"].tolist() == ["auto", "auto", "4", "4"]
+    assert table["train.target_modules"].tolist() == ["all-linear", "['q_proj']"] * 2
+
+
 def test_agreement_tells_seeds_from_samples(tmp_path):
     def write(cell):
         n = 40

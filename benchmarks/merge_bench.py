@@ -23,6 +23,7 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, JOINT, OWN, cluster_name
 from tclora.model.attach import attached
 from tclora.model.base import Base
+from tclora.model.loss import response_nll
 from tclora.model.sample import Sample, Use
 from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
 from tclora.tensor import LibraryFactors, factorise
@@ -126,21 +127,28 @@ class Bench:
         return ActivationStatistics.load(*files)
 
     def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
-        """Return the joint CP factors of the updates, the library's own at its own rank."""
-        if rank == self.manifest.factors.rank and not normalise:
-            return LibraryFactors.load(self.layout.factors)
-        file = self.store / f"cp-{rank}{'-normalised' * normalise}.safetensors"
+        """Return the joint CP factors of the updates, and note the time that they took."""
+        key = f"cp-{rank}{'-normalised' * normalise}"
+        file = self.store / f"{key}.safetensors"
         if not file.exists():
-            factorise(self.adapters, rank, normalise=normalise, n_starts=2).save(file)
+            begin = time.process_time()
+            found = factorise(self.adapters, rank, normalise=normalise, n_starts=2)
+            write_json(self.store / f"{key}.json", {"seconds": time.process_time() - begin})
+            found.save(file)
         return LibraryFactors.load(file)
+
+    def factor_seconds(self, rank: int) -> float:
+        """Return the processor time that `factors` took."""
+        text = (self.store / f"cp-{rank}.json").read_text(encoding="utf-8")
+        return float(json.loads(text)["seconds"])
 
     def keep(self, key: str, make: Callable[[], tuple[Adapter, dict[str, Any]]]) -> Adapter:
         """Return an adapter of an earlier run, or make it; its record goes beside it."""
         folder = self.store / "merges" / key
         if not folder.exists():
-            begin = time.perf_counter()
+            begin = time.process_time()
             adapter, record = make()
-            record = {"seconds": time.perf_counter() - begin} | record
+            record = {"seconds": time.process_time() - begin} | record
             write_json(folder.with_suffix(".json"), record)
             write_adapter(adapter, folder)
         return self.read(folder, key)
@@ -160,6 +168,16 @@ class Bench:
         with atomic_path(file) as fresh:
             items.to_parquet(fresh)
         print(key, summary(items), flush=True)
+
+    @torch.inference_mode()
+    def loss(self, adapter: Adapter, rows: Mapping[str, Sequence[Batch]]) -> float:
+        """Return the response NLL per token of rows of every cluster, clusters counting alike."""
+        means = []
+        with attached(self.model, adapter):
+            for part in rows.values():
+                total = sum(float(response_nll(self.model, batch).sum()) for batch in part)
+                means.append(total / sum(batch.supervised for batch in part))
+        return sum(means) / len(means)
 
     def items(self, adapters: Adapters) -> pd.DataFrame:
         """Return NLL, tokens and correctness of every row."""

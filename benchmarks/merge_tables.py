@@ -107,7 +107,7 @@ def _table(
             "exact match": f"{f['test accuracy']:.2f}",
             "other tasks: NLL": f"{f['ood nll']:.3f}",
             "accuracy": f"{f['ood accuracy']:.3f}",
-            "merge (s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
+            "merge (CPU s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
             "MB": f"{_bytes(kept) / 1e6:.1f}" if kept.exists() else "",
             "seeds": str(seeds[key]),
         })  # fmt: skip
@@ -150,7 +150,9 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
         "the mean over clusters (of all seeds it was measured on); intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
         "reference. Accuracy on other tasks: the likeliest choice where there are choices, else "
-        "exact match. Sample rows per cluster: "
+        "exact match. Time is of one merge from the adapters on, factorisation included, without "
+        "tuning and statistics; of refits and libraries it is that of what is added. Sample rows "
+        "per cluster: "
         f"{', '.join(f'{n} for {use}' for use, n in SAMPLE_ROWS.items())}. "
         "Scales are the defaults, or tuned on the sample rows with every cluster "
         "counting the same, the grid going on where its end is best, densities of "

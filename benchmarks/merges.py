@@ -6,7 +6,7 @@ default; *calibrated* with its scale and density tuned on sample rows, or with a
 statistics; and *refitted*, its component weights fitted by the base model's loss; at the LoRA rank
 r and, without the refit, at its own rank. Sample rows are training rows, 8 per cluster for
 statistics, 4 others for tuning and 4 others for the refit. The control of the refit is a fresh LoRA
-trained on the same rows in as many steps. What has been measured is kept in FOLDER: a command that
+trained on the same rows in as many steps, its learning rate the best of three. What has been measured is kept in FOLDER: a command that
 was stopped (or that ran out of ``--seconds``) goes on where it was; ``--only`` takes a regular
 expression of cells.
 ``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
@@ -35,7 +35,8 @@ from tclora.tune.scale import is_scaled, tune_scale
 DENSE = 1 << 20  # a rank that nothing reaches: the dense update as it is
 STEPS = 10  # of a refit and of its control
 DENSITIES = (0.1, 0.3, 0.5, 0.9)
-TRAINED = AdapterConfig(lr=2e-3, batch_size=1 << 10, epochs=1 << 10, max_steps=STEPS)
+RATES = (1e-3, 2e-3, 4e-3)
+TRAINED = AdapterConfig(batch_size=1 << 10, epochs=1 << 10, max_steps=STEPS)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _merged(
     bench: Bench, method: Method, variant: str, rank: int | None
 ) -> tuple[Adapter, dict[str, Any]]:
     settings: dict[str, Any] = {"rank": rank, **method.options}
+    seconds = 0.0
     if method.statistics == "layers":
         rows = bench.sample("statistics")
         adapter = merge_by_layers(
@@ -145,6 +147,7 @@ def _merged(
         settings["statistics"] = bench.statistics(method.statistics)
     elif method.name.startswith("tc-lora"):
         settings["factors"] = bench.factors(bench.r)
+        seconds = bench.factor_seconds(bench.r)  # of others too, their SVDs count
     if variant == "calibrated" and is_scaled(method.name):
         found = tune_scale(
             bench.model,
@@ -155,9 +158,9 @@ def _merged(
             **settings,
         )
         settings |= found.options
-    begin = time.perf_counter()
+    begin = time.process_time()
     result = merge(bench.adapters, method.name, **settings)
-    seconds = time.perf_counter() - begin
+    seconds += time.process_time() - begin
     chosen = {k: settings[k] for k in ("scale", "density") if k in settings}
     setting = ", ".join(f"{k} {v:.3g}" for k, v in chosen.items()) or "; ".join(result.notes[:1])
     return result.adapter, {"setting": setting, "seconds": seconds}
@@ -172,14 +175,23 @@ def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
 
 
 def few_steps(bench: Bench) -> tuple[Adapter, dict[str, Any]]:
-    """Train a fresh LoRA on the rows of the refit, in as many steps."""
-    loaded = bench.loaded.base.load()
+    """Train a fresh LoRA on the rows of the refit, in as many steps, at the best learning rate.
+
+    That is chosen where scales are: on the rows of their tuning, every cluster counting the same.
+    """
     rows = [row for part in bench.sample("refit").values() for row in part]
-    folder = bench.store / "few-step"
-    train_adapter(
-        loaded.model, rows, TRAINED, folder, base_model=loaded.base.location, seed=bench.seed
-    )
-    return bench.read(folder, "few-step"), {"setting": f"{STEPS} steps on {len(rows)} rows"}
+    tuning = bench.sample_batches("scale")
+    tried: dict[float, tuple[float, Adapter]] = {}
+    for rate in RATES:
+        loaded, folder = bench.loaded.base.load(), bench.store / f"few-step-{rate:g}"
+        config = TRAINED.model_copy(update={"lr": rate})
+        train_adapter(
+            loaded.model, rows, config, folder, base_model=loaded.base.location, seed=bench.seed
+        )
+        adapter = bench.read(folder, "few-step")
+        tried[rate] = bench.loss(adapter, tuning), adapter
+    best = min(tried, key=lambda rate: tried[rate][0])
+    return tried[best][1], {"setting": f"{STEPS} steps on {len(rows)} rows, lr {best:g}"}
 
 
 def main(chosen: Sequence[Path], out: Path, arguments: argparse.Namespace) -> None:

@@ -6,9 +6,9 @@ default; *calibrated* with its scale and density tuned on sample rows, or with a
 statistics; and *refitted*, its component weights fitted by the base model's loss; at the LoRA rank
 r and, without the refit, at its own rank. Sample rows are training rows, 8 per cluster for
 statistics, 4 others for tuning and 4 others for the refit. The control of the refit is a fresh LoRA
-trained on the same rows in as many steps, its learning rate the best of three. What has been measured is kept in FOLDER: a command that
-was stopped (or that ran out of ``--seconds``) goes on where it was; ``--only`` takes a regular
-expression of cells.
+trained on the same rows in as many steps, its learning rate the best of three. What has been
+measured is kept in FOLDER: a command that was stopped (or that ran out of ``--seconds``) goes on
+where it was; ``--only`` takes a regular expression of cells.
 ``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
 """
 

@@ -29,7 +29,8 @@ def print_comparison(
     found = compare_items(first, second, metric, confidence=confidence, seed=seed)
     title = f"{metric}: {specs[0]} against {specs[1]}, {confidence:.0%} intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    columns = ("task", "n", "first", "second", "difference", "interval", "wins", "losses", "ties")
+    columns = ("task", "n", "seeds", "first", "second", "difference", "interval", "wins", "losses",
+               "ties")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     for line in found:
@@ -57,4 +58,4 @@ def _cells(line: Comparison) -> list[str]:
     difference = f"{line.difference:+.4f}"
     interval = rf"\[{line.low:+.4f}, {line.high:+.4f}]"
     counts = map(str, (line.wins, line.losses, line.ties))
-    return [line.task, str(line.n), *figures, difference, interval, *counts]
+    return [line.task, str(line.n), str(line.seeds), *figures, difference, interval, *counts]

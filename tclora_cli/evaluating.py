@@ -21,6 +21,7 @@ from tclora.evaluate.subjects import Adapted, Routed
 from tclora.evaluate.tables import Tables, flat_figures, write_tables
 from tclora.evaluate.targets import BaseChoice, Target, open_target
 from tclora.jobs.call import Event
+from tclora.route.router import routers
 
 _ONE_OF = {
     "template": ("chat", "plain"),
@@ -81,6 +82,11 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     files = [spec for spec in request.tasks if is_task_file(spec)]
     named = tuple(spec for spec in request.tasks if spec not in files)
     tasks = read_tasks(files, settings)
+    if twice := sorted(set(tasks) & set(named)):
+        raise ConfigError(
+            f"--tasks must be named apart, got a file and a task of lm-eval called {twice[0]!r}; "
+            "rename the file"
+        )
     _check_code(tasks, named, request.allow_code)
     choice = BaseChoice(request.base, request.template, request.dtype)
     adapters = dict(_pair("--adapter", text) for text in request.adapters)
@@ -95,7 +101,7 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
         generate=request.generate,
         max_new_tokens=request.max_new_tokens,
     )
-    code = closure([evaluate_target, Adapted, Routed]).digest
+    code = closure([evaluate_target, open_target, Adapted, Routed], routers).digest
     return target, Plan(methods, tasks, lm_eval, config, code)
 
 

@@ -1,4 +1,8 @@
-"""Two results item by item: the difference with a paired bootstrap interval, wins, losses, ties."""
+"""Two results item by item: the difference with a paired bootstrap interval, wins, losses, ties.
+
+Where both are of several training seeds, these are paired too and resampled beside the items
+(`tclora.evaluate.statistics`): an item that three seeds answered is one item.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +12,9 @@ import numpy as np
 import pandas as pd
 
 from tclora.errors import DataError
-from tclora.evaluate.statistics import Bootstrap
+from tclora.evaluate.statistics import Bootstrap, by_seed, seeds_of
 
 METRICS = ("correct", "correct_norm", "nll")
-_PAIRED_BY = ["task", "id", "seed"]  # the last where several trainings were measured
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,19 @@ class Comparison:
         "all" for all of them.
     n : int
         Items that both have.
+    seeds : int
+        Training seeds of both.
     first, second : float
         Their means; of "nll", nats per response token.
     difference, low, high : float
         first - second, with its interval.
     wins, losses, ties : int
-        Items on which the first is better, worse, equal.
+        Items on which the first is better, worse, equal, on the average of the seeds.
     """
 
     task: str
     n: int
+    seeds: int
     first: float
     second: float
     difference: float
@@ -58,8 +64,8 @@ def compare_items(
     Parameters
     ----------
     first, second : DataFrame
-        Columns task, id and those of `tclora.evaluate.measure.evaluate_frame`; an id is an item's
-        own within its task.
+        Columns task, id, those of `tclora.evaluate.measure.evaluate_frame`, and seed where there
+        are several; an id is an item's own within its task.
     metric : {"correct", "correct_norm", "nll"}
         What is compared; lower is better for "nll" alone.
     confidence, resamples, seed
@@ -73,12 +79,20 @@ def compare_items(
     Raises
     ------
     DataError
-        If they share no item with this metric.
+        If they share no item with this metric, or are not of the same training seeds.
     """
-    keys = [key for key in _PAIRED_BY if key in first and key in second]
-    columns = [*keys, metric, "tokens"]
-    both = first[columns].merge(second[columns], on=keys, suffixes=("_1", "_2"))
+    sides = [part.assign(seed=part.get("seed", 0)) for part in (first, second)]
+    trained = [sorted(set(part["seed"])) for part in sides]
+    if trained[0] != trained[1]:
+        raise DataError(
+            f"the results must be of the same training seeds, got {trained[0]} and {trained[1]}; "
+            "compare libraries whose runs had the same `seeds`"
+        )
+    keys = ["task", "id", "seed"]
+    one, two = (part[[*keys, metric, "tokens"]] for part in sides)
+    both = one.merge(two, on=keys, suffixes=("_1", "_2"))
     both = both.dropna(subset=[f"{metric}_1", f"{metric}_2"])
+    both = both[both.groupby(["task", "id"])["seed"].transform("size") == len(trained[0])]
     if both.empty:
         raise DataError(f"the results must share items with {metric!r}, but share none")
     parts = [("all", both)]
@@ -91,25 +105,27 @@ def compare_items(
 def _compare(
     task: str, both: pd.DataFrame, metric: str, *, confidence: float, resamples: int, seed: int
 ) -> Comparison:
-    one, two = (both[f"{metric}_{i}"].to_numpy(float) for i in (1, 2))
-    weights = both["tokens_1"].to_numpy(float) if metric == "nll" else np.ones(len(both))
+    first, second = (by_seed(both, f"{metric}_{i}") for i in (1, 2))  # (S, n)
+    weights = by_seed(both, "tokens_1") if metric == "nll" else np.ones_like(first)
     bootstrap = Bootstrap(confidence, resamples, seed)
-    differences, totals = bootstrap.sums(np.stack([one - two, weights])[:, None])
+    differences, totals = bootstrap.sums(np.stack([first - second, weights]))
     low, high = bootstrap.interval(differences / totals)
+    one, two = first.mean(axis=0), second.mean(axis=0)
     equal = np.isclose(one, two, rtol=1e-6, atol=1e-9)
     better = (one < two) if metric == "nll" else (one > two)
     ties, wins = int(equal.sum()), int((better & ~equal).sum())
     total = weights.sum()
     return Comparison(
         task=task,
-        n=len(both),
-        first=float(one.sum() / total),
-        second=float(two.sum() / total),
-        difference=float((one - two).sum() / total),
+        n=len(one),
+        seeds=seeds_of(both),
+        first=float(first.sum() / total),
+        second=float(second.sum() / total),
+        difference=float((first - second).sum() / total),
         low=low,
         high=high,
         wins=wins,
-        losses=len(both) - wins - ties,
+        losses=len(one) - wins - ties,
         ties=ties,
     )
 

@@ -6,6 +6,7 @@ killed goes on, a second one measures nothing, and two libraries share what they
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from tclora.errors import ConfigError
 from tclora.evaluate.method import with_labels
 from tclora.evaluate.subjects import Subject, opened
 from tclora.evaluate.targets import BY_CLUSTER, Method, Target
-from tclora.files import atomic_path, sha256_json
+from tclora.files import atomic_path, sha256_file, sha256_json
 from tclora.jobs.call import EventCallback
 from tclora.library.names import OWN
 from tclora.model.base import Base
@@ -127,7 +128,7 @@ def evaluate_target(
                     told = _told(on_event, method.name, name)
                     results.write(key, _measure(subject, name, tasks.get(name), plan, told))
     parts = [
-        _labelled_items(results.read(key), tasks.get(name)).assign(method=method_name)
+        _labelled_items(target, results.read(key), name, tasks.get(name)).assign(method=method_name)
         for (method_name, name), key in keys.items()
     ]
     return pd.concat(parts, ignore_index=True)
@@ -137,9 +138,14 @@ def _told(on_event: EventCallback, method: str, task: str) -> EventCallback:
     return lambda event: on_event({"method": method, "task": task, **event})
 
 
-def _labelled_items(items: pd.DataFrame, rows: pd.DataFrame | None) -> pd.DataFrame:
-    """Return items of rows with what is known of the rows now; lm-eval's have it themselves."""
-    return items if rows is None else with_labels(items, rows)
+def _labelled_items(
+    target: Target, items: pd.DataFrame, task: str, rows: pd.DataFrame | None
+) -> pd.DataFrame:
+    """Return items with what is known of their rows now; of lm-eval's tasks, their split."""
+    if rows is not None:
+        return with_labels(items, rows)
+    trained = target.places is None or task in target.places.true.index
+    return items.assign(split="test" if trained else "ood", cluster=None)
 
 
 def _labelled(target: Target, rows: pd.DataFrame, clusters: bool) -> pd.DataFrame:
@@ -160,14 +166,19 @@ def _measure(
     config = plan.lm_eval.model_copy(update={"lm_eval": (name,)})
     items = subject.run_lm_eval(config, plan.config.token_budget).items
     on_event({"rows": len(items), "of": len(items)})
-    return items.assign(split="test", cluster=None, nll=float("nan"), tokens=0)
+    return items.assign(nll=float("nan"), tokens=0)
 
 
 def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> str:
-    """Return the digest of all that a result depends on; of lm-eval's tasks, the name and limit."""
+    """Return the digest of all that a result depends on.
+
+    Of lm-eval's tasks these are the name, or the file that describes it, the limit and its version.
+    """
     settings = plan.config.model_dump(exclude={"token_budget"})
     if isinstance(rows, str):
-        task: object = [rows, plan.lm_eval.model_dump(exclude={"lm_eval"})]
+        described = sha256_file(Path(rows)) if Path(rows).is_file() else rows
+        settings_of_it = plan.lm_eval.model_dump(exclude={"lm_eval"})
+        task: object = [described, settings_of_it, version("lm_eval")]
     else:
         columns = [name for name in _MEASURED if name in rows]
         if method.name in BY_CLUSTER:

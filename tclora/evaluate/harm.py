@@ -61,8 +61,9 @@ def _of_cluster(
     own = list(models).index((cluster_name(cluster), False))
     for place, (adapter, added) in enumerate(models):
         ends = bootstrap.interval(draws[place])
-        change = difference(points[place] - points[own], draws[place] - draws[own], bootstrap)
-        yield adapter, added, tokens.shape[1], points[place], *ends, *change[:3]
+        n = tokens.shape[1]
+        change = difference(points[place] - points[own], draws[place] - draws[own], bootstrap, n)
+        yield adapter, added, n, points[place], *ends, *change[:3]
 
 
 def harm_table(crossed: pd.DataFrame, names: Sequence[str], column: str = "change") -> pd.DataFrame:

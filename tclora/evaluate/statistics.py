@@ -54,7 +54,8 @@ class Bootstrap:
         values : array, shape (M, S, n)
             What is summed.
         apart : int
-            Resamples of other numbers are independent of each other.
+            Items are resampled independently for other numbers; training seeds are not, which all
+            items have in common.
 
         Returns
         -------
@@ -64,14 +65,14 @@ class Bootstrap:
         _, seeds, n = table.shape
         parts = [
             np.einsum("rs,rn,msn->mr", of_seeds / seeds, of_items, table, optimize=True)
-            for of_seeds, of_items in self._weights(seeds, n, self.seed + apart)
+            for of_seeds, of_items in self._weights(seeds, n, apart)
         ]
         return np.concatenate(parts, axis=1)
 
-    def _weights(self, seeds: int, n: int, seed: int) -> Iterator[tuple[Array, Array]]:
+    def _weights(self, seeds: int, n: int, apart: int) -> Iterator[tuple[Array, Array]]:
         """Yield the weights of seeds (≤ CHUNK, S) and of items (≤ CHUNK, n) in the resamples."""
-        items = np.random.default_rng(seed)
-        models = np.random.default_rng((seed, seeds))  # items are drawn alike however many seeds
+        items = np.random.default_rng(self.seed + apart)
+        models = np.random.default_rng((self.seed, seeds))  # items are drawn alike whatever seeds
         for start in range(0, self.resamples, CHUNK):
             size = min(CHUNK, self.resamples - start)
             by_item = items.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
@@ -107,7 +108,7 @@ class Difference(NamedTuple):
     p: float
 
 
-def difference(point: float, draws: Array, bootstrap: Bootstrap) -> Difference:
+def difference(point: float, draws: Array, bootstrap: Bootstrap, n: int) -> Difference:
     """Return a difference with its interval and its two-sided p.
 
     Parameters
@@ -118,17 +119,21 @@ def difference(point: float, draws: Array, bootstrap: Bootstrap) -> Difference:
         The difference in each resample, NaN where it is not defined.
     bootstrap : Bootstrap
         How the draws were made.
+    n : int
+        Items.
 
     Notes
     -----
-    p is the normal approximation with the standard error of the draws: shares of draws beyond zero
-    cannot tell apart what is below 2 / R, which a correction for many comparisons needs.
+    A difference that is the same in every resample is the same on every item; its p is that of the
+    sign test, 2 · 0.5ⁿ. Else p is the normal approximation with the standard error of the draws:
+    shares of draws beyond zero cannot tell apart what is below 2 / R, which a correction for many
+    comparisons needs.
     """
     error = float(np.nanstd(draws)) if not np.isnan(draws).all() else np.nan
     if np.isnan(error) or np.isnan(point):
         p = np.nan
     elif error <= 1e-12 * max(1.0, abs(point)):  # the same in every resample, but for rounding
-        p = float(abs(point) <= 1e-12)
+        p = min(1.0, 2 * 0.5**n) if abs(point) > 1e-12 else 1.0
     else:
         p = float(2 * norm.sf(abs(point) / error))
     return Difference(point, *bootstrap.interval(draws), p)

@@ -59,7 +59,7 @@ def winners(
     DataFrame
         One row per column and merge that is not its best: metric, split, group_kind, group, method,
         best, n and seeds (items and training seeds), difference (by how much `best` is better),
-        low, high, p (adjusted), and tie: whether p exceeds 1 - confidence.
+        low, high, p (adjusted), and tie: whether p exceeds 1 - confidence or is not known.
     """
     bootstrap = Bootstrap(confidence, resamples, seed)
     merges = [m for m in items["method"].unique() if m not in REFERENCES]
@@ -81,13 +81,13 @@ def _compared(column: Column, seeds: int, bootstrap: Bootstrap) -> Iterator[tupl
     for (one, other), result, p in zip(pairs, found, adjusted, strict=True):
         if one == best:
             figures = (result.value, result.low, result.high, p)
-            tie = bool(p > 1 - bootstrap.confidence)
+            tie = not p <= 1 - bootstrap.confidence  # what is not known is no winner
             yield (*column[:4], other, best, column.n, seeds, *figures, tie)
 
 
 def _difference(column: Column, one: str, other: str, bootstrap: Bootstrap) -> Difference:
     point = column.points[one] - column.points[other]
-    return difference(point, column.draws[one] - column.draws[other], bootstrap)
+    return difference(point, column.draws[one] - column.draws[other], bootstrap, column.n)
 
 
 def _columns(items: pd.DataFrame, merges: Sequence[str], bootstrap: Bootstrap) -> Iterator[Column]:

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from tclora.errors import TcloraError
+from tclora.errors import DataError, TcloraError
+from tclora.evaluate.compare import compare_items, result_items
 from tclora.model.base import Base
 from tclora_cli.main import app
 from tests.evaluate.conftest import *  # noqa: F403
@@ -94,6 +97,7 @@ def test_methods_tasks_and_mlflow_are_chosen(evaluated, tmp_path):
         (["--tasks", "FILE", "--template", "chatty"], "--template must be one of"),
         (["--tasks", "FILE", "--dtype", "float"], "--dtype must be one of"),
         (["--tasks", "FILE", "--tasks", "arc_eazy"], "or one of lm-eval's, got 'arc_eazy'"),
+        (["--tasks", "ARC", "--tasks", "arc_easy"], "a task of lm-eval called 'arc_easy'; rename"),
         (["--tasks", "humaneval"], "humaneval runs code written by the model; give --allow-code"),
     ],
 )
@@ -101,7 +105,9 @@ def test_a_bad_input_is_said_before_a_model_is_loaded(
     trained, task_files, tmp_path, monkeypatch, arguments, message
 ):
     monkeypatch.setattr(Base, "load", None)
-    given = [str(task_files["colours"]) if a == "FILE" else a for a in arguments]
+    same = shutil.copy(task_files["colours"], tmp_path / "arc_easy.jsonl")
+    files = {"FILE": str(task_files["colours"]), "ARC": str(same)}
+    given = [files.get(argument, argument) for argument in arguments]
     with pytest.raises(TcloraError) as caught:
         invoke("eval", trained, "-o", tmp_path / "found", *given)
     assert message in str(caught.value)
@@ -131,11 +137,11 @@ def test_compare_pairs_two_results_item_by_item(tmp_path):
     pair = (f"{tmp_path}:a", f"{tmp_path}:b")
     result = invoke("compare", *pair)
     line = next(row for row in result.stdout.splitlines() if row.strip().startswith("all"))
-    assert line.split()[:5] == ["all", "3", "0.6667", "0.6667", "+0.0000"]
+    assert line.split()[:6] == ["all", "3", "1", "0.6667", "0.6667", "+0.0000"]
     assert line.split()[-3:] == ["1", "1", "1"]
     result = invoke("compare", *pair, "--metric", "nll", "--tasks", "t")
     line = next(row for row in result.stdout.splitlines() if row.strip().startswith("all"))
-    assert line.split()[:5] == ["all", "2", "1.5000", "1.7500", "-0.2500"]
+    assert line.split()[:6] == ["all", "2", "1", "1.5000", "1.7500", "-0.2500"]
     assert line.split()[-3:] == ["1", "0", "1"]
 
 
@@ -168,3 +174,23 @@ def test_a_librarys_own_evaluation_can_be_compared(tmp_path):
     pd.DataFrame(rows).to_parquet(folder / "items.parquet")
     result = invoke("compare", f"{tmp_path}:a", f"{tmp_path}:b", "--metric", "nll")
     assert json.dumps("-0.5000")[1:-1] in result.stdout
+
+
+def test_training_seeds_of_two_results_are_paired_and_no_further_items(tmp_path):
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 40)) < 0.6
+    rows = [
+        {"method": method, "task": "t", "id": f"{i}", "tokens": 1, "nll": 1.0, "seed": seed,
+         "correct": float(right[m, i])}
+        for m, method in enumerate("ab") for i in range(40) for seed in range(3)
+    ]  # fmt: skip
+    items = pd.DataFrame(rows)
+    one, two = (result_items(items, method, []) for method in "ab")
+    (many,), (alone,) = (
+        compare_items(one[one["seed"] < n], two[two["seed"] < n], seed=1) for n in (3, 1)
+    )
+    assert (many.n, many.seeds, alone.seeds) == (40, 3, 1)
+    assert (many.low, many.high) == pytest.approx((alone.low, alone.high))
+    assert (many.wins, many.losses) == (alone.wins, alone.losses)
+    with pytest.raises(DataError, match=r"same training seeds, got \[0, 1, 2\] and \[0\]"):
+        compare_items(one, two[two["seed"] == 0])

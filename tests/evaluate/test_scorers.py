@@ -67,6 +67,11 @@ def test_the_letter_of_an_option(generated, wanted):
     assert score("letter", generated, Expected(OPTIONS[1], choices=OPTIONS)) == wanted
 
 
+def test_an_announced_letter_counts_more_than_an_article():
+    for text in ("A dog barks.\nAnswer: B", "A dog. **Answer:** B", "A dog. ANSWER is option (B)"):
+        assert score("letter", text, Expected(OPTIONS[1], choices=OPTIONS)) == 1
+
+
 def test_letters_count_the_options_where_these_carry_none():
     options = ("A dog", "A cat")
     assert score("letter", "B", Expected("A cat", choices=options)) == 1

@@ -30,7 +30,7 @@ def test_a_paired_difference_is_scipys():
     )  # fmt: skip
     bootstrap = Bootstrap(resamples=20_000)
     draws = bootstrap.sums(np.stack([one, other])[:, None]) / 60
-    found = difference(one.mean() - other.mean(), draws[0] - draws[1], bootstrap)
+    found = difference(one.mean() - other.mean(), draws[0] - draws[1], bootstrap, 60)
     interval = wanted.confidence_interval
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.005)
     t = stats.ttest_rel(one, other).pvalue
@@ -89,9 +89,22 @@ def test_holm_keeps_the_familywise_error():
 
 def test_no_difference_at_all_is_p_1():
     bootstrap = Bootstrap(resamples=50)
-    assert difference(0.0, np.zeros(50), bootstrap) == Difference(0.0, 0.0, 0.0, 1.0)
-    assert difference(0.5, np.full(50, 0.5), bootstrap).p == 0.0
-    assert np.isnan(difference(np.nan, np.full(50, np.nan), bootstrap).p)
+    assert difference(0.0, np.zeros(50), bootstrap, 9) == Difference(0.0, 0.0, 0.0, 1.0)
+    assert np.isnan(difference(np.nan, np.full(50, np.nan), bootstrap, 9).p)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_a_difference_of_every_item_has_p_of_the_sign_test(n):
+    found = difference(0.5, np.full(50, 0.5), Bootstrap(resamples=50), n)
+    assert found.p == pytest.approx(stats.binomtest(n, n).pvalue)
+
+
+def test_training_seeds_are_resampled_together_for_all_groups_of_items():
+    """What a seed does to all clusters does not average out over clusters."""
+    table = np.repeat([[0.5], [0.7], [0.9]], 40, axis=1)[None]
+    bootstrap = Bootstrap(resamples=400)
+    draws = [bootstrap.sums(table, apart=cluster)[0] / 40 for cluster in range(6)]
+    assert bootstrap.interval(np.mean(draws, axis=0)) == pytest.approx(bootstrap.interval(draws[0]))
 
 
 @pytest.mark.parametrize("n", [1, 4, 50])

@@ -9,7 +9,7 @@ from tclora.evaluate.scorers.text import normalise
 # "(B)", "B)", "B.", "B:" or a B that stands alone; capitals only, or "a" would be an article.
 _LETTER = re.compile(r"\(([A-Z])\)|\b([A-Z])(?=[).:](?:\s|$))|(?<![\w'])([A-Z])(?![\w'])")
 _LABEL = re.compile(r"\(?([A-Z])[).:]\s")  # at the start of an option that carries its letter
-_ANNOUNCED = re.compile(r"answer\s*(?:is|:)?\s*\(?([A-Z])\b(?!')")
+_ANNOUNCED = re.compile(r"(?i:answer)[*\s]*(?:is|:)?[*\s]*(?:(?i:option)\s+)?\(?([A-Z])\b(?!')")
 
 
 def _check_mark(expected: Expected) -> None:

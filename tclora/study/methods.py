@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from tclora.config import IntervalConfig
+from tclora.evaluate.statistics import Bootstrap
 from tclora.library.names import OWN, ROUTED
 from tclora.report.notation import MISSING
 from tclora.study.cells import Cell
@@ -139,7 +140,7 @@ def _difference(
 def _estimate(
     name: str, values: pd.DataFrame, tokens: "pd.Series[float]", config: IntervalConfig
 ) -> dict[str, float]:
-    """Return Σ values / Σ tokens with its ends, seeds and rows both resampled.
+    """Return Σ values / Σ tokens with its ends, seeds and rows resampled across each other.
 
     Parameters
     ----------
@@ -148,15 +149,13 @@ def _estimate(
     tokens : Series, shape (n,)
         Tokens of each row.
     """
-    seeds, rows = values.shape
-    rng = np.random.default_rng(0)
-    by_row = rng.multinomial(rows, np.full(rows, 1 / rows), config.resamples)  # (resamples, n)
-    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), config.resamples)
-    summed = np.einsum("bs,sn,bn->b", by_seed, values.to_numpy(float), by_row, optimize=True)
-    draws = summed / (seeds * (by_row @ tokens.to_numpy(float)))
-    ends = np.quantile(draws, [(1 - config.confidence) / 2, (1 + config.confidence) / 2])
+    table = values.to_numpy(float)
+    weights = np.broadcast_to(tokens.to_numpy(float), table.shape)
+    bootstrap = Bootstrap(config.confidence, config.resamples)
+    summed, totals = bootstrap.sums(np.stack([table, weights]))
+    low, high = bootstrap.interval(summed / totals)
     point = values.mean().sum() / tokens.sum()
-    return {name: float(point), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+    return {name: float(point), f"{name}_low": low, f"{name}_high": high}
 
 
 def _draw(table: pd.DataFrame, axes: Sequence[str]) -> Figure:

@@ -103,6 +103,22 @@ def test_seeds_widen_the_interval(tmp_path):
     assert table.loc[4, "difference_high"] > 0.6
 
 
+def test_the_interval_of_two_seeds_reaches_both(tmp_path):
+    """One of two is drawn, with twice its weight; two of two give their mean half of the time."""
+
+    def write(cell):
+        nll = TOKENS * (2.0 + cell.config.seed)
+        rows = {"id": [f"r{i}" for i in range(ROWS)], "method": "own", "split": "test"}
+        items = pd.DataFrame({**rows, "nll": nll, "tokens": TOKENS})
+        items.to_parquet(cell.layout.evaluation.items)
+        write_clusters(cell, np.arange(4) % 2)
+
+    cells = cells_of(tmp_path, {"cluster.k": [2], "seed": [0, 1]}, write)
+    half = IntervalConfig(resamples=400, confidence=0.4)
+    table = compare_methods(cells, {}, half).table
+    assert table.loc[0, ["nll_low", "nll_high"]].tolist() == pytest.approx([2, 3])
+
+
 def test_training_seeds_of_a_cell_are_paired_and_are_no_further_rows(tmp_path):
     def write(cell):
         seeds = [0, 1, 2] if cell.config.cluster.k == 2 else [2, 0]  # in another order, one missing

@@ -1,7 +1,10 @@
 """Multiple choice: the option of a row that a model finds most likely.
 
 As in lm-eval, the white space that a prompt ends with belongs to every option, and acc_norm divides
-an option's log-likelihood by the characters of its text.
+an option's log-likelihood by the characters of its text. Options are tokenised by themselves, as
+responses are in training; lm-eval tokenises prompt and option together, so that its figures are the
+same where no token of its spans the border of the two, as behind a line's end that no other white
+space follows.
 
 References
 ----------

@@ -1,5 +1,6 @@
 """``tclora compare``: two results paired item by item."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tclora.errors import ConfigError, DataError
 from tclora.evaluate.compare import METRICS, Comparison, compare_items, result_items
 from tclora.evaluate.tables import ITEMS
 from tclora.library.layout import Layout
+from tclora.report.notation import MISSING
 
 
 def print_comparison(
@@ -26,7 +28,7 @@ def print_comparison(
     if metric not in METRICS:
         raise ConfigError(f"--metric must be one of {METRICS}, got {metric!r}")
     first, second = (result_items(*_open(spec), tasks) for spec in specs)
-    found = compare_items(first, second, metric, confidence=confidence, seed=seed)
+    found = compare_items(first, second, metric, names=specs, confidence=confidence, seed=seed)
     title = f"{metric}: {specs[0]} against {specs[1]}, {confidence:.0%} intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     columns = ("task", "n", "seeds", "first", "second", "difference", "interval", "wins", "losses",
@@ -56,6 +58,7 @@ def _open(spec: str) -> tuple[pd.DataFrame, str]:
 def _cells(line: Comparison) -> list[str]:
     figures = [f"{value:.4f}" for value in (line.first, line.second)]
     difference = f"{line.difference:+.4f}"
-    interval = rf"\[{line.low:+.4f}, {line.high:+.4f}]"
+    known = not math.isnan(line.low)
+    interval = rf"\[{line.low:+.4f}, {line.high:+.4f}]" if known else MISSING
     counts = map(str, (line.wins, line.losses, line.ties))
     return [line.task, str(line.n), str(line.seeds), *figures, difference, interval, *counts]

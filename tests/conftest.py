@@ -1,7 +1,9 @@
 """Fixtures for all tests: a tiny real causal LM with its tokenizer, built here, and no network."""
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +27,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+if importlib.util.find_spec("absl"):
+    # rouge-score imports it; its handler closes the stream that it had at first whenever logging is
+    # configured anew, as MLflow does, and that stream would be pytest's.
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"

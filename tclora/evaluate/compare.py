@@ -1,8 +1,4 @@
-"""Two results item by item: the difference with a paired bootstrap interval, wins, losses, ties.
-
-Where both are of several training seeds, these are paired too and resampled beside the items
-(`tclora.evaluate.statistics`): an item that three seeds answered is one item.
-"""
+"""Two results item by item: the difference with a paired bootstrap interval, wins, losses, ties."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tclora.errors import DataError
-from tclora.evaluate.statistics import Bootstrap, by_seed, seeds_of
+from tclora.errors import ConfigError, DataError
+from tclora.evaluate.statistics import Bootstrap, by_seed, difference, seeds_of
 
 METRICS = ("correct", "correct_norm", "nll")
 
@@ -25,16 +21,14 @@ class Comparison:
     ----------
     task : str
         "all" for all of them.
-    n : int
-        Items that both have.
-    seeds : int
-        Training seeds of both.
+    n, seeds : int
+        Items that both have with every training seed that both have, and these seeds.
     first, second : float
         Their means; of "nll", nats per response token.
     difference, low, high : float
-        first - second, with its interval.
+        first - second, with its interval; see `tclora.evaluate.statistics.difference`.
     wins, losses, ties : int
-        Items on which the first is better, worse, equal, on the average of the seeds.
+        Items on which the first is better, worse, equal in the mean over the seeds.
     """
 
     task: str
@@ -55,6 +49,7 @@ def compare_items(
     second: pd.DataFrame,
     metric: str = "correct",
     *,
+    names: tuple[str, str] = ("first", "second"),
     confidence: float = 0.95,
     resamples: int = 5000,
     seed: int = 0,
@@ -64,10 +59,12 @@ def compare_items(
     Parameters
     ----------
     first, second : DataFrame
-        Columns task, id, those of `tclora.evaluate.measure.evaluate_frame`, and seed where there
-        are several; an id is an item's own within its task.
+        Columns task, id and those of `tclora.evaluate.measure.evaluate_frame`, and seed where there
+        are several training seeds; an id is an item's own within its task.
     metric : {"correct", "correct_norm", "nll"}
         What is compared; lower is better for "nll" alone.
+    names : tuple of str
+        What messages call the results.
     confidence, resamples, seed
         Of the intervals.
 
@@ -78,21 +75,18 @@ def compare_items(
 
     Raises
     ------
+    ConfigError
+        If only one of them has training seeds.
     DataError
-        If they share no item with this metric, or are not of the same training seeds.
+        If they share no training seed, or no item with this metric.
     """
-    sides = [part.assign(seed=part.get("seed", 0)) for part in (first, second)]
-    trained = [sorted(set(part["seed"])) for part in sides]
-    if trained[0] != trained[1]:
-        raise DataError(
-            f"the results must be of the same training seeds, got {trained[0]} and {trained[1]}; "
-            "compare libraries whose runs had the same `seeds`"
-        )
-    keys = ["task", "id", "seed"]
-    one, two = (part[[*keys, metric, "tokens"]] for part in sides)
-    both = one.merge(two, on=keys, suffixes=("_1", "_2"))
-    both = both.dropna(subset=[f"{metric}_1", f"{metric}_2"])
-    both = both[both.groupby(["task", "id"])["seed"].transform("size") == len(trained[0])]
+    _check_seeds(first, second, names)
+    keys = [key for key in ("task", "id", "seed") if key in first]
+    columns = [*keys, metric, "tokens"]
+    both = first[columns].merge(second[columns], on=keys, suffixes=("_1", "_2"))
+    known = both[[f"{metric}_1", f"{metric}_2"]].notna().all(axis=1)
+    with_all = known.groupby([both["task"], both["id"]]).transform("sum") == seeds_of(both)
+    both = both[with_all]
     if both.empty:
         raise DataError(f"the results must share items with {metric!r}, but share none")
     parts = [("all", both)]
@@ -102,30 +96,50 @@ def compare_items(
     return [_compare(task, part, metric, **options) for task, part in parts]
 
 
+def _check_seeds(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]) -> None:
+    if "seed" in first and "seed" in second:
+        if not set(first["seed"]) & set(second["seed"]):
+            have = " and ".join(
+                f"{name} has {sorted(set(items['seed']))}"
+                for name, items in zip(names, (first, second), strict=True)
+            )
+            raise DataError(f"results of several training seeds must share some, but {have}")
+    elif "seed" in first or "seed" in second:
+        several, single = names if "seed" in first else names[::-1]
+        raise ConfigError(
+            "both results must have training seeds, or neither: "
+            f"{several} has {seeds_of(first if 'seed' in first else second)}, {single} does not "
+            "name any; run both with the same `seeds`, or compare a result of one training with "
+            f"{single}"
+        )
+
+
 def _compare(
     task: str, both: pd.DataFrame, metric: str, *, confidence: float, resamples: int, seed: int
 ) -> Comparison:
-    first, second = (by_seed(both, f"{metric}_{i}") for i in (1, 2))  # (S, n)
-    weights = by_seed(both, "tokens_1") if metric == "nll" else np.ones_like(first)
+    one, two = (by_seed(both, f"{metric}_{i}") for i in (1, 2))
+    weights = by_seed(both, "tokens_1") if metric == "nll" else np.ones_like(one)
     bootstrap = Bootstrap(confidence, resamples, seed)
-    differences, totals = bootstrap.sums(np.stack([first - second, weights]))
-    low, high = bootstrap.interval(differences / totals)
-    one, two = first.mean(axis=0), second.mean(axis=0)
-    equal = np.isclose(one, two, rtol=1e-6, atol=1e-9)
-    better = (one < two) if metric == "nll" else (one > two)
+    sums, totals = bootstrap.sums(np.stack([one - two, weights]))
+    (seeds, n), total = one.shape, weights.sum()
+    largest = np.inf if metric == "nll" else 1.0
+    point = float((one - two).sum() / total)
+    found = difference(point, sums / totals, bootstrap, n=n, largest=largest)
+    own, other = one.mean(axis=0), two.mean(axis=0)
+    equal = np.isclose(own, other, rtol=1e-6, atol=1e-9)
+    better = (own < other) if metric == "nll" else (own > other)
     ties, wins = int(equal.sum()), int((better & ~equal).sum())
-    total = weights.sum()
     return Comparison(
         task=task,
-        n=len(one),
-        seeds=seeds_of(both),
-        first=float(first.sum() / total),
-        second=float(second.sum() / total),
-        difference=float((first - second).sum() / total),
-        low=low,
-        high=high,
+        n=n,
+        seeds=seeds,
+        first=float(one.sum() / total),
+        second=float(two.sum() / total),
+        difference=point,
+        low=found.low,
+        high=found.high,
         wins=wins,
-        losses=len(one) - wins - ties,
+        losses=n - wins - ties,
         ties=ties,
     )
 

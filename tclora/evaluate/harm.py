@@ -56,13 +56,12 @@ def _of_cluster(
     models = dict(list(part.groupby(["adapter", "added"], sort=False)))
     nll = np.stack([by_seed(rows, "nll") for rows in models.values()])
     tokens = by_seed(next(iter(models.values())), "tokens")
-    points = nll.sum((1, 2)) / tokens.sum()
+    n, points = tokens.shape[1], nll.sum((1, 2)) / tokens.sum()
     draws = bootstrap.sums(nll) / bootstrap.sums(tokens[None])
     own = list(models).index((cluster_name(cluster), False))
     for place, (adapter, added) in enumerate(models):
         ends = bootstrap.interval(draws[place])
-        n = tokens.shape[1]
-        change = difference(points[place] - points[own], draws[place] - draws[own], bootstrap, n)
+        change = difference(points[place] - points[own], draws[place] - draws[own], bootstrap, n=n)
         yield adapter, added, n, points[place], *ends, *change[:3]
 
 

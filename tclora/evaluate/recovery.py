@@ -118,7 +118,8 @@ def recoveries(
 ) -> list[ClusterRecovery]:
     """Return the recoveries of methods on every cluster; NaN where own adapters do not help.
 
-    Clusters are independent: each has resamples of its own, the same for every method.
+    Items of clusters are independent: each has resamples of its own, the same for every method.
+    Training seeds are resampled alike in all of them.
     """
     found = []
     for cluster, part in test.groupby("cluster", sort=True):

@@ -54,8 +54,8 @@ class Bootstrap:
         values : array, shape (M, S, n)
             What is summed.
         apart : int
-            Items are resampled independently for other numbers; training seeds are not, which all
-            items have in common.
+            Items of other numbers are drawn independently of each other; seeds are drawn alike, as
+            every one of them has trained what all of the items are answered by.
 
         Returns
         -------
@@ -72,7 +72,7 @@ class Bootstrap:
     def _weights(self, seeds: int, n: int, apart: int) -> Iterator[tuple[Array, Array]]:
         """Yield the weights of seeds (≤ CHUNK, S) and of items (≤ CHUNK, n) in the resamples."""
         items = np.random.default_rng(self.seed + apart)
-        models = np.random.default_rng((self.seed, seeds))  # items are drawn alike whatever seeds
+        models = np.random.default_rng((self.seed, seeds))  # items alike however many seeds
         for start in range(0, self.resamples, CHUNK):
             size = min(CHUNK, self.resamples - start)
             by_item = items.multinomial(n, np.full(n, 1 / n), size=size).astype(float)
@@ -108,7 +108,9 @@ class Difference(NamedTuple):
     p: float
 
 
-def difference(point: float, draws: Array, bootstrap: Bootstrap, n: int) -> Difference:
+def difference(
+    point: float, draws: Array, bootstrap: Bootstrap, *, n: int, largest: float = np.inf
+) -> Difference:
     """Return a difference with its interval and its two-sided p.
 
     Parameters
@@ -120,23 +122,31 @@ def difference(point: float, draws: Array, bootstrap: Bootstrap, n: int) -> Diff
     bootstrap : Bootstrap
         How the draws were made.
     n : int
-        Items.
+        Items that were resampled.
+    largest : float
+        What the difference on one item cannot exceed, on either side.
 
     Notes
     -----
-    A difference that is the same in every resample is the same on every item; its p is that of the
-    sign test, 2 · 0.5ⁿ. Else p is the normal approximation with the standard error of the draws:
-    shares of draws beyond zero cannot tell apart what is below 2 / R, which a correction for many
-    comparisons needs.
+    p is the normal approximation with the standard error of the draws: shares of draws beyond zero
+    cannot tell apart what is below 2 / R, which a correction for many comparisons needs.
+
+    Draws say nothing where there is one item, or where all resamples have one difference other than
+    zero. p is then that of the exact sign test, 2 · 0.5ⁿ but at most 1. The interval holds what is
+    possible where, as in `Bootstrap.extreme_share`, a share of other items was missed that differ
+    by as much as `largest`; it is NaN where nothing bounds that.
     """
-    error = float(np.nanstd(draws)) if not np.isnan(draws).all() else np.nan
-    if np.isnan(error) or np.isnan(point):
-        p = np.nan
-    elif error <= 1e-12 * max(1.0, abs(point)):  # the same in every resample, but for rounding
-        p = min(1.0, 2 * 0.5**n) if abs(point) > 1e-12 else 1.0
-    else:
-        p = float(2 * norm.sf(abs(point) / error))
-    return Difference(point, *bootstrap.interval(draws), p)
+    if np.isnan(point) or np.isnan(draws).all():
+        return Difference(point, *bootstrap.interval(draws), np.nan)
+    error = float(np.nanstd(draws))
+    alike = error <= 1e-12 * max(1.0, abs(point))  # but for rounding
+    if alike and abs(point) <= 1e-12:
+        return Difference(point, *bootstrap.interval(draws), 1.0)
+    if alike or n == 1:
+        missed = bootstrap.extreme_share(0, n)[1] if np.isfinite(largest) else np.nan
+        low, high = (point + missed * (end - point) for end in (-largest, largest))
+        return Difference(point, low, high, min(1.0, 2 * 0.5**n))
+    return Difference(point, *bootstrap.interval(draws), float(2 * norm.sf(abs(point) / error)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from tclora.evaluate.recovery import METRICS, ClusterRecovery, groups, recoverie
 from tclora.evaluate.statistics import Array, Bootstrap, Difference, difference, holm, seeds_of
 from tclora.library.names import BASE, OWN, REFERENCES
 
+SHARES = ("accuracy", "accuracy_norm")  # metrics whose items score 0 to 1
 COLUMNS = ("metric", "split", "group_kind", "group", "method", "best", "n", "seeds",
            "difference", "low", "high", "p", "tie")  # fmt: skip
 
@@ -29,6 +30,8 @@ class Column(NamedTuple):
         Of "recovery" the groups are clusters, and "mean" of kind "all".
     n : int
         Items.
+    fewest : int
+        Items that alone decide a difference: `n`, or those of the smallest cluster of a mean.
     points : Mapping[str, float]
         Merge → its figure; with minus where the smaller is better.
     draws : Mapping[str, Array]
@@ -40,6 +43,7 @@ class Column(NamedTuple):
     group_kind: str
     group: str
     n: int
+    fewest: int
     points: Mapping[str, float]
     draws: Mapping[str, Array]
 
@@ -59,7 +63,7 @@ def winners(
     DataFrame
         One row per column and merge that is not its best: metric, split, group_kind, group, method,
         best, n and seeds (items and training seeds), difference (by how much `best` is better),
-        low, high, p (adjusted), and tie: whether p exceeds 1 - confidence or is not known.
+        low, high, p (adjusted), and tie: whether p is not within 1 - confidence, or unknown.
     """
     bootstrap = Bootstrap(confidence, resamples, seed)
     merges = [m for m in items["method"].unique() if m not in REFERENCES]
@@ -81,13 +85,15 @@ def _compared(column: Column, seeds: int, bootstrap: Bootstrap) -> Iterator[tupl
     for (one, other), result, p in zip(pairs, found, adjusted, strict=True):
         if one == best:
             figures = (result.value, result.low, result.high, p)
-            tie = not p <= 1 - bootstrap.confidence  # what is not known is no winner
+            tie = not p <= 1 - bootstrap.confidence  # NaN is not told apart
             yield (*column[:4], other, best, column.n, seeds, *figures, tie)
 
 
 def _difference(column: Column, one: str, other: str, bootstrap: Bootstrap) -> Difference:
     point = column.points[one] - column.points[other]
-    return difference(point, column.draws[one] - column.draws[other], bootstrap, column.n)
+    largest = 1.0 if column.metric in SHARES else np.inf
+    draws = column.draws[one] - column.draws[other]
+    return difference(point, draws, bootstrap, n=column.fewest, largest=largest)
 
 
 def _columns(items: pd.DataFrame, merges: Sequence[str], bootstrap: Bootstrap) -> Iterator[Column]:
@@ -111,11 +117,12 @@ def _recovery_columns(
     points = np.mean([part.points for part in found], axis=0)
     draws = np.mean([part.draws for part in found], axis=0)
     mean = ClusterRecovery("mean", sum(part.n for part in found), points, draws)
+    smallest = min(part.n for part in found)
     for part in (mean, *found):
-        kind = "all" if part is mean else "cluster"
+        kind, fewest = ("all", smallest) if part is mean else ("cluster", part.n)
         by_name = dict(zip(measured, part.points.tolist(), strict=True))
         named = dict(zip(measured, part.draws, strict=True))
-        yield Column("recovery", "test", kind, part.cluster, part.n, by_name, named)
+        yield Column("recovery", "test", kind, part.cluster, part.n, fewest, by_name, named)
 
 
 def _metric_column(
@@ -126,4 +133,4 @@ def _metric_column(
     n = max((figure.n for figure in found.values()), default=0)
     paired = {name: figure for name, figure in found.items() if figure.n == n}
     points = {name: sign * figure.point for name, figure in paired.items()}
-    return Column(metric, *place, n, points, {m: sign * f.draws for m, f in paired.items()})
+    return Column(metric, *place, n, n, points, {m: sign * f.draws for m, f in paired.items()})

@@ -6,14 +6,12 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from tclora.errors import DataError, TcloraError
-from tclora.evaluate.compare import compare_items, result_items
+from tclora.errors import TcloraError
 from tclora.model.base import Base
 from tclora_cli.main import app
 from tests.evaluate.conftest import *  # noqa: F403
@@ -174,23 +172,3 @@ def test_a_librarys_own_evaluation_can_be_compared(tmp_path):
     pd.DataFrame(rows).to_parquet(folder / "items.parquet")
     result = invoke("compare", f"{tmp_path}:a", f"{tmp_path}:b", "--metric", "nll")
     assert json.dumps("-0.5000")[1:-1] in result.stdout
-
-
-def test_training_seeds_of_two_results_are_paired_and_no_further_items(tmp_path):
-    rng = np.random.default_rng(0)
-    right = rng.random((2, 40)) < 0.6
-    rows = [
-        {"method": method, "task": "t", "id": f"{i}", "tokens": 1, "nll": 1.0, "seed": seed,
-         "correct": float(right[m, i])}
-        for m, method in enumerate("ab") for i in range(40) for seed in range(3)
-    ]  # fmt: skip
-    items = pd.DataFrame(rows)
-    one, two = (result_items(items, method, []) for method in "ab")
-    (many,), (alone,) = (
-        compare_items(one[one["seed"] < n], two[two["seed"] < n], seed=1) for n in (3, 1)
-    )
-    assert (many.n, many.seeds, alone.seeds) == (40, 3, 1)
-    assert (many.low, many.high) == pytest.approx((alone.low, alone.high))
-    assert (many.wins, many.losses) == (alone.wins, alone.losses)
-    with pytest.raises(DataError, match=r"same training seeds, got \[0, 1, 2\] and \[0\]"):
-        compare_items(one, two[two["seed"] == 0])

@@ -221,6 +221,22 @@ def test_seeds_that_differ_widen_the_intervals():
     assert alike.loc["mean", "recovery"] == pytest.approx(0.6, abs=0.02)
 
 
+def test_the_seeds_part_of_the_mean_is_that_of_every_cluster():
+    """Training seeds belong to all clusters: to average these does not average the seeds out."""
+    parts = []
+    for seed, merged in enumerate((1.5, 1.3, 1.1)):
+        items = pd.concat(
+            [
+                frame(base=2.0, own=1.0, merged=merged).assign(cluster=cluster, seed=seed)
+                for cluster in range(6)
+            ]
+        )
+        parts.append(items.assign(id=items["id"] + items["cluster"].astype(str)))
+    found = recovery(pd.concat(parts)).set_index("cluster")
+    for cluster in ("0", "5", "mean"):
+        assert found.loc[cluster, ["low", "high"]].tolist() == pytest.approx([0.5, 0.9])
+
+
 def test_seeds_must_measure_the_same_items():
     items = pd.concat([many(base=2.0, own=1.0, merged=1.4).assign(seed=s) for s in range(2)])
     with pytest.raises(ValueError, match="every seed must measure the same items"):

@@ -30,7 +30,7 @@ def test_a_paired_difference_is_scipys():
     )  # fmt: skip
     bootstrap = Bootstrap(resamples=20_000)
     draws = bootstrap.sums(np.stack([one, other])[:, None]) / 60
-    found = difference(one.mean() - other.mean(), draws[0] - draws[1], bootstrap, 60)
+    found = difference(one.mean() - other.mean(), draws[0] - draws[1], bootstrap, n=60)
     interval = wanted.confidence_interval
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=0.005)
     t = stats.ttest_rel(one, other).pvalue
@@ -89,22 +89,30 @@ def test_holm_keeps_the_familywise_error():
 
 def test_no_difference_at_all_is_p_1():
     bootstrap = Bootstrap(resamples=50)
-    assert difference(0.0, np.zeros(50), bootstrap, 9) == Difference(0.0, 0.0, 0.0, 1.0)
-    assert np.isnan(difference(np.nan, np.full(50, np.nan), bootstrap, 9).p)
+    assert difference(0.0, np.zeros(50), bootstrap, n=9) == Difference(0.0, 0.0, 0.0, 1.0)
+    assert np.isnan(difference(np.nan, np.full(50, np.nan), bootstrap, n=9).p)
 
 
-@pytest.mark.parametrize("n", [1, 2, 8])
-def test_a_difference_of_every_item_has_p_of_the_sign_test(n):
-    found = difference(0.5, np.full(50, 0.5), Bootstrap(resamples=50), n)
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_the_same_difference_on_every_item_has_scipys_sign_test(n):
+    bootstrap = Bootstrap(resamples=50)
+    found = difference(1.0, np.ones(50), bootstrap, n=n, largest=1.0)
     assert found.p == pytest.approx(stats.binomtest(n, n).pvalue)
+    share = stats.binomtest(n, n).proportion_ci(0.95, method="exact")  # of items at 1, not at -1
+    assert (found.low, found.high) == pytest.approx((2 * share.low - 1, 1.0))
+    assert np.isnan(difference(0.5, np.full(50, 0.5), bootstrap, n=n)[1:3]).all()
 
 
-def test_training_seeds_are_resampled_together_for_all_groups_of_items():
-    """What a seed does to all clusters does not average out over clusters."""
-    table = np.repeat([[0.5], [0.7], [0.9]], 40, axis=1)[None]
-    bootstrap = Bootstrap(resamples=400)
-    draws = [bootstrap.sums(table, apart=cluster)[0] / 40 for cluster in range(6)]
-    assert bootstrap.interval(np.mean(draws, axis=0)) == pytest.approx(bootstrap.interval(draws[0]))
+def test_a_part_of_the_range_on_every_item_leaves_both_sides_open():
+    found = difference(-0.5, np.full(50, -0.5), Bootstrap(), n=4, largest=1.0)
+    missed = 1 - 0.025 ** (1 / 4)
+    assert (found.low, found.high) == pytest.approx((-0.5 - 0.5 * missed, -0.5 + 1.5 * missed))
+
+
+def test_seeds_that_differ_do_not_make_one_item_several():
+    found = difference(0.4, np.random.default_rng(6).normal(0.4, 0.01, 50), Bootstrap(), n=1)
+    assert found.p == 1
+    assert np.isnan([found.low, found.high]).all()
 
 
 @pytest.mark.parametrize("n", [1, 4, 50])

@@ -2,6 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import tclora.evaluate.winners
+from tclora.evaluate.statistics import Difference
 from tclora.evaluate.winners import winners
 from tests.evaluate.test_recovery import many
 
@@ -59,3 +61,33 @@ def test_seeds_count():
     found = winners(items, resamples=100)
     assert (found["seeds"] == 3).all()
     assert set(of(found, metric="recovery", group="mean")["n"]) == {200}
+
+
+def answered(n, **right):
+    """Items of merges that answer all of n questions rightly, or none."""
+    parts = [many(n, **{name: 1.0}).assign(correct=share) for name, share in right.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_two_items_do_not_make_a_winner():
+    found = winners(answered(2, good=1.0, bad=0.0), resamples=50)
+    row = of(found, metric="accuracy", group_kind="all").loc["bad"]
+    assert (row["difference"], row["p"], row["tie"]) == (1.0, 0.5, True)
+    assert row["low"] < 0 < row["high"]
+    many_items = winners(answered(20, good=1.0, bad=0.0), resamples=50)
+    row = of(many_items, metric="accuracy", group_kind="all").loc["bad"]
+    assert not row["tie"]
+    assert 0 < row["low"] < row["high"] == 1
+
+
+def test_clusters_of_one_item_make_no_winner_of_their_mean():
+    items = many(8, base=2.0, own=1.0, good=1.2, bad=1.6).assign(cluster=lambda t: t["id"].str[1:])
+    items["cluster"] = items["cluster"].astype(int)
+    row = of(winners(items, resamples=50), metric="recovery", group="mean").loc["bad"]
+    assert (row["p"], row["tie"]) == (1.0, True)
+
+
+def test_what_has_no_p_is_a_tie(monkeypatch):
+    unknown = Difference(0.4, np.nan, np.nan, np.nan)
+    monkeypatch.setattr(tclora.evaluate.winners, "difference", lambda *_, **__: unknown)
+    assert winners(many(base=2.0, own=1.0, good=1.2, bad=1.6), resamples=50)["tie"].all()

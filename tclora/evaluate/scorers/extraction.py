@@ -9,7 +9,10 @@ from tclora.evaluate.scorers.text import normalise
 # "(B)", "B)", "B.", "B:" or a B that stands alone; capitals only, or "a" would be an article.
 _LETTER = re.compile(r"\(([A-Z])\)|\b([A-Z])(?=[).:](?:\s|$))|(?<![\w'])([A-Z])(?![\w'])")
 _LABEL = re.compile(r"\(?([A-Z])[).:]\s")  # at the start of an option that carries its letter
-_ANNOUNCED = re.compile(r"(?i:answer)[*\s]*(?:is|:)?[*\s]*(?:(?i:option)\s+)?\(?([A-Z])\b(?!')")
+# "Answer: C", "the answer is **(C)**", "ANSWER: option C"; the letter itself is a capital.
+_ANNOUNCED = re.compile(
+    r"(?i:\banswer\b(?:[\s*]*\bis\b)?(?:[\s*]*:)?(?:[\s*]*\boption\b)?)[\s*]*\(?([A-Z])\b(?!')"
+)
 
 
 def _check_mark(expected: Expected) -> None:

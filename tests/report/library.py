@@ -206,7 +206,7 @@ def _crossed(rng):
             for added in (False, True) if adapter not in ("base", own) else (False,):
                 rise = rng.uniform(-0.05, 0.4) if added else 1.2 * (adapter != own)
                 rows += [
-                    (f"{cluster}-{i}", cluster, adapter, added, nll + 4 * rise * (0.8 + 0.01 * i), 4)
+                    (f"{cluster}-{i}", cluster, adapter, added, nll + (3 + 0.05 * i) * rise, 4)
                     for i, nll in enumerate(level)
                 ]
     return pd.DataFrame(rows, columns=["id", "cluster", "adapter", "added", "nll", "tokens"])

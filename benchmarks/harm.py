@@ -43,12 +43,12 @@ def main() -> None:
         max_tokens=settings.max_tokens,
     )
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "crossed")
+        file = Path(folder, "crossed")
         measure_cross(
             base=base, rows=layout.held_out, adapters=adapters, per_cluster=arguments.rows,
-            seed=0, config=MeasureConfig(), target=target,
+            seed=0, config=MeasureConfig(), file=file,
         )  # fmt: skip
-        crossed = summarise_cross(pd.read_parquet(target))
+        crossed = summarise_cross(pd.read_parquet(file))
     pairs = interference([read_adapter(path, name) for name, path in adapters.items()]).pairs()
     found = foretold(crossed, pairs)
     means = pairs.drop(columns=["first", "second"]).mean().rename("mean over pairs")

@@ -42,9 +42,9 @@ def evaluate(
         rows=rows.path,
         adapters=paths_of(adapters),
         config=config,
-        target=layout.items(method),
+        file=layout.items(method),
         lm_eval=lm_eval,
-        lm_eval_target=layout.lm_eval(method) if lm_eval else None,
+        lm_eval_file=layout.lm_eval(method) if lm_eval else None,
         on_event=_shown(method, where),
     )
     files = [layout.items(method), *([layout.lm_eval(method)] if lm_eval else [])]
@@ -65,7 +65,7 @@ def measure_routed(
         library=library,
         routing=routing,
         config=config,
-        target=where.layout.items(method),
+        file=where.layout.items(method),
         on_event=_shown(method, where),
     )
     return Artifact.of(where.layout.root, where.layout.items(method))
@@ -91,7 +91,7 @@ def cross(
         per_cluster=per_cluster,
         seed=seed,
         config=config,
-        target=file,
+        file=file,
         on_event=_shown("cross", where),
     )
     return Artifact.of(where.layout.root, file)

@@ -29,7 +29,7 @@ def measure_cross(
     per_cluster: int,
     seed: int,
     config: MeasureConfig,
-    target: Path,
+    file: Path,
     on_event: EventCallback = lambda _: None,
 ) -> int:
     """Measure rows of every cluster under the base model, every adapter, and every two adapters.
@@ -48,7 +48,7 @@ def measure_cross(
         Seed of the draw.
     config : MeasureConfig
         Of which the token budget counts; nothing is generated.
-    target : Path
+    file : Path
         Parquet file to write, one line per row and model: columns id, cluster, adapter ("base" for
         none), added (whether the adapter was added to the cluster's own, rather than alone), nll
         (nats), tokens.
@@ -68,7 +68,7 @@ def measure_cross(
     for done, part in enumerate(_measured(loaded, chosen, read, config), start=1):
         parts.append(part)
         on_event({"rows": done, "of": models})
-    with atomic_path(target) as fresh:
+    with atomic_path(file) as fresh:
         pd.concat(parts, ignore_index=True).to_parquet(fresh)
     return len(chosen)
 

@@ -22,9 +22,9 @@ def evaluate_adapters(
     rows: Path,
     adapters: dict[str, Path],
     config: MeasureConfig,
-    target: Path,
+    file: Path,
     lm_eval: LmEvalConfig | None = None,
-    lm_eval_target: Path | None = None,
+    lm_eval_file: Path | None = None,
     on_event: EventCallback = lambda _: None,
 ) -> int:
     """Measure the base model with adapters on held-out rows.
@@ -42,9 +42,9 @@ def evaluate_adapters(
         left out), or none for the base model; see `tclora.evaluate.subjects`.
     config : MeasureConfig
         What to measure.
-    target : Path
+    file : Path
         Parquet file of the measured items.
-    lm_eval, lm_eval_target
+    lm_eval, lm_eval_file
         lm-eval tasks to run on the model as well, and the Parquet file of their figures.
     on_event : callable
         Called with the number of rows measured so far, ``rows``, and in all, ``of``.
@@ -56,10 +56,10 @@ def evaluate_adapters(
     """
     loaded, frame = base.load(), pd.read_parquet(rows)
     with opened(Adapted(loaded, adapters)) as subject:
-        measured = _write_items(subject.measure(frame, config, on_event), frame, name, target)
-        if lm_eval and lm_eval_target:
+        measured = _write_items(subject.measure(frame, config, on_event), frame, name, file)
+        if lm_eval and lm_eval_file:
             figures = subject.run_lm_eval(lm_eval, config.token_budget).figures
-            with atomic_path(lm_eval_target) as fresh:
+            with atomic_path(lm_eval_file) as fresh:
                 figures.assign(method=name).to_parquet(fresh)
     return measured
 
@@ -72,14 +72,14 @@ def evaluate_routed(
     library: Path,
     routing: Path,
     config: MeasureConfig,
-    target: Path,
+    file: Path,
     on_event: EventCallback = lambda _: None,
 ) -> int:
     """Measure a routed library on held-out rows, each by its own route.
 
     Parameters
     ----------
-    name, base, rows, config, target, on_event
+    name, base, rows, config, file, on_event
         See `evaluate_adapters`.
     library : Path
         Directory of the routed library.
@@ -95,7 +95,7 @@ def evaluate_routed(
     names = read_library(library).gated.names
     known = routing_from_table(pd.read_parquet(routing), names)
     with opened(Routed(loaded, library, lambda _: known)) as subject:
-        return _write_items(subject.measure(frame, config, on_event), frame, name, target)
+        return _write_items(subject.measure(frame, config, on_event), frame, name, file)
 
 
 def with_labels(measured: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -104,7 +104,7 @@ def with_labels(measured: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return measured.join(rows[labels]).reset_index(drop=True)
 
 
-def _write_items(measured: pd.DataFrame, rows: pd.DataFrame, method: str, target: Path) -> int:
-    with atomic_path(target) as fresh:
+def _write_items(measured: pd.DataFrame, rows: pd.DataFrame, method: str, file: Path) -> int:
+    with atomic_path(file) as fresh:
         with_labels(measured, rows).assign(method=method).to_parquet(fresh)
     return len(measured)

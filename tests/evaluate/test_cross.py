@@ -63,7 +63,7 @@ def test_every_cell_is_what_stock_peft_gives(
     events = []
     measured = measure_cross(
         base=base, rows=tmp_path / "rows.parquet", adapters=paths, per_cluster=3, seed=0,
-        config=MeasureConfig(), target=tmp_path / "cross.parquet", on_event=events.append,
+        config=MeasureConfig(), file=tmp_path / "cross.parquet", on_event=events.append,
     )  # fmt: skip
     assert measured == 5  # the row out of domain does not count
     assert events[-1] == {"rows": 4, "of": 4}
@@ -103,7 +103,7 @@ def test_a_sample_of_the_rows_is_the_same_for_one_seed(tmp_path, rows, tiny_mode
 
     def run(seed, name):
         measure_cross(base=base, rows=tmp_path / "rows.parquet", adapters={}, per_cluster=1,
-                      seed=seed, config=MeasureConfig(), target=tmp_path / name)  # fmt: skip
+                      seed=seed, config=MeasureConfig(), file=tmp_path / name)  # fmt: skip
         return pd.read_parquet(tmp_path / name)["nll"].tolist()
 
     first = run(0, "a")

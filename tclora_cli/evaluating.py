@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from tasks.closure import closure
+from tasks.closure import Closure, closure
 from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.data.tasks import TaskSettings, is_task_file, read_tasks
 from tclora.errors import ConfigError
@@ -21,7 +21,7 @@ from tclora.evaluate.subjects import Adapted, Routed
 from tclora.evaluate.tables import Tables, flat_figures, write_tables
 from tclora.evaluate.targets import BaseChoice, Target, open_target
 from tclora.jobs.call import Event
-from tclora.route.router import routers
+from tclora.route import routers
 
 _ONE_OF = {
     "template": ("chat", "plain"),
@@ -101,8 +101,12 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
         generate=request.generate,
         max_new_tokens=request.max_new_tokens,
     )
-    code = closure([evaluate_target, open_target, Adapted, Routed], routers).digest
-    return target, Plan(methods, tasks, lm_eval, config, code)
+    return target, Plan(methods, tasks, lm_eval, config, measuring_code().digest)
+
+
+def measuring_code() -> Closure:
+    """Return the code that results depend on; it is the library that names a router."""
+    return closure([open_target, evaluate_target, Adapted, Routed], given=routers)
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

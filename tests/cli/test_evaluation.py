@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from tclora.errors import TcloraError
 from tclora.model.base import Base
+from tclora_cli.evaluating import measuring_code
 from tclora_cli.main import app
 from tests.evaluate.conftest import *  # noqa: F403
 
@@ -110,6 +111,20 @@ def test_a_bad_input_is_said_before_a_model_is_loaded(
         invoke("eval", trained, "-o", tmp_path / "found", *given)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_places_and_routes_prompts_is_code_that_results_depend_on():
+    names = {f"{found.module}.{found.name}" for found in measuring_code().definitions}
+    assert names >= {
+        "tclora.evaluate.targets.Places.routed",
+        "tclora.evaluate.targets.Places.oracle",
+        "tclora.evaluate.targets.Places.nearest",
+        "tclora.cluster.embed.embed_texts",
+        "tclora.cluster.centroids.assign",
+        "tclora.route.quality.true_clusters",
+        "tclora.route.routers.nearest.Nearest.route",
+        "tclora.route.routers.per_token.PerToken.route",
+    }
 
 
 def test_a_bad_target_ends_with_code_two(task_files, tmp_path):

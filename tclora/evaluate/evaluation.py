@@ -101,7 +101,17 @@ def evaluate_target(
     DataFrame
         Columns method, task, split, cluster, skills and those of
         `tclora.evaluate.measure.evaluate_frame`.
+
+    Raises
+    ------
+    ConfigError
+        If a file of rows has the name of one of lm-eval's tasks.
     """
+    if both := sorted(set(plan.tasks) & set(plan.lm_eval.lm_eval)):
+        raise ConfigError(
+            f"tasks must have names of their own, got a file of rows {both[0]!r} and lm-eval's "
+            f"task {both[0]!r}; rename the file"
+        )
     clusters = any(method.name in BY_CLUSTER for method in plan.methods)
     tasks = {name: _labelled(target, rows, clusters) for name, rows in plan.tasks.items()}
     keys = {

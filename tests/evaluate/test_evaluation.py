@@ -128,6 +128,14 @@ def test_a_larger_batch_is_no_other_result(target, tasks, results):
     assert all(event["kept"] for event in events)
 
 
+def test_a_file_with_the_name_of_one_of_lm_evals_tasks_is_refused(target, tasks, results):
+    plan = plan_of(target, tasks, ["base"], lm_eval=LmEvalConfig(lm_eval=("colours",)))
+    message = "got a file of rows 'colours' and lm-eval's task 'colours'; rename the file"
+    with pytest.raises(ConfigError, match=message):
+        evaluate_target(target, plan, results)
+    assert not results.root.exists()
+
+
 KILLED = """
     import os, signal, sys
     from pathlib import Path

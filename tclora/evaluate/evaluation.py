@@ -13,6 +13,7 @@ import pandas as pd
 
 from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.errors import ConfigError
+from tclora.evaluate.lm_eval import YAML
 from tclora.evaluate.method import with_labels
 from tclora.evaluate.subjects import Subject, opened
 from tclora.evaluate.targets import BY_CLUSTER, Method, Target
@@ -180,15 +181,10 @@ def _measure(
 
 
 def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> str:
-    """Return the digest of all that a result depends on.
-
-    Of lm-eval's tasks these are the name, or the file that describes it, the limit and its version.
-    """
+    """Return the digest of all that a result depends on; see `_lm_eval_task` for lm-eval's tasks."""
     settings = plan.config.model_dump(exclude={"token_budget"})
     if isinstance(rows, str):
-        described = sha256_file(Path(rows)) if Path(rows).is_file() else rows
-        settings_of_it = plan.lm_eval.model_dump(exclude={"lm_eval"})
-        task: object = [described, settings_of_it, version("lm_eval")]
+        task: object = _lm_eval_task(rows, plan)
     else:
         columns = [name for name in _MEASURED if name in rows]
         if method.name in BY_CLUSTER:
@@ -197,6 +193,13 @@ def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> st
     dtype = str(choose_dtype(base.dtype, default_device()))
     model = [base.digest, base.template, base.max_tokens, dtype]
     return sha256_json([model, method.digest, task, settings, plan.code])
+
+
+def _lm_eval_task(name: str, plan: Plan) -> list[object]:
+    """Return what one of lm-eval's tasks is: lm-eval's version, and of a file what is in it."""
+    file = Path(name)
+    written = sha256_file(file) if file.suffix in YAML else None
+    return [name, written, version("lm_eval"), plan.lm_eval.model_dump(exclude={"lm_eval"})]
 
 
 def check_lm_eval(tasks: Sequence[str]) -> None:
@@ -216,7 +219,6 @@ def check_lm_eval(tasks: Sequence[str]) -> None:
             f"task {tasks[0]!r} is no file, and for one of lm-eval's it must be installed: "
             "pip install tclora[lm-eval]"
         ) from error
-    from tclora.evaluate.lm_eval import YAML
     from tclora.registry import closest
 
     named = [task for task in tasks if not Path(task).is_file() or not task.endswith(YAML)]

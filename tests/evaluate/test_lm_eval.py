@@ -1,6 +1,7 @@
 """lm-eval's tasks through our engine, with lm-eval's own model as the referee."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -109,6 +110,26 @@ def test_a_routed_library_is_measured_by_route(trained, yaml_tasks, tmp_path, ti
             assert one == pytest.approx(two, rel=1e-3)
         for i in chosen:
             assert mine["generated"][i] == wanted["generated"][i] or pd.isna(wanted["generated"][i])
+
+
+@pytest.mark.parametrize("change", ["nothing", "file", "version"])
+def test_a_changed_task_file_or_lm_eval_is_measured_anew(
+    yaml_tasks, tmp_path, tiny_model_dir, monkeypatch, change
+):
+    target = open_target(str(tiny_model_dir), tmp_path)
+    results = Results(tmp_path / "results")
+    named = LmEvalConfig(lm_eval=tuple(yaml_tasks[:1]), lm_eval_limit=2)
+    plan = Plan(target.choose([]), {}, named, MeasureConfig(), "here")
+    evaluate_target(target, plan, results)
+    if change == "file":
+        file = Path(yaml_tasks[0])
+        file.write_text(file.read_text().replace("Q: ", "Question: "))
+    elif change == "version":
+        monkeypatch.setattr("tclora.evaluate.evaluation.version", lambda _: "0")
+    events = []
+    items = evaluate_target(target, plan, results, events.append)
+    assert [bool(event.get("kept")) for event in events] == [change == "nothing"]
+    assert items["prompt"].str.startswith("Question: ").all() == (change == "file")
 
 
 def test_what_lm_eval_does_not_know_is_refused(yaml_tasks):

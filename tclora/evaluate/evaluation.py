@@ -139,7 +139,7 @@ def evaluate_target(
                     told = _told(on_event, method.name, name)
                     results.write(key, _measure(subject, name, tasks.get(name), plan, told))
     parts = [
-        _labelled_items(target, results.read(key), name, tasks.get(name)).assign(method=method_name)
+        _labelled_items(target, results.read(key), tasks.get(name)).assign(method=method_name)
         for (method_name, name), key in keys.items()
     ]
     return pd.concat(parts, ignore_index=True)
@@ -150,19 +150,25 @@ def _told(on_event: EventCallback, method: str, task: str) -> EventCallback:
 
 
 def _labelled_items(
-    target: Target, items: pd.DataFrame, task: str, rows: pd.DataFrame | None
+    target: Target, items: pd.DataFrame, rows: pd.DataFrame | None
 ) -> pd.DataFrame:
-    """Return items with what is known of their rows now; of lm-eval's tasks, their split."""
+    """Return items with what is known of them now, which may be more than when they were kept."""
     if rows is not None:
         return with_labels(items, rows)
-    trained = target.places is None or task in target.places.true.index
-    return items.assign(split="test" if trained else "ood", cluster=None)
+    # Where a task has several filters, its items name theirs behind it, but their ids do not.
+    task = items["id"].str.rpartition("-")[0]
+    known = _labelled(target, pd.DataFrame({"task": task, "split": None}), clusters=False)
+    return items.assign(split=known["split"], cluster=None)
 
 
 def _labelled(target: Target, rows: pd.DataFrame, clusters: bool) -> pd.DataFrame:
+    """Return rows with their splits; without a library no task was trained on that anyone knows of.
+
+    There rows are out of domain ("ood") unless they name a split themselves.
+    """
     if target.places:
         return target.places.label(rows, clusters=clusters)
-    return rows.assign(split=rows["split"].fillna("test"), cluster=None)
+    return rows.assign(split=rows["split"].fillna("ood"), cluster=None)
 
 
 def _measure(

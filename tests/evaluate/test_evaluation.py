@@ -184,6 +184,9 @@ def test_an_adapter_and_a_base_model_are_targets_too(trained, tiny_model_dir, ta
     assert model.base.template == "chat"  # its tokenizer has one
     items = evaluate_target(model, plan_of(model, one), results)
     assert items["method"].unique().tolist() == ["base"]
+    assert items["split"].unique().tolist() == ["ood"]  # nobody knows of a task trained on
+    said = {"colours": one["colours"].assign(split="test")}
+    items = evaluate_target(model, plan_of(model, said), results)
     assert items["split"].unique().tolist() == ["test"]
 
 

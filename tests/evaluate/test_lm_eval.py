@@ -15,6 +15,7 @@ from tclora.errors import ConfigError
 from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
 from tclora.evaluate.lm_eval import run_lm_eval
 from tclora.evaluate.targets import BaseChoice, open_target
+from tclora.library.layout import Layout
 
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
 
@@ -110,6 +111,30 @@ def test_a_routed_library_is_measured_by_route(trained, yaml_tasks, tmp_path, ti
             assert one == pytest.approx(two, rel=1e-3)
         for i in chosen:
             assert mine["generated"][i] == wanted["generated"][i] or pd.isna(wanted["generated"][i])
+
+
+def test_a_task_is_in_domain_where_the_library_was_trained_on_it(
+    trained, yaml_tasks, tmp_path, tiny_model_dir
+):
+    named = LmEvalConfig(lm_eval=tuple(yaml_tasks), lm_eval_limit=2)
+    config, results = MeasureConfig(token_budget=150), Results(tmp_path / "results")
+
+    def splits(spec):
+        target = open_target(str(spec), tmp_path, BaseChoice(None, "plain", "float32"))
+        plan = Plan(target.choose(["base"]), {}, named, config, "here")
+        events = []
+        items = evaluate_target(target, plan, results, events.append)
+        return items.groupby("task")["split"].unique().map(list).to_dict(), events
+
+    assert splits(trained)[0] == {"mine_choices": ["ood"], "mine_texts": ["ood"]}
+    rows = pd.read_parquet(Layout(trained).clusters)
+    rows.assign(task=rows["task"].replace("sums", "mine_choices")).to_parquet(
+        Layout(trained).clusters
+    )
+    found, events = splits(trained)
+    assert found == {"mine_choices": ["test"], "mine_texts": ["ood"]}
+    assert all(event.get("kept") for event in events)
+    assert splits(tiny_model_dir)[0] == {"mine_choices": ["ood"], "mine_texts": ["ood"]}
 
 
 @pytest.mark.parametrize("change", ["nothing", "file", "version"])

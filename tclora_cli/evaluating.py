@@ -14,8 +14,9 @@ from tasks.closure import Closure, closure
 from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.data.tasks import TaskSettings, is_task_file, read_tasks
 from tclora.errors import ConfigError
-from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
+from tclora.evaluate.evaluation import Plan, Results, evaluate_target
 from tclora.evaluate.lm_eval import executes_code
+from tclora.evaluate.lm_eval_tasks import check_lm_eval
 from tclora.evaluate.scorers import check_leave
 from tclora.evaluate.subjects import Adapted, Routed
 from tclora.evaluate.tables import Tables, flat_figures, write_tables

@@ -149,9 +149,7 @@ def _told(on_event: EventCallback, method: str, task: str) -> EventCallback:
     return lambda event: on_event({"method": method, "task": task, **event})
 
 
-def _labelled_items(
-    target: Target, items: pd.DataFrame, rows: pd.DataFrame | None
-) -> pd.DataFrame:
+def _labelled_items(target: Target, items: pd.DataFrame, rows: pd.DataFrame | None) -> pd.DataFrame:
     """Return items with what is known of them now, which may be more than when they were kept."""
     if rows is not None:
         return with_labels(items, rows)
@@ -187,7 +185,7 @@ def _measure(
 
 
 def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> str:
-    """Return the digest of all that a result depends on; see `_lm_eval_task` for lm-eval's tasks."""
+    """Return the digest of all that a result depends on."""
     settings = plan.config.model_dump(exclude={"token_budget"})
     if isinstance(rows, str):
         task: object = _lm_eval_task(rows, plan)
@@ -206,32 +204,3 @@ def _lm_eval_task(name: str, plan: Plan) -> list[object]:
     file = Path(name)
     written = sha256_file(file) if file.suffix in YAML else None
     return [name, written, version("lm_eval"), plan.lm_eval.model_dump(exclude={"lm_eval"})]
-
-
-def check_lm_eval(tasks: Sequence[str]) -> None:
-    """Refuse lm-eval tasks that do not exist, before anything is loaded.
-
-    Raises
-    ------
-    ConfigError
-        If lm-eval is missing or does not know a task.
-    """
-    if not tasks:
-        return
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(
-            f"task {tasks[0]!r} is no file, and for one of lm-eval's it must be installed: "
-            "pip install tclora[lm-eval]"
-        ) from error
-    from tclora.registry import closest
-
-    named = [task for task in tasks if not Path(task).is_file() or not task.endswith(YAML)]
-    known = TaskManager().all_tasks if named else []
-    for name in named:
-        if name not in known:
-            raise ConfigError(
-                f"task must be a file of rows or one of lm-eval's, got {name!r}; "
-                f"{closest(name, known) if known else ''}"
-            )

@@ -10,8 +10,10 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tclora.errors import ConfigError
 from tclora.evaluate.context import RowContext, plain
 from tclora.evaluate.continuations import Fork, likelihoods
+from tclora.evaluate.lm_eval_tasks import no_perplexity
 
 Routes = Callable[[Sequence[str]], RowContext]
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -80,6 +82,16 @@ class SharedContexts(HFLM):  # type: ignore[misc]  # lm-eval has no types
         # lm-eval lets a context lose its start so that the whole fits, its last token not fed.
         room = self.max_length + 1 - max(map(len, continuations))
         return Fork(context[-max(1, room) :], tuple(continuations))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Refuse: windows of a text are no contexts that a prompt's route could be found for.
+
+        Raises
+        ------
+        ConfigError
+            Always.
+        """
+        raise ConfigError(no_perplexity(requests[0].task_name))
 
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Encode the contexts of a batch of generation, and remember them."""

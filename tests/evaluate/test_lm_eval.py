@@ -12,8 +12,9 @@ pytest.importorskip("lm_eval")
 
 from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.errors import ConfigError
-from tclora.evaluate.evaluation import Plan, Results, check_lm_eval, evaluate_target
+from tclora.evaluate.evaluation import Plan, Results, evaluate_target
 from tclora.evaluate.lm_eval import run_lm_eval
+from tclora.evaluate.lm_eval_tasks import check_lm_eval
 from tclora.evaluate.targets import BaseChoice, open_target
 from tclora.library.layout import Layout
 
@@ -159,6 +160,28 @@ def test_a_changed_task_file_or_lm_eval_is_measured_anew(
 
 def test_what_lm_eval_does_not_know_is_refused(yaml_tasks):
     check_lm_eval(yaml_tasks)
-    check_lm_eval(["arc_easy"])
+    (found,) = check_lm_eval(["arc_easy"])["arc_easy"]
+    assert found["output_type"] == "multiple_choice"
+    tagged = check_lm_eval(["ai2_arc"])["ai2_arc"]
+    assert [part["task"] for part in tagged] == ["arc_challenge", "arc_easy"]
+    assert len(check_lm_eval(["mmlu"])["mmlu"]) == 57
     with pytest.raises(ConfigError, match="or one of lm-eval's, got 'arc_eazy'; did you mean arc_"):
         check_lm_eval(["arc_eazy"])
+
+
+def test_perplexity_of_texts_is_refused_by_name(yaml_tasks, tmp_path, tiny_model, tokenizer):
+    with pytest.raises(ConfigError, match="task 'wikitext' measures the perplexity of whole texts"):
+        check_lm_eval(["wikitext"])
+    rolling = yaml.safe_load(Path(yaml_tasks[0]).read_text()) | {
+        "task": "mine_rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "",
+        "doc_to_target": "{{asked}}", "metric_list": [{"metric": "word_perplexity"}],
+    }  # fmt: skip
+    file = tmp_path / "rolling.yaml"
+    file.write_text(yaml.safe_dump(rolling))
+    group = tmp_path / "group.yaml"
+    group.write_text(yaml.safe_dump({"group": "mine", "task": [rolling]}))
+    for named in (file, group):
+        with pytest.raises(ConfigError, match="perplexity"):
+            check_lm_eval([str(named)])
+    with pytest.raises(ConfigError, match="task 'mine_rolling' measures the perplexity"):
+        run_lm_eval(tiny_model, tokenizer, [str(file)])

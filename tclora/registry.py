@@ -119,7 +119,9 @@ def closest(given: str, known: Iterable[str]) -> str:
     """Say which known names are close to a wrong one, or all of them."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
+    return (
+        f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names) or 'none'}"
+    )
 
 
 def _first_line(entry: object) -> str:

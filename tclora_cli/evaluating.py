@@ -1,6 +1,6 @@
 """``tclora eval``: everything is checked, then measured where it is not yet, then put in tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,21 @@ from tclora.data.tasks import TaskSettings, is_task_file, read_tasks
 from tclora.errors import ConfigError
 from tclora.evaluate.evaluation import Plan, Results, evaluate_target
 from tclora.evaluate.lm_eval import executes_code
-from tclora.evaluate.lm_eval_tasks import check_lm_eval
+from tclora.evaluate.lm_eval_tasks import TaskConfig, check_lm_eval
 from tclora.evaluate.scorers import check_leave
 from tclora.evaluate.subjects import Adapted, Routed
 from tclora.evaluate.tables import Tables, flat_figures, write_tables
 from tclora.evaluate.targets import BaseChoice, Target, open_target
 from tclora.jobs.call import Event
+from tclora.library.names import OWN
 from tclora.route import routers
 
 _ONE_OF = {
     "template": ("chat", "plain"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
 }
+_LONGEST = 128  # an answer, in tokens
+_COMPUTED = ("multiple_choice", "loglikelihood")  # output types of lm-eval without any generation
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class EvaluationRequest:
     shown_from: Sequence[str]
     scorers: Sequence[str]
     generate: bool
-    max_new_tokens: int
+    max_new_tokens: int | None
     token_budget: int
     allow_code: bool
     base: str | None
@@ -79,9 +82,11 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
             raise ConfigError(f"--{name} must be one of {known}, got {given!r}")
     scorers = dict(_pair("--scorer", text) for text in request.scorers)
     limits = dict(_limit(text) for text in request.limits)
-    settings = TaskSettings(limits, request.few_shot, request.shown_from, scorers, request.seed)
     files = [spec for spec in request.tasks if is_task_file(spec)]
     named = tuple(spec for spec in request.tasks if spec not in files)
+    settings = TaskSettings(
+        limits, request.few_shot, request.shown_from, scorers, request.seed, others=named
+    )
     tasks = read_tasks(files, settings)
     if twice := sorted(set(tasks) & set(named)):
         raise ConfigError(
@@ -93,21 +98,60 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     adapters = dict(_pair("--adapter", text) for text in request.adapters)
     target = open_target(request.target, results.embeddings, choice).with_adapters(adapters)
     methods = target.choose(request.methods)
-    check_lm_eval(named)
+    _check_options(request, check_lm_eval(named), alone=not files)
     lm_eval = LmEvalConfig(
         lm_eval=named, lm_eval_limit=limits.get(""), allow_code_execution=request.allow_code
     )
     config = MeasureConfig(
         token_budget=request.token_budget,
         generate=request.generate,
-        max_new_tokens=request.max_new_tokens,
+        max_new_tokens=request.max_new_tokens or _LONGEST,
     )
-    return target, Plan(methods, tasks, lm_eval, config, measuring_code().digest)
+    shown = request.few_shot or None
+    return target, Plan(methods, tasks, lm_eval, config, measuring_code().digest, limits, shown)
 
 
 def measuring_code() -> Closure:
     """Return the code that results depend on; it is the library that names a router."""
     return closure([open_target, evaluate_target, Adapted, Routed], given=routers)
+
+
+def _check_options(
+    request: EvaluationRequest, named: Mapping[str, Sequence[TaskConfig]], *, alone: bool
+) -> None:
+    """Refuse options that lm-eval's tasks cannot follow, rather than measure without them."""
+    if not named:
+        return
+    if request.shown_from:
+        raise ConfigError(_not_for(named, "--shots", "which shows rows of its own"))
+    if request.template == "chat":
+        raise ConfigError(_not_for(named, "--template chat", "whose prompts are plain text"))
+    if alone and OWN in request.methods:
+        raise ConfigError(
+            f"--methods {OWN} must have a file of rows in --tasks, got lm-eval's alone "
+            f"({', '.join(named)}), which need one model for all prompts; leave {OWN} out, or "
+            "give a file"
+        )
+    fixed = [name for name, parts in named.items() if any(p.get("num_fewshot") == 0 for p in parts)]
+    if request.few_shot and fixed:
+        raise ConfigError(_not_for(fixed, "--few-shot", "which allows no rows to be shown"))
+    texts = [
+        name
+        for name, parts in named.items()
+        if any(part.get("output_type") not in _COMPUTED for part in parts)
+    ]
+    if texts and not request.generate:
+        raise ConfigError(_not_for(texts, "--no-generate", "which scores generated answers"))
+    if texts and request.max_new_tokens is not None:
+        reason = "which says itself how long an answer may be"
+        raise ConfigError(_not_for(texts, "--max-new-tokens", reason))
+
+
+def _not_for(tasks: Iterable[str], option: str, reason: str) -> str:
+    return (
+        f"{option} cannot be used with lm-eval's task {next(iter(tasks))!r}, {reason}; leave it "
+        "out, or evaluate the task by a command of its own without it"
+    )
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Tasks to evaluate on: files of rows, with what is shown before each prompt."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class TaskSettings:
         Task → scorer of all its rows, whatever they name.
     seed : int
         Seed of the draw of rows to show.
+    others : sequence of str
+        Tasks that are no files, which limits may name too.
     """
 
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -36,6 +38,7 @@ class TaskSettings:
     shown_from: Sequence[str] = ()
     scorers: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    others: Sequence[str] = ()
 
 
 def is_task_file(spec: str) -> bool:
@@ -80,8 +83,10 @@ def read_tasks(files: Sequence[str], settings: TaskSettings) -> dict[str, pd.Dat
         if chosen.empty:
             raise DataError(f"task {name!r} must have rows to measure, got those of split train")
         measured[name] = _limited(chosen, settings.limits).reset_index(drop=True)
-    _check_names("--scorer", settings.scorers, measured)
-    _check_names("--limit", [name for name in settings.limits if name], measured)
+    labels = {task for rows in measured.values() for task in rows["task"]}
+    limited = [name for name in settings.limits if name]
+    _check_names("--limit must name a task", limited, labels | set(settings.others))
+    _check_names("--scorer must name a task of rows", settings.scorers, labels)
     scored = {name: _scored(rows, settings.scorers) for name, rows in measured.items()}
     if not settings.few_shot:
         return scored
@@ -113,11 +118,10 @@ def _limited(rows: pd.DataFrame, limits: Mapping[str, int]) -> pd.DataFrame:
     return rows[rows.groupby("task").cumcount() < allowed]
 
 
-def _check_names(option: str, names: Iterable[str], measured: Mapping[str, pd.DataFrame]) -> None:
-    tasks = {task for rows in measured.values() for task in rows["task"]}
+def _check_names(demand: str, names: Iterable[str], tasks: Collection[str]) -> None:
     for name in names:
         if name not in tasks:
-            raise ConfigError(f"{option} must name a task, got {name!r}; {closest(name, tasks)}")
+            raise ConfigError(f"{demand}, got {name!r}; {closest(name, tasks)}")
 
 
 def _scored(rows: pd.DataFrame, scorers: Mapping[str, str]) -> pd.DataFrame:

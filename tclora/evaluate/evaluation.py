@@ -5,7 +5,7 @@ killed goes on, a second one measures nothing, and two libraries share what they
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class Plan:
         What is measured on every row.
     code : str
         Digest of the code that measures; results of other code are not used.
+    lm_eval_limits : mapping
+        lm-eval's task → its items, in place of those of `lm_eval`.
+    lm_eval_few_shot : int, optional
+        Rows that lm-eval shows before each prompt, in place of what its tasks say.
     """
 
     methods: Sequence[Method]
@@ -48,6 +52,13 @@ class Plan:
     lm_eval: LmEvalConfig
     config: MeasureConfig
     code: str
+    lm_eval_limits: Mapping[str, int] = field(default_factory=dict)
+    lm_eval_few_shot: int | None = None
+
+    def asked(self, name: str) -> LmEvalConfig:
+        """Return what is asked of one of lm-eval's tasks."""
+        limit = self.lm_eval_limits.get(name, self.lm_eval.lm_eval_limit)
+        return self.lm_eval.model_copy(update={"lm_eval": (name,), "lm_eval_limit": limit})
 
 
 @dataclass(frozen=True)
@@ -178,8 +189,8 @@ def _measure(
 ) -> pd.DataFrame:
     if rows is not None:
         return subject.measure(rows, plan.config, on_event)
-    config = plan.lm_eval.model_copy(update={"lm_eval": (name,)})
-    items = subject.run_lm_eval(config, plan.config.token_budget).items
+    options = (plan.asked(name), plan.config.token_budget, plan.lm_eval_few_shot)
+    items = subject.run_lm_eval(*options).items
     on_event({"rows": len(items), "of": len(items)})
     return items.assign(nll=float("nan"), tokens=0)
 
@@ -203,4 +214,5 @@ def _lm_eval_task(name: str, plan: Plan) -> list[object]:
     """Return what one of lm-eval's tasks is: lm-eval's version, and of a file what is in it."""
     file = Path(name)
     written = sha256_file(file) if file.suffix in YAML else None
-    return [name, written, version("lm_eval"), plan.lm_eval.model_dump(exclude={"lm_eval"})]
+    asked = plan.asked(name).model_dump()
+    return [asked, plan.lm_eval_few_shot, written, version("lm_eval")]

@@ -54,6 +54,7 @@ def run_lm_eval(
     tasks: Sequence[str | Mapping[str, Any]],
     *,
     limit: int | None = None,
+    few_shot: int | None = None,
     token_budget: int = 2048,
     allow_code_execution: bool = False,
     routes: "Routes | None" = None,
@@ -70,6 +71,8 @@ def run_lm_eval(
         Names of lm-eval, files of task configurations (YAML), or task configurations.
     limit : int, optional
         Items per task.
+    few_shot : int, optional
+        Rows shown before each prompt, except in tasks that say 0; else as the tasks say.
     token_budget : int
         Padded tokens per forward pass.
     allow_code_execution : bool
@@ -107,6 +110,7 @@ def run_lm_eval(
             # Indexing all task files takes seconds; ready-made configurations need none.
             task_manager=TaskManager(include_defaults=named),
             limit=limit,
+            num_fewshot=few_shot,
             bootstrap_iters=0,
             confirm_run_unsafe_code=bool(refused),
         )

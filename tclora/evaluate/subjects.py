@@ -38,7 +38,9 @@ class Subject(Protocol):
         The result has the rows' order and index, without those that no adapter answers for.
         """
 
-    def run_lm_eval(self, config: LmEvalConfig, token_budget: int) -> LmEvalResult:
+    def run_lm_eval(
+        self, config: LmEvalConfig, token_budget: int, few_shot: int | None = None
+    ) -> LmEvalResult:
         """Run lm-eval's tasks; ConfigError where the subject is no model lm-eval could be given."""
 
 
@@ -75,14 +77,17 @@ class Adapted:
         measured = pd.concat(parts).sort_index()
         return measured.set_axis(rows.index[measured.index])
 
-    def run_lm_eval(self, config: LmEvalConfig, token_budget: int) -> LmEvalResult:
+    def run_lm_eval(
+        self, config: LmEvalConfig, token_budget: int, few_shot: int | None = None
+    ) -> LmEvalResult:
         """Run lm-eval's tasks."""
         if not set(self._adapters) <= {ALL}:
             raise ConfigError(
                 "lm-eval's tasks need one model for all prompts, not an adapter per cluster; "
                 "leave the method out for them"
             )
-        return _run_lm_eval(self._loaded._replace(model=self._active(ALL)), config, token_budget)
+        loaded = self._loaded._replace(model=self._active(ALL))
+        return _run_lm_eval(loaded, config, token_budget, few_shot)
 
     def close(self) -> None:
         """Take the adapters off the base model."""
@@ -149,13 +154,15 @@ class Routed:
         on_event({"rows": len(rows), "of": len(rows)})
         return measured.set_axis(rows.index)
 
-    def run_lm_eval(self, config: LmEvalConfig, token_budget: int) -> LmEvalResult:
+    def run_lm_eval(
+        self, config: LmEvalConfig, token_budget: int, few_shot: int | None = None
+    ) -> LmEvalResult:
         """Run lm-eval's tasks, each context by its own route."""
 
         def routes(prompts: Sequence[str]) -> RowContext:
             return self._context(pd.DataFrame({"prompt": list(prompts)}))
 
-        return _run_lm_eval(self._loaded, config, token_budget, routes=routes)
+        return _run_lm_eval(self._loaded, config, token_budget, few_shot, routes=routes)
 
     def close(self) -> None:
         """Take the library off the base model."""
@@ -179,6 +186,7 @@ def _run_lm_eval(
     loaded: LoadedBase,
     config: LmEvalConfig,
     token_budget: int,
+    few_shot: int | None,
     **options: Any,  # noqa: ANN401
 ) -> LmEvalResult:
     return run_lm_eval(
@@ -186,6 +194,7 @@ def _run_lm_eval(
         loaded.tokenizer,
         config.lm_eval,
         limit=config.lm_eval_limit,
+        few_shot=few_shot,
         token_budget=token_budget,
         allow_code_execution=config.allow_code_execution,
         **options,

@@ -31,7 +31,7 @@ def evaluate(
         typer.Option("--limit", metavar="[TASK=]N", help="First rows of each, or a, task only."),
     ] = [],  # noqa: B006
     few_shot: Annotated[
-        int, typer.Option(min=0, help="Training rows of its task shown before each prompt.")
+        int, typer.Option(min=0, help="Rows of its task shown before each prompt.")
     ] = 0,
     shots: Annotated[
         list[str], typer.Option(metavar="FILE", help="Where to take them; else rows of split train")
@@ -40,7 +40,9 @@ def evaluate(
         list[str], typer.Option("--scorer", metavar="TASK=NAME", help="Scorer of a task's rows.")
     ] = [],  # noqa: B006
     generate: Annotated[bool, typer.Option(help="Score generated answers.")] = True,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer (tokens).")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer (tokens).", show_default="128")
+    ] = None,
     token_budget: Annotated[
         int, typer.Option(min=1, help="Padded tokens per forward pass; less is faster on a CPU.")
     ] = 2048,
@@ -55,7 +57,7 @@ def evaluate(
         str | None, typer.Option(help="Of the base model's weights, such as float32.")
     ] = None,
     track: Annotated[bool, typer.Option("--track", help="Log to MLflow as well.")] = False,
-    seed: Annotated[int, typer.Option(help="Of shown rows and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of rows shown from files, and intervals.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(

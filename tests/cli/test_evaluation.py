@@ -113,6 +113,48 @@ def test_a_bad_input_is_said_before_a_model_is_loaded(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shots", "more.jsonl"], "--shots cannot be used with lm-eval's task 'CHOICES', which"),
+        (["--template", "chat"], "--template chat cannot be used with lm-eval's task 'CHOICES'"),
+        (["--few-shot", "2"], "--few-shot cannot be used with lm-eval's task 'CHOICES', which"),
+        (["--no-generate"], "--no-generate cannot be used with lm-eval's task 'TEXTS', which"),
+        (["--max-new-tokens", "3"], "--max-new-tokens cannot be used with lm-eval's task 'TEXTS'"),
+        (["--methods", "own"], "--methods own must have a file of rows in --tasks, got lm-eval's"),
+        (["--limit", "mine=2"], "--limit must name a task, got 'mine'; known: CHOICES, TEXTS"),
+        (["--scorer", "CHOICES=f1"], "--scorer must name a task of rows, got 'CHOICES'; known: "),
+    ],
+)
+def test_what_lm_evals_tasks_cannot_follow_is_said(
+    trained, yaml_tasks, tmp_path, monkeypatch, arguments, message
+):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(Base, "load", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+
+    def named(text):
+        for word, file in zip(("CHOICES", "TEXTS"), yaml_tasks, strict=True):
+            text = text.replace(word, file)
+        return text
+
+    tasks = [part for file in yaml_tasks for part in ("--tasks", file)]
+    with pytest.raises(TcloraError) as caught:
+        invoke("eval", trained, "-o", tmp_path / "found", *tasks, *map(named, arguments))
+    assert named(message) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_of_texts_are_no_matter_to_choices(trained, yaml_tasks, tmp_path):
+    pytest.importorskip("lm_eval")
+    file = yaml_tasks[0]
+    options = ["--no-generate", "--methods", "base", "--limit", f"{file}=2", *OPTIONS]
+    invoke("eval", trained, "-o", tmp_path / "found", "--tasks", file, *options)
+    items = pd.read_parquet(tmp_path / "found" / "answers.parquet")
+    assert items["task"].tolist() == ["mine_choices"] * 2
+
+
 def test_code_that_places_and_routes_prompts_is_code_that_results_depend_on():
     names = {f"{found.module}.{found.name}" for found in measuring_code().definitions}
     assert names >= {

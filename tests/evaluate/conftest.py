@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 from tclora.adapter import write_adapter
@@ -21,6 +22,7 @@ from tests.route.conftest import CLUSTERS, PROMPTS
 
 TASKS = ("sums", "reversal", "logic")  # of the three clusters
 RESPONSES = ("7", "elppa", "No")
+WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
 
 
 @pytest.fixture
@@ -79,3 +81,34 @@ def task_files(tmp_path):
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
     return files
+
+
+@pytest.fixture
+def yaml_tasks(tmp_path):
+    """A four-choice and a generative task as files, as lm-eval's users write them."""
+    rows = [
+        {"asked": f"{word} and {i}?", "options": ["a", "bb c", word, f"{word} {i}"], "right": i % 4,
+         "text": word} for i, word in enumerate(WORDS * 3)
+    ]  # fmt: skip
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0,
+              "dataset_kwargs": {"data_files": {"test": str(data)}}}  # fmt: skip
+    tasks = {
+        "mine_choices": {
+            "output_type": "multiple_choice", "doc_to_text": "Q: {{asked}}\nA:",
+            "doc_to_choice": "{{options}}", "doc_to_target": "{{right}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        "mine_texts": {
+            "output_type": "generate_until", "doc_to_text": "Q: {{asked}}\nA:",
+            "doc_to_target": "{{text}}",
+            "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+    }  # fmt: skip
+    files = []
+    for name, task in tasks.items():
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump({"task": name} | shared | task))
+    return [str(file) for file in files]

@@ -249,7 +249,11 @@ def test_the_limit_takes_the_first_rows_and_scorers_go_by_task(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (TaskSettings(scorers={"c": "f1"}), ConfigError, "must name a task, got 'c'"),
+        (
+            TaskSettings(scorers={"c": "f1"}),
+            ConfigError,
+            "--scorer must name a task of rows, got 'c'",
+        ),
         (TaskSettings(scorers={"a": "letter"}), ConfigError, "--scorer of task a: .*letter"),
         (
             TaskSettings(scorers={"a": "chrff"}),

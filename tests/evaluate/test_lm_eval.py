@@ -1,6 +1,5 @@
 """lm-eval's tasks through our engine, with lm-eval's own model as the referee."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +16,6 @@ from tclora.evaluate.lm_eval import run_lm_eval
 from tclora.evaluate.lm_eval_tasks import check_lm_eval
 from tclora.evaluate.targets import BaseChoice, open_target
 from tclora.library.layout import Layout
-
-WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
-
-
-@pytest.fixture
-def yaml_tasks(tmp_path):
-    """A four-choice and a generative task as files, as lm-eval's users write them."""
-    rows = [
-        {"asked": f"{word} and {i}?", "options": ["a", "bb c", word, f"{word} {i}"], "right": i % 4,
-         "text": word} for i, word in enumerate(WORDS * 3)
-    ]  # fmt: skip
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shared = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0,
-              "dataset_kwargs": {"data_files": {"test": str(data)}}}  # fmt: skip
-    tasks = {
-        "mine_choices": {
-            "output_type": "multiple_choice", "doc_to_text": "Q: {{asked}}\nA:",
-            "doc_to_choice": "{{options}}", "doc_to_target": "{{right}}",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        },
-        "mine_texts": {
-            "output_type": "generate_until", "doc_to_text": "Q: {{asked}}\nA:",
-            "doc_to_target": "{{text}}",
-            "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-    }  # fmt: skip
-    files = []
-    for name, task in tasks.items():
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump({"task": name} | shared | task))
-    return [str(file) for file in files]
 
 
 def referee(model, tokenizer, tasks):
@@ -136,6 +102,31 @@ def test_a_task_is_in_domain_where_the_library_was_trained_on_it(
     assert found == {"mine_choices": ["test"], "mine_texts": ["ood"]}
     assert all(event.get("kept") for event in events)
     assert splits(tiny_model_dir)[0] == {"mine_choices": ["ood"], "mine_texts": ["ood"]}
+
+
+def test_limits_and_rows_to_show_are_those_asked_for(yaml_tasks, tmp_path, tiny_model_dir):
+    file = Path(yaml_tasks[0])
+    task = yaml.safe_load(file.read_text())
+    del task["num_fewshot"]
+    file.write_text(yaml.safe_dump(task))
+    target = open_target(str(tiny_model_dir), tmp_path)
+    named = LmEvalConfig(lm_eval=tuple(yaml_tasks), lm_eval_limit=3)
+    results, methods = Results(tmp_path / "results"), target.choose([])
+
+    def measured(**options):
+        plan = Plan(methods, {}, named, MeasureConfig(), "here", **options)
+        items = evaluate_target(target, plan, results)
+        shown = items["prompt"].str.count("Q: ").groupby(items["task"]).max() - 1
+        return items.groupby("task").size().to_dict(), shown.to_dict()
+
+    assert measured() == (
+        {"mine_choices": 3, "mine_texts": 3},
+        {"mine_choices": 0, "mine_texts": 0},
+    )
+    sizes, _ = measured(lm_eval_limits={yaml_tasks[1]: 2})
+    assert sizes == {"mine_choices": 3, "mine_texts": 2}
+    _, shown = measured(lm_eval_few_shot=2)
+    assert shown == {"mine_choices": 2, "mine_texts": 0}
 
 
 @pytest.mark.parametrize("change", ["nothing", "file", "version"])

@@ -88,11 +88,6 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
         limits, request.few_shot, request.shown_from, scorers, request.seed, others=named
     )
     tasks = read_tasks(files, settings)
-    if twice := sorted(set(tasks) & set(named)):
-        raise ConfigError(
-            f"--tasks must be named apart, got a file and a task of lm-eval called {twice[0]!r}; "
-            "rename the file"
-        )
     _check_code(tasks, named, request.allow_code)
     choice = BaseChoice(request.base, request.template, request.dtype)
     adapters = dict(_pair("--adapter", text) for text in request.adapters)

@@ -96,7 +96,7 @@ def test_methods_tasks_and_mlflow_are_chosen(evaluated, tmp_path):
         (["--tasks", "FILE", "--template", "chatty"], "--template must be one of"),
         (["--tasks", "FILE", "--dtype", "float"], "--dtype must be one of"),
         (["--tasks", "FILE", "--tasks", "arc_eazy"], "or one of lm-eval's, got 'arc_eazy'"),
-        (["--tasks", "ARC", "--tasks", "arc_easy"], "a task of lm-eval called 'arc_easy'; rename"),
+        (["--tasks", "ARC", "--tasks", "arc_easy"], "lm-eval's task 'arc_easy'; rename the file"),
         (["--tasks", "humaneval"], "humaneval runs code written by the model; give --allow-code"),
     ],
 )

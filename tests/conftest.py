@@ -47,12 +47,15 @@ def pytest_sessionfinish():
     shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
-def make_tokenizer():
-    """Byte-level: every text round-trips, and one byte is one token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def make_tokenizer(letters=BYTES, merges=(), parts=None):
+    """Byte-level: every text round-trips, and one byte is one token; or what else is given."""
+    tokens = [*SPECIAL, *letters, *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = parts or pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, extra_special_tokens=list(SPECIAL[2:]), **ENDS

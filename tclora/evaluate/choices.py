@@ -1,10 +1,8 @@
 """Multiple choice: the option of a row that a model finds most likely.
 
-As in lm-eval, the white space that a prompt ends with belongs to every option, and acc_norm divides
-an option's log-likelihood by the characters of its text. Options are tokenised by themselves, as
-responses are in training; lm-eval tokenises prompt and option together, so that its figures are the
-same where no token of its spans the border of the two, as behind a line's end that no other white
-space follows.
+As in lm-eval, the white space that a prompt ends with belongs to every option, prompt and option
+are turned into tokens together and parted behind as many as the prompt has alone, and acc_norm
+divides an option's log-likelihood by the characters of its text.
 
 References
 ----------
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.evaluate.context import RowContext, plain
 from tclora.evaluate.continuations import Fork, Likelihood, likelihoods
-from tclora.model.tokens import TokenRow, trailing_spaces
+from tclora.model.tokens import TokenRow, fit, render, template_head
 
 
 @dataclass(frozen=True)
@@ -85,34 +83,67 @@ def choose(
         In the order of the rows.
     """
     shots = frame["shots"].tolist() if "shots" in frame else None
-    prompts = frame["prompt"].tolist()
-    spaces = trailing_spaces(tokenizer, prompts, template=template, shots=shots)
-    moved = [min(n, len(row.prompt) - 1) for n, row in zip(spaces, rows, strict=True)]
+    texts = render(tokenizer, frame["prompt"].tolist(), template, shots)
+    asked = _encode(tokenizer, texts, frame["choices"].tolist(), special=template == "plain")
+    head = template_head(tokenizer, template)
     forks = [
-        _fork(tokenizer, row, options, n, max_tokens)
-        for row, options, n in zip(rows, frame["choices"], moved, strict=True)
+        (number, fork)
+        for number, (options, row) in enumerate(zip(asked, rows, strict=True))
+        for fork in _forks(options, row, max_tokens, head)
     ]
     found = likelihoods(
-        model, forks, pad_id=tokenizer.pad_token_id, token_budget=token_budget, context=context
+        model,
+        [fork for _, fork in forks],
+        pad_id=tokenizer.pad_token_id,
+        token_budget=token_budget,
+        context=lambda batch: context([forks[i][0] for i in batch]),
     )
-    return [_outcome(values, n) for values, n in zip(found, moved, strict=True)]
+    values: list[list[Likelihood]] = [[] for _ in rows]
+    for (number, _), more in zip(forks, found, strict=True):
+        values[number] += more
+    return [_outcome(*parts) for parts in zip(values, asked, rows, strict=True)]
 
 
-def _fork(
+def _encode(
     tokenizer: PreTrainedTokenizerBase,
-    row: TokenRow,
-    options: Sequence[str],
-    moved: int,
-    max_tokens: int,
-) -> Fork:
-    """Return the options and, last, the response, behind the end of the prompt that is moved."""
-    encoded = tokenizer(list(options), add_special_tokens=False).input_ids
-    end = row.prompt[len(row.prompt) - moved :]
-    continuations = tuple(end + tuple(tokens) for tokens in (*encoded, row.response))
-    room = max(1, max_tokens - max(map(len, continuations)))
-    return Fork(row.prompt[: len(row.prompt) - moved][-room:], continuations)
+    texts: Sequence[str],
+    options: Sequence[Sequence[str]],
+    *,
+    special: bool,
+) -> list[Fork]:
+    """Return the options behind each rendered prompt, as lm-eval parts the two."""
+    bare = [text.rstrip() or text for text in texts]
+    pairs = [text + option for text, own in zip(texts, options, strict=True) for option in own]
+    prompts = tokenizer(bare, add_special_tokens=special).input_ids
+    wholes = iter(tokenizer(pairs, add_special_tokens=special).input_ids)
+    forks = []
+    for prompt, own in zip(prompts, options, strict=True):
+        encoded = [next(wholes) for _ in own]
+        # Where an option adds no token of its own, the last one counts.
+        parted = [tuple(whole[len(prompt) :] or whole[-1:]) for whole in encoded]
+        forks.append(Fork(tuple(prompt), tuple(parted)))
+    return forks
 
 
-def _outcome(values: Sequence[Likelihood], moved: int) -> Choice:
-    *options, response = values
-    return Choice(tuple(o.total for o in options), -sum(response.logprobs[moved:]))
+def _forks(asked: Fork, row: TokenRow, max_tokens: int, head: int) -> list[Fork]:
+    """Return what is computed for a row: its options and, last, its response, in one if it can be.
+
+    A prompt that is cut for its options is another one than the response's.
+    """
+    fitted = fit(asked.prompt, max(asked.continuations, key=len), max_tokens, head)
+    same = [a == b for a, b in zip(asked.prompt, row.prompt, strict=False)]
+    shared = same.index(False) if False in same else len(same)
+    if fitted.truncated or row.truncated or not shared:
+        options = tuple(tokens[: len(fitted.response)] for tokens in asked.continuations)
+        return [Fork(fitted.prompt, options), Fork(row.prompt, (row.response,))]
+    options = tuple(asked.prompt[shared:] + tokens for tokens in asked.continuations)
+    return [Fork(row.prompt[:shared], (*options, row.prompt[shared:] + row.response))]
+
+
+def _outcome(values: Sequence[Likelihood], asked: Fork, row: TokenRow) -> Choice:
+    """Return the sums over the options and over the response, without what is of the prompt."""
+    lengths = [len(tokens) for tokens in (*asked.continuations, row.response)]
+    *options, response = (
+        sum(value.logprobs[-length:]) for value, length in zip(values, lengths, strict=True)
+    )
+    return Choice(tuple(options), -response)

@@ -104,9 +104,9 @@ def encode(
     # A rendered chat template already carries the special tokens.
     encoded = tokenizer(texts, add_special_tokens=template == "plain").input_ids
     answers = tokenizer(list(responses), add_special_tokens=False).input_ids
-    eos, head = tokenizer.eos_token_id, _head(tokenizer, template)
+    eos, head = tokenizer.eos_token_id, template_head(tokenizer, template)
     return [
-        _fit(tuple(p), (*a, eos), max_tokens, head) for p, a in zip(encoded, answers, strict=True)
+        fit(tuple(p), (*a, eos), max_tokens, head) for p, a in zip(encoded, answers, strict=True)
     ]
 
 
@@ -125,27 +125,6 @@ def encode_frame(
         max_tokens=max_tokens,
         shots=frame["shots"].tolist() if "shots" in frame else None,
     )
-
-
-def trailing_spaces(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
-    *,
-    template: str,
-    shots: Shots | None = None,
-) -> list[int]:
-    """Count the tokens of the white space that each prompt ends with, in its template.
-
-    Parameters
-    ----------
-    tokenizer, prompts, template, shots
-        See `encode`.
-    """
-    texts = render(tokenizer, prompts, template, shots)
-    special = template == "plain"
-    whole = tokenizer(texts, add_special_tokens=special).input_ids
-    bare = tokenizer([text.rstrip() for text in texts], add_special_tokens=special).input_ids
-    return [max(0, len(w) - len(b)) for w, b in zip(whole, bare, strict=True)]
 
 
 def render(
@@ -181,7 +160,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", prompt: str, shots: Shown, tem
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def _head(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:
+def template_head(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:
     """Return how many tokens a template begins with, whatever the prompt."""
     texts = render(tokenizer, ("a", "b"), template)
     one, two = tokenizer(texts, add_special_tokens=template == "plain").input_ids
@@ -189,10 +168,18 @@ def _head(tokenizer: "PreTrainedTokenizerBase", template: str) -> int:
     return next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
 
 
-def _fit(
-    prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int, head: int
-) -> TokenRow:
-    """Cut a row to the limit: the prompt behind its head, then the response's end."""
+def fit(prompt: tuple[int, ...], response: tuple[int, ...], max_tokens: int, head: int) -> TokenRow:
+    """Cut a row to the limit: the prompt behind its head, then the response's end.
+
+    Parameters
+    ----------
+    prompt, response : tuple of int
+        Whole.
+    max_tokens : int
+        See `encode`.
+    head : int
+        Tokens that the template begins with; see `template_head`.
+    """
     if len(prompt) + len(response) <= max_tokens:
         return TokenRow(prompt, response)
     least = min(len(prompt), max(1, int(_PROMPT_SHARE * max_tokens)))

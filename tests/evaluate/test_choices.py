@@ -1,11 +1,16 @@
 """Multiple choice, with lm-eval as the referee."""
 
+import string
+
 import pandas as pd
 import pytest
+import torch
+from tokenizers import pre_tokenizers
 
 from tclora.evaluate.measure import evaluate_frame
 from tclora.evaluate.scorers import CHOICES
-from tclora.model.tokens import encode, render
+from tclora.model.tokens import TokenRow, encode, render
+from tests.conftest import BYTES, make_tokenizer
 from tests.reference import row_nll
 
 OPTIONS = {"template": "plain", "max_tokens": 200, "token_budget": 300, "max_new_tokens": 4}
@@ -17,8 +22,23 @@ ROWS = [
 ]
 
 
-def make_frame(rows=tuple(ROWS), repeats=6):
-    rows = [(f"{p} {n}", options, a) for n in range(repeats) for p, options, a in rows]
+# Tokenizers that see an option alone otherwise than behind its prompt, by name: their letters, what
+# they merge, and how they part a text before.
+TOKENIZERS = {
+    "words of bytes": (BYTES, [("Ċ", "Ċ")], pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    "bytes": (
+        BYTES, [("?", "Ċ"), ("Ċ", "Ċ")],
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ),
+    "spaces before words": (
+        [*string.printable, "▁"], [("▁", "s"), ("▁", "Y")], pre_tokenizers.Metaspace()
+    ),
+}  # fmt: skip
+
+
+def make_frame(rows=tuple(ROWS), repeats=6, ends=("",)):
+    rows = [(f"{p} {n}{ends[n % len(ends)]}", options, a)
+            for n in range(repeats) for p, options, a in rows]  # fmt: skip
     prompts, options, answers = zip(*rows, strict=True)
     return pd.DataFrame(
         {
@@ -66,6 +86,23 @@ def test_options_equal_lm_evals_to_the_item(tiny_model, tokenizer, template):
     assert 0 < found["correct"].mean() < 1
 
 
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_options_equal_lm_evals_whatever_a_prompt_ends_with(tiny_model, template, name):
+    tokenizer = make_tokenizer(*TOKENIZERS[name])
+    torch.manual_seed(0)
+    tiny_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    frame = make_frame(ends=("?", "?\n", ": ", "\n\n", "? \n", " \t "))
+    found = evaluate_frame(tiny_model, tokenizer, frame, **OPTIONS | {"template": template})
+    logprobs, accuracy, normalised = referee(tiny_model, tokenizer, frame, chat=template == "chat")
+    for mine, theirs in zip(found["logprobs"], logprobs, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-3)
+    assert found["correct"].tolist() == accuracy
+    assert found["correct_norm"].tolist() == normalised
+    rows = encode(tokenizer, frame["prompt"], frame["response"], template=template, max_tokens=200)
+    assert found["nll"].tolist() == pytest.approx([row_nll(tiny_model, r) for r in rows], rel=1e-5)
+
+
 def test_the_response_of_a_choice_is_measured_as_any_other(tiny_model, tokenizer):
     frame = make_frame(repeats=1)
     found = evaluate_frame(tiny_model, tokenizer, frame, **OPTIONS)
@@ -102,12 +139,28 @@ def test_contexts_get_the_numbers_of_the_frames_rows(tiny_model, tokenizer):
     assert seen == set(range(len(mixed)))
 
 
-def test_a_prompt_too_long_for_its_options_loses_its_start(tiny_model, tokenizer):
-    frame = make_frame(repeats=1).assign(prompt="p" * 60)
-    short = evaluate_frame(tiny_model, tokenizer, frame, **OPTIONS | {"max_tokens": 40})
-    assert all(len(values) == len(o) for values, o in zip(short["logprobs"], frame["choices"],
-                                                          strict=True))  # fmt: skip
-    assert short["nll"].notna().all()
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_prompt_too_long_for_its_options_is_cut_as_other_rows_are(
+    tiny_model, tokenizer, template
+):
+    frame = make_frame(repeats=1).assign(prompt="p" * 60 + "q" * 20)
+    settings = OPTIONS | {"template": template, "max_tokens": 60}
+    found = evaluate_frame(tiny_model, tokenizer, frame, **settings)
+    rows = encode(tokenizer, frame["prompt"], frame["response"], template=template, max_tokens=60)
+    assert all(row.truncated for row in rows)
+    assert found["nll"].tolist() == pytest.approx([row_nll(tiny_model, r) for r in rows], rel=1e-5)
+    for options, logprobs in zip(frame["choices"], found["logprobs"], strict=True):
+        longest = max(options, key=len)
+        # A response ends with a token more than an option.
+        (row,) = encode(
+            tokenizer, ["p" * 60 + "q" * 20], [longest], template=template, max_tokens=61
+        )
+        at = len(row.prompt) - (template == "plain")  # the newline is of the option
+        wanted = [
+            row_nll(tiny_model, TokenRow(row.prompt[:at], (*row.prompt[at:], *tokens)))
+            for tokens in tokenizer(options, add_special_tokens=False).input_ids
+        ]
+        assert logprobs == pytest.approx([-value for value in wanted], rel=1e-5)
 
 
 def test_shots_stand_before_the_prompt(tiny_model, tokenizer):

@@ -4,14 +4,17 @@
 
 DATA holds ``test/arc_easy.jsonl`` (rows with choices) and ``test/mawps.jsonl`` (a number as the
 answer). Both engines get the same model object in fp32 and the same rows, in blocks by turns in one
-process; the table is written anew after every block. Times are of the processor (all threads) and
-of the clock; beside other work only the former says something.
+process; the table is written anew after every block. Times are of the model's work, on both sides
+from the texts to the numbers or texts that a model gives: of lm-eval its calls of ``loglikelihood``
+and ``generate_until``, of ours all of ``evaluate_frame``, its scores as well. What lm-eval does
+around that (data sets, tasks, scores, what it notes about the machine) is not in them. They are of
+the processor (all threads) and of the clock; beside other work only the former says something.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,19 +50,46 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return work(), time.process_time() - processor, time.perf_counter() - clock
 
 
-def _lm_eval(run: "_Run", frame: pd.DataFrame, task: dict[str, Any]) -> list[Any]:
-    """Return lm-eval's samples in the order of the rows."""
+class _Rival(HFLM):
+    """lm-eval's own model, which adds up the time of its work.
+
+    Attributes
+    ----------
+    spent : tuple of float
+        Seconds of processor and clock since they were last set to zero.
+    """
+
+    spent = (0.0, 0.0)
+
+    def loglikelihood(self, *given: Any, **named: Any) -> list[Any]:  # noqa: ANN401
+        return self._add(lambda: super(_Rival, self).loglikelihood(*given, **named))
+
+    def generate_until(self, *given: Any, **named: Any) -> list[Any]:  # noqa: ANN401
+        return self._add(lambda: super(_Rival, self).generate_until(*given, **named))
+
+    def _add(self, work: Callable[[], list[Any]]) -> list[Any]:
+        found, *more = _timed(work)
+        self.spent = _add(self.spent, more)
+        return found
+
+
+def _lm_eval(
+    run: "_Run", frame: pd.DataFrame, task: dict[str, Any]
+) -> tuple[list[Any], tuple[float, float]]:
+    """Return lm-eval's samples in the order of the rows, and the seconds of the model's work."""
     columns = ["prompt", "choices", "answer"]
     rows = Dataset.from_list(json.loads(frame[columns].to_json(orient="records")))
     config = {"task": "rows", "custom_dataset": lambda **_: {"test": rows}, "test_split": "test"}
+    run.rival.spent = (0.0, 0.0)
     results = simple_evaluate(
-        model=HFLM(pretrained=run.model, tokenizer=run.tokenizer, batch_size=_BATCH),
+        model=run.rival,
         tasks=[config | task],
-        task_manager=TaskManager(include_defaults=False),
+        task_manager=run.tasks,
         bootstrap_iters=0,
         apply_chat_template=run.chat,
     )
-    return sorted(results["samples"]["rows"], key=lambda sample: sample["doc_id"])
+    samples = sorted(results["samples"]["rows"], key=lambda sample: sample["doc_id"])
+    return samples, run.rival.spent
 
 
 def _choices_task(chat: bool) -> dict[str, Any]:
@@ -127,7 +157,7 @@ class _Sum:
         }
 
 
-def _add(times: tuple[float, float], more: list[float]) -> tuple[float, float]:
+def _add(times: tuple[float, float], more: Sequence[float]) -> tuple[float, float]:
     return times[0] + more[0], times[1] + more[1]
 
 
@@ -136,7 +166,7 @@ def _choices(run: "_Run", frame: pd.DataFrame, total: _Sum) -> None:
     found, *mine = _timed(
         lambda: evaluate_frame(run.model, run.tokenizer, frame, max_new_tokens=None, **run.options)
     )
-    samples, *theirs = _timed(lambda: _lm_eval(run, frame, _choices_task(run.chat)))
+    samples, theirs = _lm_eval(run, frame, _choices_task(run.chat))
     total.mine, total.theirs = _add(total.mine, mine), _add(total.theirs, theirs)
     total.add(found, samples, {"correct": "acc", "correct_norm": "acc_norm"})
     wanted = [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
@@ -154,7 +184,7 @@ def _texts(run: "_Run", frame: pd.DataFrame, total: _Sum) -> None:
             run.model, run.tokenizer, frame, max_new_tokens=_NEW_TOKENS, **run.options
         )
     )
-    samples, *theirs = _timed(lambda: _lm_eval(run, frame, _texts_task(run.chat)))
+    samples, theirs = _lm_eval(run, frame, _texts_task(run.chat))
     total.mine, total.theirs = _add(total.mine, mine), _add(total.theirs, theirs)
     texts = [sample | {"text": sample["resps"][0][0]} for sample in samples]
     total.add(found, texts, {"correct": "exact_match"})
@@ -169,6 +199,8 @@ class _Run:
     model: Any
     tokenizer: Any
     template: str
+    rival: _Rival
+    tasks: TaskManager
 
     @property
     def chat(self) -> bool:
@@ -192,13 +224,16 @@ def main() -> None:
     given = parser.parse_args()
     location = locate_base_model(BUILTIN_BASE)
     model, tokenizer = load_base_model(location, torch.float32), load_tokenizer(location)
-    run = _Run(model, tokenizer, given.template)
+    rival = _Rival(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+    run = _Run(model, tokenizer, given.template, rival, TaskManager(include_defaults=False))
     work = [
         (_choices, _rows(given.data / "test" / "arc_easy.jsonl", given.items), _Sum("arc_easy")),
         (_texts, _rows(given.data / "test" / "mawps.jsonl", given.texts), _Sum("mawps, generated")),
     ]
     # What only the first pass pays, neither engine does.
-    evaluate_frame(model, tokenizer, work[0][1].head(1), max_new_tokens=1, **run.options)
+    first = _rows(given.data / "test" / "arc_easy.jsonl", 1)
+    evaluate_frame(model, tokenizer, first, max_new_tokens=1, **run.options)
+    _lm_eval(run, first, _choices_task(run.chat))
     for measure, frame, total in work:
         for start in range(0, len(frame), given.block):
             block = frame.iloc[start : start + given.block].reset_index(drop=True)

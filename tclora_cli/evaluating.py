@@ -93,7 +93,9 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     adapters = dict(_pair("--adapter", text) for text in request.adapters)
     target = open_target(request.target, results.embeddings, choice).with_adapters(adapters)
     methods = target.choose(request.methods)
-    _check_options(request, check_lm_eval(named), alone=not files)
+    parts = check_lm_eval(named)
+    _check_options(request, parts, alone=not files)
+    _check_labels(tasks, parts)
     lm_eval = LmEvalConfig(
         lm_eval=named, lm_eval_limit=limits.get(""), allow_code_execution=request.allow_code
     )
@@ -140,6 +142,23 @@ def _check_options(
     if texts and request.max_new_tokens is not None:
         reason = "which says itself how long an answer may be"
         raise ConfigError(_not_for(texts, "--max-new-tokens", reason))
+
+
+def _check_labels(
+    tasks: Mapping[str, pd.DataFrame], named: Mapping[str, Sequence[TaskConfig]]
+) -> None:
+    """Refuse a label of two tasks, whose figures would be taken together."""
+    owners = {
+        str(label): f"the file {name!r}" for name, rows in tasks.items() for label in rows["task"]
+    }
+    for name, parts in named.items():
+        own = {str(part.get("task")) for part in parts}
+        if both := sorted(own & set(owners)):
+            raise ConfigError(
+                f"--tasks must name every task once, got {both[0]!r} from {owners[both[0]]} and "
+                f"from lm-eval's {name!r}; evaluate one of the two by a command of its own"
+            )
+        owners |= dict.fromkeys(own, f"lm-eval's {name!r}")
 
 
 def _not_for(tasks: Iterable[str], option: str, reason: str) -> str:

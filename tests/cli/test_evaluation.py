@@ -96,7 +96,12 @@ def test_methods_tasks_and_mlflow_are_chosen(evaluated, tmp_path):
         (["--tasks", "FILE", "--template", "chatty"], "--template must be one of"),
         (["--tasks", "FILE", "--dtype", "float"], "--dtype must be one of"),
         (["--tasks", "FILE", "--tasks", "arc_eazy"], "or one of lm-eval's, got 'arc_eazy'"),
-        (["--tasks", "ARC", "--tasks", "arc_easy"], "lm-eval's task 'arc_easy'; rename the file"),
+        (["--tasks", "ARC", "--tasks", "arc_easy"], "got 'arc_easy' from the file 'arc_easy' and"),
+        (
+            ["--tasks", "ARC", "--tasks", "ai2_arc"],
+            "file 'arc_easy' and from lm-eval's 'ai2_arc'",
+        ),
+        (["--tasks", "ai2_arc", "--tasks", "arc_easy"], "from lm-eval's 'ai2_arc' and from lm-eva"),
         (["--tasks", "humaneval"], "humaneval runs code written by the model; give --allow-code"),
     ],
 )

@@ -14,10 +14,11 @@ import pandas as pd
 from tclora.config import LmEvalConfig, MeasureConfig
 from tclora.errors import ConfigError
 from tclora.evaluate.lm_eval import YAML
+from tclora.evaluate.lm_eval_tasks import written_task
 from tclora.evaluate.method import with_labels
 from tclora.evaluate.subjects import Subject, opened
 from tclora.evaluate.targets import BY_CLUSTER, Method, Target
-from tclora.files import atomic_path, sha256_file, sha256_json
+from tclora.files import atomic_path, sha256_json
 from tclora.jobs.call import EventCallback
 from tclora.library.names import OWN
 from tclora.model.base import Base
@@ -211,8 +212,7 @@ def _key(base: Base, method: Method, rows: pd.DataFrame | str, plan: Plan) -> st
 
 
 def _lm_eval_task(name: str, plan: Plan) -> list[object]:
-    """Return what one of lm-eval's tasks is: lm-eval's version, and of a file what is in it."""
-    file = Path(name)
-    written = sha256_file(file) if file.suffix in YAML else None
+    """Return what one of lm-eval's tasks is: lm-eval's version, and of a file what it says."""
+    written = written_task(Path(name)) if name.endswith(YAML) else None
     asked = plan.asked(name).model_dump()
     return [asked, plan.lm_eval_few_shot, written, version("lm_eval")]

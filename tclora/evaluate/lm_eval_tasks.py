@@ -1,14 +1,17 @@
 """What lm-eval's tasks are, from their configurations alone: no data and no model is loaded."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tclora.errors import ConfigError
 from tclora.evaluate.lm_eval import YAML
+from tclora.files import sha256_file
 from tclora.registry import closest
 
 TaskConfig = Mapping[str, Any]
+_FUNCTION = re.compile(r"/.{1,999}/\w+(\.\w+)+")  # folder and dotted name
 ROLLING = "loglikelihood_rolling"  # output type of tasks that measure perplexity of whole texts
 
 
@@ -64,6 +67,45 @@ def no_perplexity(name: str) -> str:
         f"lm-eval's task {name!r} measures the perplexity of whole texts ({ROLLING}), which has "
         "no prompts to answer; leave it out"
     )
+
+
+def written_task(file: Path) -> list[object]:
+    """Return what a task file says with all that it includes, and its functions' digests.
+
+    Parameters
+    ----------
+    file : Path
+        YAML.
+
+    Notes
+    -----
+    Of functions the modules beside the file count that it names them in, whole, but not what these
+    import; of a dataset its name alone.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(file, resolve_func=False)
+    modules = {module for text in _texts(config) if (module := _module(text)) and module.is_file()}
+    return [config, [sha256_file(module) for module in sorted(modules)]]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield all texts of a configuration."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _module(text: str) -> Path | None:
+    """Return the module of a function as lm-eval writes one that it has not imported; else None."""
+    if not _FUNCTION.fullmatch(text):
+        return None
+    folder, _, name = text.rpartition("/")
+    return Path(folder) / f"{name.rpartition('.')[0].replace('.', '/')}.py"
 
 
 def _named(name: str, index: Mapping[str, Any]) -> Iterator[TaskConfig]:

@@ -129,24 +129,35 @@ def test_limits_and_rows_to_show_are_those_asked_for(yaml_tasks, tmp_path, tiny_
     assert shown == {"mine_choices": 2, "mine_texts": 0}
 
 
-@pytest.mark.parametrize("change", ["nothing", "file", "version"])
+@pytest.mark.parametrize("change", ["nothing", "file", "included", "function", "version"])
 def test_a_changed_task_file_or_lm_eval_is_measured_anew(
     yaml_tasks, tmp_path, tiny_model_dir, monkeypatch, change
 ):
     target = open_target(str(tiny_model_dir), tmp_path)
     results = Results(tmp_path / "results")
-    named = LmEvalConfig(lm_eval=tuple(yaml_tasks[:1]), lm_eval_limit=2)
+    whole = Path(yaml_tasks[0])
+    texts = {
+        "file": (whole.with_name("mine.yaml"), f"include: {whole.name}\ndescription: 'Do! '\n"
+                 "process_docs: !function utils.kept\n"),
+        "included": (whole, whole.read_text()),
+        "function": (whole.with_name("utils.py"), "def kept(docs):\n    return docs\n"),
+    }  # fmt: skip
+    for file, text in texts.values():
+        file.write_text(text)
+    named = LmEvalConfig(lm_eval=(str(texts["file"][0]),), lm_eval_limit=2)
     plan = Plan(target.choose([]), {}, named, MeasureConfig(), "here")
     evaluate_target(target, plan, results)
-    if change == "file":
-        file = Path(yaml_tasks[0])
-        file.write_text(file.read_text().replace("Q: ", "Question: "))
+    if change in texts:
+        file, text = texts[change]
+        changed = text.replace("Do!", "Act!").replace("Q: ", "Ask: ")
+        file.write_text(changed.replace("return docs", "return docs.select([3, 2, 1])"))
     elif change == "version":
         monkeypatch.setattr("tclora.evaluate.evaluation.version", lambda _: "0")
     events = []
     items = evaluate_target(target, plan, results, events.append)
     assert [bool(event.get("kept")) for event in events] == [change == "nothing"]
-    assert items["prompt"].str.startswith("Question: ").all() == (change == "file")
+    start = {"file": "Act! Q: apple", "included": "Do! Ask: apple", "function": "Do! Q: cloud"}
+    assert items["prompt"][0].startswith(start.get(change, "Do! Q: apple"))
 
 
 def test_what_lm_eval_does_not_know_is_refused(yaml_tasks):

@@ -38,10 +38,8 @@ def merge_by_layers(
 
     Parameters
     ----------
-    model : PreTrainedModel
-        The base model in evaluation mode, without adapters.
-    adapters : sequence of K Adapter
-        What is merged.
+    model, adapters
+        See `tclora.tune.scale.tune_scale`.
     rows : Mapping[str, sequence of TokenRow]
         Adapter name → a few rows of its cluster.
     method : str

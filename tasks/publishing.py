@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
 from tasks.artifact import Artifact, Artifacts
+from tasks.logged_models import log_model_files, register_model
 from tasks.routed_model import log_routed
 from tasks.tracking import Run
 from tasks.training import PARENT
@@ -176,9 +177,9 @@ def _log_training(run: Run, name: str, part: Artifact, here: Layout) -> None:
 
 def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact) -> None:
     digest = next(iter(part.files.values()))
-    model_id = tracking.log_model_files(run, folder, name, digest, "peft-lora")
+    model_id = log_model_files(run, folder, name, digest, "peft-lora")
     if name == f"merged-{config.merge.primary}":
-        tracking.register_model(run, model_id, f"{config.name}-{config.merge.primary}")
+        register_model(run, model_id, f"{config.name}-{config.merge.primary}")
 
 
 def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None:

@@ -8,7 +8,8 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import tclora
-from tasks.tracking import Run, log_model_files, register_model
+from tasks.logged_models import log_model_files, register_model
+from tasks.tracking import Run
 from tclora.config import Config
 
 _SIGNATURE = ModelSignature(

@@ -163,9 +163,9 @@ def test_options_of_texts_are_no_matter_to_choices(trained, yaml_tasks, tmp_path
 def test_code_that_places_and_routes_prompts_is_code_that_results_depend_on():
     names = {f"{found.module}.{found.name}" for found in measuring_code().definitions}
     assert names >= {
-        "tclora.evaluate.targets.Places.routed",
-        "tclora.evaluate.targets.Places.oracle",
-        "tclora.evaluate.targets.Places.nearest",
+        "tclora.evaluate.places.Places.routed",
+        "tclora.evaluate.places.Places.oracle",
+        "tclora.evaluate.places.Places.nearest",
         "tclora.cluster.embed.embed_texts",
         "tclora.cluster.centroids.assign",
         "tclora.route.quality.true_clusters",

@@ -73,15 +73,21 @@ def referee(model, tokenizer, frame, *, chat=False):
     return logprobs, [s["acc"] for s in samples], [s["acc_norm"] for s in samples]
 
 
-@pytest.mark.parametrize("template", ["plain", "chat"])
-def test_options_equal_lm_evals_to_the_item(tiny_model, tokenizer, template):
-    frame = make_frame()
-    found = evaluate_frame(tiny_model, tokenizer, frame, **OPTIONS | {"template": template})
-    logprobs, accuracy, normalised = referee(tiny_model, tokenizer, frame, chat=template == "chat")
+def equal_to_lm_eval(model, tokenizer, frame, template):
+    """Return what is measured, once it is the referee's."""
+    found = evaluate_frame(model, tokenizer, frame, **OPTIONS | {"template": template})
+    logprobs, accuracy, normalised = referee(model, tokenizer, frame, chat=template == "chat")
     for mine, theirs in zip(found["logprobs"], logprobs, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-3)
     assert found["correct"].tolist() == accuracy
     assert found["correct_norm"].tolist() == normalised
+    return found
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_options_equal_lm_evals_to_the_item(tiny_model, tokenizer, template):
+    frame = make_frame()
+    found = equal_to_lm_eval(tiny_model, tokenizer, frame, template)
     assert found["correct"].tolist() != found["correct_norm"].tolist()  # lengths count here
     assert 0 < found["correct"].mean() < 1
 
@@ -93,12 +99,7 @@ def test_options_equal_lm_evals_whatever_a_prompt_ends_with(tiny_model, template
     torch.manual_seed(0)
     tiny_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     frame = make_frame(ends=("?", "?\n", ": ", "\n\n", "? \n", " \t "))
-    found = evaluate_frame(tiny_model, tokenizer, frame, **OPTIONS | {"template": template})
-    logprobs, accuracy, normalised = referee(tiny_model, tokenizer, frame, chat=template == "chat")
-    for mine, theirs in zip(found["logprobs"], logprobs, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-3)
-    assert found["correct"].tolist() == accuracy
-    assert found["correct_norm"].tolist() == normalised
+    found = equal_to_lm_eval(tiny_model, tokenizer, frame, template)
     rows = encode(tokenizer, frame["prompt"], frame["response"], template=template, max_tokens=200)
     assert found["nll"].tolist() == pytest.approx([row_nll(tiny_model, r) for r in rows], rel=1e-5)
 

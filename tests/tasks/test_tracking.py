@@ -2,6 +2,7 @@ import pandas as pd
 import pytest
 
 from tasks import tracking
+from tasks.logged_models import log_model_files, register_model
 from tasks.tracking import Run
 from tclora.config import parse_config
 
@@ -112,16 +113,16 @@ def test_an_adapter_is_stored_once_per_digest_and_registered(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     one = tracking.nested_run(run, "one", {})
     two = tracking.nested_run(run, "two", {})
-    first = tracking.log_model_files(one, tmp_path, "merged-x", "digest-1", "peft-lora")
-    assert tracking.log_model_files(two, tmp_path, "merged-x", "digest-1", "peft-lora") == first
-    assert tracking.log_model_files(two, tmp_path, "merged-y", "digest-1", "peft-lora") != first
-    second = tracking.log_model_files(two, tmp_path, "merged-x", "digest-2", "peft-lora")
+    first = log_model_files(one, tmp_path, "merged-x", "digest-1", "peft-lora")
+    assert log_model_files(two, tmp_path, "merged-x", "digest-1", "peft-lora") == first
+    assert log_model_files(two, tmp_path, "merged-y", "digest-1", "peft-lora") != first
+    second = log_model_files(two, tmp_path, "merged-x", "digest-2", "peft-lora")
     assert second != first
     model = run.client.get_logged_model(first)
     assert str(model.status) == "READY"
     outputs = run.client.get_run(two.run_id).outputs.model_outputs
     assert {output.model_id for output in outputs} >= {first, second}
-    versions = [tracking.register_model(one, m, "trial-x") for m in (first, first, second, first)]
+    versions = [register_model(one, m, "trial-x") for m in (first, first, second, first)]
     assert versions == ["1", "1", "2", "1"]
     assert str(run.client.get_model_version_by_alias("trial-x", "current").version) == "1"
 
@@ -131,8 +132,8 @@ def test_a_registered_adapter_can_be_downloaded(run, tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
     (tmp_path / "adapter_config.json").write_text('{"r": 3}')
-    model_id = tracking.log_model_files(run, tmp_path, "stored", "digest-9", "peft-lora")
-    tracking.register_model(run, model_id, "stored")
+    model_id = log_model_files(run, tmp_path, "stored", "digest-9", "peft-lora")
+    register_model(run, model_id, "stored")
     folder = mlflow.artifacts.download_artifacts(
         "models:/stored@current", dst_path=str(tmp_path / "out")
     )

@@ -14,6 +14,7 @@ from tclora.library.names import BASE, OWN
 
 Row = Mapping[Any, Any]
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
+_INTERVAL = len("[0.00,0.00]")
 
 
 def print_results(outcome: Mapping[str, str], console: Console, *, finished: bool) -> None:
@@ -26,7 +27,11 @@ def print_results(outcome: Mapping[str, str], console: Console, *, finished: boo
 
 
 def method_table(library: Path) -> Table:
-    """Table of methods: NLL and accuracy per kind of task, recovery with its interval."""
+    """Table of methods: NLL and accuracy per kind of task, recovery with its interval.
+
+    A cell is one line where there is room, and is broken before its interval where there is not:
+    intervals hold no space. Names of methods are never cut.
+    """
     tables = Layout(library).evaluation
     summary, recovery = pd.read_parquet(tables.summary), pd.read_parquet(tables.recovery)
     overall = {
@@ -41,9 +46,9 @@ def method_table(library: Path) -> Table:
     table.add_column("method", no_wrap=True)
     for split in splits:
         n = int(summary[summary["split"] == split]["n"].max())
-        table.add_column(f"{_SPLITS[split]}\nn={n}", justify="right", no_wrap=True)
-    for column in ("recovery", "interval", "worst"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(f"{_SPLITS[split]}\nn={n}", justify="right", min_width=_INTERVAL)
+    table.add_column("recovery", justify="right")
+    table.add_column("worst", justify="right", min_width=len("(n=1000)"))
     shares = {(row["method"], row["cluster"]): row for row in recovery.to_dict("records")}
     for method in summary["method"].unique():
         cells = [_cell(overall, method, split) for split in splits]
@@ -56,23 +61,22 @@ def _cell(overall: Mapping[tuple[str, str], Row], method: str, split: str) -> st
     if row is None:
         return "-"
     lines = [
-        f"{row[metric]:.{digits}f} [{row[f'{metric}_low']:.{digits}f}, "
-        f"{row[f'{metric}_high']:.{digits}f}]"
+        f"{row[metric]:.{digits}f} [{row[f'{metric}_low']:.2f},{row[f'{metric}_high']:.2f}]"
         for metric, digits in (("nll", 3), ("accuracy", 2))
         if not pd.isna(row[metric])
     ]
     return "\n".join(lines)
 
 
-def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple[str, str, str]:
+def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple[str, str]:
     if (method, "mean") not in shares:
         reference = {BASE: "0%", OWN: "100%"}.get(method, "-")
-        return reference, "", reference
+        return reference, reference
     mean, worst = shares[method, "mean"], shares[method, "worst"]
     if pd.isna(mean["recovery"]):
-        return "undefined", "", "undefined"
-    interval = f"{mean['low']:.0%}-{mean['high']:.0%}"
-    return f"{mean['recovery']:.0%}", interval, f"{worst['recovery']:.0%} (n={worst['n']})"
+        return "undefined", "undefined"
+    interval = f"[{100 * mean['low']:.0f},{100 * mean['high']:.0f}]"
+    return f"{mean['recovery']:.0%} {interval}", f"{worst['recovery']:.0%} (n={worst['n']})"
 
 
 def _places(

@@ -14,7 +14,6 @@ from tclora.library.names import BASE, OWN
 
 Row = Mapping[Any, Any]
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
-_INTERVAL = len("[0.00,0.00]")
 
 
 def print_results(outcome: Mapping[str, str], console: Console, *, finished: bool) -> None:
@@ -46,9 +45,9 @@ def method_table(library: Path) -> Table:
     table.add_column("method", no_wrap=True)
     for split in splits:
         n = int(summary[summary["split"] == split]["n"].max())
-        table.add_column(f"{_SPLITS[split]}\nn={n}", justify="right", min_width=_INTERVAL)
-    table.add_column("recovery", justify="right")
-    table.add_column("worst", justify="right", min_width=len("(n=1000)"))
+        table.add_column(f"{_SPLITS[split]}\nn={n}", justify="right")
+    for column in ("recovery", "worst"):
+        table.add_column(column, justify="right", no_wrap=True)
     shares = {(row["method"], row["cluster"]): row for row in recovery.to_dict("records")}
     for method in summary["method"].unique():
         cells = [_cell(overall, method, split) for split in splits]
@@ -76,7 +75,7 @@ def _recovery_cells(shares: Mapping[tuple[str, str], Row], method: str) -> tuple
     if pd.isna(mean["recovery"]):
         return "undefined", "undefined"
     interval = f"[{100 * mean['low']:.0f},{100 * mean['high']:.0f}]"
-    return f"{mean['recovery']:.0%} {interval}", f"{worst['recovery']:.0%} (n={worst['n']})"
+    return f"{mean['recovery']:.0%}\n{interval}", f"{worst['recovery']:.0%}\nn={worst['n']}"
 
 
 def _places(

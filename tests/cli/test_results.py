@@ -44,7 +44,7 @@ def test_no_name_and_no_number_is_cut(library: Path, width: int) -> None:
     assert [word for word in words if word in _METHODS] == list(_METHODS)
     assert words.count("1.704") == words.count("[0.50,0.96]") == len(_METHODS) * len(_SPLITS)
     assert words.count("0.32") == words.count("[0.20,0.45]") == len(_METHODS) * len(_SPLITS)
-    for word in ("103%", "[96,125]", "84%", "(n=10)"):
+    for word in ("103%", "[96,125]", "84%", "n=10"):
         assert words.count(word) == len(_METHODS) - 2
 
 

@@ -33,7 +33,7 @@ from tclora.data.readers import read_table
 from tclora.evaluate.measure import evaluate_frame
 from tclora.model.locate import BUILTIN_BASE, load_base_model, load_tokenizer, locate_base_model
 
-_NUMBER = r"(-?\d[\d,]*\.?\d*)"
+_NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
 _NEW_TOKENS = 24
 _BATCH = 16  # sequences per forward pass of lm-eval
 _BUDGET = 1024  # padded tokens per forward pass of ours; on a CPU larger ones are slower

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ def check_lm_eval(names: Sequence[str]) -> dict[str, list[TaskConfig]]:
     if not names:
         return {}
     try:
-        from lm_eval.tasks import TaskManager
         from lm_eval.tasks._yaml_loader import load_yaml
     except ImportError as error:
         raise ConfigError(
@@ -44,7 +44,7 @@ def check_lm_eval(names: Sequence[str]) -> dict[str, list[TaskConfig]]:
             "pip install tclora[lm-eval]"
         ) from error
     files = [name for name in names if Path(name).is_file() and name.endswith(YAML)]
-    index = TaskManager().task_index if set(names) - set(files) else {}
+    index = _index() if set(names) - set(files) else {}
     found = {}
     for name in names:
         if name in files:
@@ -59,6 +59,15 @@ def check_lm_eval(names: Sequence[str]) -> dict[str, list[TaskConfig]]:
         if any(config.get("output_type") == ROLLING for config in found[name]):
             raise ConfigError(no_perplexity(name))
     return found
+
+
+@cache
+def _index() -> Mapping[str, Any]:
+    """Return what lm-eval knows; it reads some thousand files for that."""
+    from lm_eval.tasks import TaskManager
+
+    index: Mapping[str, Any] = TaskManager().task_index
+    return index
 
 
 def no_perplexity(name: str) -> str:

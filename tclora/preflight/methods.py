@@ -1,10 +1,13 @@
 """What a run names: whether methods, variants and benchmarks exist and have what they need."""
 
 import importlib.util
+from collections.abc import Sequence
 
 from tclora.cluster.registry import clusterers
 from tclora.config import Config
+from tclora.errors import ConfigError
 from tclora.evaluate.lm_eval import executes_code
+from tclora.evaluate.lm_eval_tasks import check_lm_eval
 from tclora.merge import methods
 from tclora.route.router import routers
 from tclora.train.engines import engines
@@ -49,13 +52,25 @@ def lm_eval_problems(config: Config) -> list[str]:
     """Find lm-eval tasks that cannot run here or may not."""
     if not config.evaluate.lm_eval:
         return []
-    problems = []
     if importlib.util.find_spec("lm_eval") is None:
-        problems.append("evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]")
+        problems = ["evaluate.lm_eval needs lm-eval: pip install tclora[lm-eval]"]
+    else:
+        problems = _unknown_tasks(config.evaluate.lm_eval)
     executing = [task for task in config.evaluate.lm_eval if executes_code(task)]
     if executing and not config.evaluate.allow_code_execution:
         problems.append(
             f"evaluate.lm_eval: {', '.join(executing)} run code written by the model; "
             "set evaluate.allow_code_execution: true to let them"
         )
+    return problems
+
+
+def _unknown_tasks(names: Sequence[str]) -> list[str]:
+    """Find the tasks that lm-eval does not know, or that cannot be measured."""
+    problems = []
+    for name in names:
+        try:
+            check_lm_eval([name])
+        except ConfigError as error:
+            problems.append(f"evaluate.lm_eval: {error}")
     return problems

@@ -41,6 +41,18 @@ def test_given_embeddings_are_of_the_width_of_the_model_that_routes(tiny_model_d
     check_models(configuration(tiny_model_dir, embed={"vectors": file}, route={"enabled": False}))
 
 
+def test_tasks_lm_eval_does_not_know_or_cannot_answer_are_refused_before_training(tiny_model_dir):
+    pytest.importorskip("lm_eval")
+    config = configuration(tiny_model_dir, evaluate={"lm_eval": ["arc_eazy", "wikitext"]})
+    with pytest.raises(ConfigError, match="cannot start, 2 problem") as caught:
+        check(config)
+    for wanted in (
+        "got 'arc_eazy'; did you mean arc_easy",
+        "'wikitext' measures the perplexity",
+    ):
+        assert wanted in str(caught.value)
+
+
 def test_preflight_reports_every_problem(folder, tmp_path):
     (folder / "chat_template.jinja").unlink()
     config = configuration(

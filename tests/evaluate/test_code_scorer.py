@@ -83,7 +83,8 @@ def test_leave_is_refused_where_the_machine_has_no_walls(monkeypatch):
 
 def test_what_runs_in_the_sandboxes_counts_in_a_stages_key():
     """The supervisor is started by its name; its source must be followed all the same."""
-    from tasks.closure import Symbol, closure
+    from tasks.closure import closure
+    from tasks.definitions import Symbol
 
     found = closure([score], ["unit-tests"]).definitions
     for module, name in (("confine", "confine"), ("program", "main"), ("syscalls", "forbid_calls")):

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tasks.closure import Symbol, _parse, closure, find_source, symbols_of
+from tasks.closure import closure, find_source, symbols_of
+from tasks.definitions import Symbol, parse
 from tclora.merge import merge
 from tclora.registry import Registry
 
@@ -233,7 +234,7 @@ def test_a_changed_method_counts_where_it_can_be_called(package, function, old, 
 
 def test_closures_are_found_in_threads_at_once():
     """Parallel stages ask for their keys at the same time, before anything was parsed."""
-    _parse.cache_clear()
+    parse.cache_clear()
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda _: closure([merge], ["uniform"]).digest, range(64)))
     assert len(set(found)) == 1

@@ -23,7 +23,8 @@ from flows.prepare import prepare
 from flows.train import train
 from tasks import evaluation, keys, merging, routing, training
 from tasks import prepare as preparing
-from tasks.closure import PROJECT, Symbol, _parse, closure, find_source
+from tasks.closure import PROJECT, closure, find_source
+from tasks.definitions import Symbol, parse
 from tasks.keys import stage_key
 from tasks.progress import JobProgress
 from tasks.tracking import open_run
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 def parsed(module):
     file = find_source(module)
-    return _parse(module, file, file.stat().st_mtime_ns)
+    return parse(module, file, file.stat().st_mtime_ns)
 
 
 STAGES = {
@@ -50,7 +51,10 @@ STAGES = {
     if isinstance(task, keys.Task)
 }
 # What receives figures or shows progress, and what finds keys; results do not depend on them.
-ASIDE = ("tasks.tracking", "tasks.progress", "tasks.keys", "tasks.closure", "tclora.config.")
+ASIDE = (
+    "tasks.tracking", "tasks.progress", "tasks.keys", "tasks.closure", "tasks.definitions",
+    "tclora.config.",
+)  # fmt: skip
 
 
 class Follower:

@@ -12,6 +12,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, cast
 
 from tclora.errors import JobError
@@ -86,6 +88,22 @@ class TemporaryServer:
                     "a server of yours in PREFECT_API_URL"
                 )
             time.sleep(0.1)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Wait as `wait` does; flows of the block send this server no heartbeats.
+
+        They tell a server that outlives a run of the run's death; at every flow's end Prefect waits
+        for the thread that sends them, up to a second. A server of the user's gets them.
+        """
+        self.wait()
+        if not self._url:
+            yield
+            return
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            yield
 
     def stop(self) -> None:
         """End the process."""

@@ -12,6 +12,8 @@ import socket
 import sys
 import threading
 
+from tclora.imports import lasting
+
 _GRACE = 2  # for open connections at the end (s)
 
 
@@ -21,7 +23,8 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no event
     told = threading.Event()
     threading.Thread(target=_watch, args=(told,), daemon=True).start()
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
+    with lasting():
+        from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED
 
     needed = not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value()
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -40,8 +43,9 @@ def _watch(told: threading.Event) -> None:
 
 
 def _serve(sock: socket.socket, told: threading.Event) -> None:
-    import uvicorn
-    from prefect.server.api.server import create_app
+    with lasting():
+        import uvicorn
+        from prefect.server.api.server import create_app
 
     told.wait()
     config = uvicorn.Config(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tclora.errors import TcloraError
+from tclora.imports import lasting
 from tclora.jobs.call import Call, Event
 from tclora.registry import load_plugins
 
@@ -31,6 +32,8 @@ def main(path: str) -> None:
     try:
         load_plugins()
         call = Call.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        with lasting():
+            call.load()
         send({"result": call.run(on_event)})
     except (TcloraError, OSError) as error:
         send({"error": f"{type(error).__name__}: {error}"})

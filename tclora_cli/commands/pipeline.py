@@ -34,18 +34,20 @@ def run(
     if plan:
         _print_plan(values, rate)
         return
+    from tclora.imports import lasting
     from tclora_cli.server import TemporaryServer
 
     server = TemporaryServer()  # imports Prefect while the models are checked
-    from tclora.preflight.models import check_models
-
+    with lasting():
+        from tclora.preflight.models import check_models
     models = check_models(values)
     server.start()
-    from flows.pipeline import STEPS, checked_pipeline
-    from tclora_cli.results import print_results
+    with lasting():
+        from flows.pipeline import STEPS, checked_pipeline
+        from tclora_cli.results import print_results
 
-    server.wait()
-    outcome = checked_pipeline(values, models, until or STEPS[-1])
+    with server.ready():
+        outcome = checked_pipeline(values, models, until or STEPS[-1])
     print_results(outcome, console, finished=outcome["until"] == STEPS[-1])
 
 

@@ -28,12 +28,15 @@ def study(
         raise ConfigError(studies.unknown(name))
     values, given = load_config(config, overrides), dict(map(parse_axis, axes))
     settle_environment()
+    from tclora.imports import lasting
     from tclora_cli.server import TemporaryServer
 
     server = TemporaryServer()
     server.start()
-    from flows.study import study as run
+    with lasting():
+        from flows.study import study as run
 
-    server.wait()
-    for label, place in run(name, values, given).items():
+    with server.ready():
+        places = run(name, values, given)
+    for label, place in places.items():
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)

@@ -96,7 +96,6 @@ def _rank(context: Context, prepared: Prepared, given: Given) -> int:
     return int(found.info["rank"])
 
 
-@parallel_flow("tune-scales")
 def _scales(
     context: Context, prepared: Prepared, given: dict[str, Given]
 ) -> dict[str, dict[str, Any]]:
@@ -104,13 +103,21 @@ def _scales(
 
     Returns the options chosen, per method.
     """
+    scaled = [name for name in given if context.config.merge.scales and is_scaled(name)]
+    return _tune_scales(context, prepared, {name: given[name] for name in scaled}) if scaled else {}
+
+
+@parallel_flow("tune-scales")
+def _tune_scales(
+    context: Context, prepared: Prepared, scaled: dict[str, Given]
+) -> dict[str, dict[str, Any]]:
+    """Choose scale and density of methods in parallel jobs."""
     cfg = context.config.merge
-    scaled = [name for name in given if cfg.scales and is_scaled(name)]
     where = context.where.shared_by(len(scaled))
     rows = context.rows(prepared.rows, cfg.sample_rows)
     futures = {
-        name: tune_scale.submit(name, given[name], cfg.scales, cfg.densities, rows, where)
-        for name in scaled
+        name: tune_scale.submit(name, given, cfg.scales, cfg.densities, rows, where)
+        for name, given in scaled.items()
     }
     found = collect("tune-scale", futures, context)
     return {name: dict(part.info) for name, part in found.items()}

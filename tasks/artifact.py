@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from tclora.files import link_path, sha256_json, sha256_path
+from tclora.files import link_path, sha256_json, sha256_path, sha256_paths
 
 
 class Artifact(BaseModel):
@@ -37,10 +37,12 @@ class Artifact(BaseModel):
 
     @model_validator(mode="after")
     def _check_files(self) -> "Artifact":
-        for path, digest in zip(self.paths, self.files.values(), strict=True):
+        for path in self.paths:
             if not path.exists():
                 raise ValueError(f"{path} does not exist any more")
-            if sha256_path(path) != digest:
+        found = sha256_paths(self.paths)
+        for path, now, digest in zip(self.paths, found, self.files.values(), strict=True):
+            if now != digest:
                 raise ValueError(f"{path} has changed since it was written")
         return self
 

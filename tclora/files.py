@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,18 @@ def sha256_path(path: Path) -> str:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_paths(paths: Iterable[Path]) -> list[str]:
+    """Return the SHA-256 of each file or directory; several are read at once.
+
+    Raises
+    ------
+    FileNotFoundError
+        If one is missing.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing needs no lock of the interpreter's
+        return list(pool.map(sha256_path, paths))
 
 
 def sha256_json(value: Any) -> str:  # noqa: ANN401

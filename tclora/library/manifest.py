@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tclora.errors import LibraryError
-from tclora.files import sha256_file, sha256_path, write_json
+from tclora.files import sha256_path, sha256_paths, write_json
 from tclora.library.layout import Layout
 from tclora.library.places import heal
 from tclora.library.previous import upgrade
@@ -57,7 +57,7 @@ def write_manifest(root: Path, description: Description, names: Iterable[str]) -
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
-        digests={name: sha256_file(layout.path(name)) for name in files},
+        digests=dict(zip(files, sha256_paths(map(layout.path, files)), strict=True)),
     )
     values = manifest.model_dump(mode="json", by_alias=True)
     first = {key: values[key] for key in ("schema", "created")}

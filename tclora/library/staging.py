@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tclora.errors import LibraryError
-from tclora.files import link_file, sha256_path
+from tclora.files import link_file, sha256_path, sha256_paths
 from tclora.library.layout import Layout
 from tclora.library.manifest import is_listed, read_manifest
 from tclora.library.places import heal, retired, staging_area
@@ -122,12 +122,9 @@ def _manifest(root: Path) -> Manifest | None:
 
 def _damaged(root: Path, manifest: Manifest) -> dict[str, str]:
     """Return what a library lists but has lost, or what was changed in it, with its digest."""
-    layout = Layout(root)
-    return {
-        name: digest
-        for name, digest in manifest.digests.items()
-        if not layout.path(name).exists() or sha256_path(layout.path(name)) != digest
-    }
+    there = [name for name in manifest.digests if Layout(root).path(name).exists()]
+    found = dict(zip(there, sha256_paths(map(Layout(root).path, there)), strict=True))
+    return {name: d for name, d in manifest.digests.items() if found.get(name) != d}
 
 
 def _copy_finished(

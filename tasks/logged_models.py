@@ -15,25 +15,39 @@ def log_model_files(run: Run, folder: Path, name: str, digest: str, kind: str) -
     str
         The logged model's id.
     """
-    client = run.client
-    same = client.search_logged_models(
+    model_id = stored_model(run, name, digest) or store_model(run, folder, name, digest, kind)
+    record_model(run, model_id)
+    return model_id
+
+
+def stored_model(run: Run, name: str, digest: str) -> str | None:
+    """Return the id of the experiment's logged model of a name and digest, if there is one."""
+    same = run.client.search_logged_models(
         [run.experiment_id],
         filter_string=f"tags.`tclora.sha256` = '{digest}' AND name = '{name}'",
     )
     # One that is not ready was left by a run that was killed while it uploaded.
-    model = next((found for found in same if found.status == LoggedModelStatus.READY), None)
-    if model is None:
-        model = client.create_logged_model(
-            run.experiment_id,
-            name=name,
-            source_run_id=run.run_id,
-            tags={"tclora.sha256": digest},
-            params={"format": kind},
-        )
-        client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run.run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return next((m.model_id for m in same if m.status == LoggedModelStatus.READY), None)
+
+
+def store_model(run: Run, folder: Path, name: str, digest: str, kind: str) -> str:
+    """Store a directory as a logged model, and return its id."""
+    client = run.client
+    model = client.create_logged_model(
+        run.experiment_id,
+        name=name,
+        source_run_id=run.run_id,
+        tags={"tclora.sha256": digest},
+        params={"format": kind},
+    )
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.finalize_logged_model(model.model_id, "READY")
     return model.model_id
+
+
+def record_model(run: Run, model_id: str) -> None:
+    """Say that a logged model is a run's."""
+    run.client.log_outputs(run.run_id, [LoggedModelOutput(model_id, step=0)])
 
 
 def register_model(run: Run, model_id: str, name: str) -> str:

@@ -133,8 +133,8 @@ def _trained(part: Artifact) -> dict[str, Any]:
 def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
     """Log everything of the library to MLflow: files, figures, adapters, rows, nested runs."""
     here = Layout(library)
-    for part in [parts.examples, *parts.tables, *([parts.routed] if parts.routed else [])]:
-        tracking.log_metrics(run, part.metrics)
+    stages = [parts.examples, *parts.tables, *([parts.routed] if parts.routed else [])]
+    tracking.log_metrics(run, {name: v for part in stages for name, v in part.metrics.items()})
     _log_files(run, parts, here)
     for name, figure in figures(library).items():
         run.client.log_figure(run.run_id, figure, f"figures/{name}.png")
@@ -185,17 +185,18 @@ def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact)
 def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None:
     summary = pd.read_parquet(here.evaluation.summary)
     recovered = pd.read_parquet(here.evaluation.recovery)
+    totals: dict[str, float] = {}
     for method, rows in summary.groupby("method", sort=False):
         name = str(method)
         metrics = flat_figures(rows) | _shares(recovered[recovered["method"] == method])
         metrics["seeds"] = float(rows["seeds"].max())
-        totals = {f"{name}/{key}": value for key, value in metrics.items() if key in _TOTALS}
+        totals |= {f"{name}/{key}": value for key, value in metrics.items() if key in _TOTALS}
         metrics |= merges[name].metrics if name in merges else {}
         nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
         tracking.log_params(nested, {"method": name})
         tracking.log_metrics(nested, metrics)
         tracking.close_run(nested, "FINISHED")
-        tracking.log_metrics(run, totals)
+    tracking.log_metrics(run, totals)
 
 
 def _shares(recovered: pd.DataFrame) -> dict[str, float]:

@@ -8,7 +8,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import tclora
-from tasks.logged_models import log_model_files, register_model
+from tasks.logged_models import record_model, register_model, store_model, stored_model
 from tasks.tracking import Run
 from tclora.config import Config
 
@@ -26,10 +26,13 @@ def log_routed(run: Run, library: Path, digest: str, config: Config) -> str:
     str
         The logged model's id.
     """
-    with tempfile.TemporaryDirectory(prefix="tclora-pyfunc-") as scratch:
-        folder = Path(scratch) / "model"
-        save_pyfunc(library, folder)
-        model_id = log_model_files(run, folder, "routed", digest, "tclora-routed")
+    model_id = stored_model(run, "routed", digest)
+    if model_id is None:
+        with tempfile.TemporaryDirectory(prefix="tclora-pyfunc-") as scratch:
+            folder = Path(scratch) / "model"
+            save_pyfunc(library, folder)
+            model_id = store_model(run, folder, "routed", digest, "tclora-routed")
+    record_model(run, model_id)
     register_model(run, model_id, f"{config.name}-routed")
     return model_id
 

@@ -34,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/tclora run configs/demo.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

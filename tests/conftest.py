@@ -1,11 +1,16 @@
 """Fixtures for all tests: a tiny real causal LM with its tokenizer, built here, and no network."""
 
+import gc
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
+
+# What is imported stays; see `tclora.imports`. Collection is on again before the first test.
+gc.disable()
 
 # Libraries read these when they are imported; `tests` must not share anything with real runs.
 SCRATCH = Path(tempfile.mkdtemp(prefix="tclora-tests-"))
@@ -22,6 +27,9 @@ os.environ |= {
 }
 for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Threads of several workers on one core wait for each other within every operation.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -41,6 +49,21 @@ CHAT_TEMPLATE = (
 )
 ENDS = {"pad_token": "<pad>", "eos_token": "</s>"}
 SPECIAL = ("<pad>", "</s>", "<user>", "<assistant>")
+
+
+def pytest_collection_modifyitems(items):
+    """Put files that run whole flows first, then those of many tests, so that workers end at once.
+
+    With xdist's `--no-loadscope-reorder`; by itself it begins with the files of most tests.
+    """
+    tests = Counter(item.path for item in items)
+    flows = {item.path for item in items if "prefect_server" in item.fixturenames}
+    items.sort(key=lambda item: (item.path not in flows, -tests[item.path]))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish():
@@ -101,8 +124,15 @@ def tiny_model(tiny_model_dir):
 
 @pytest.fixture(scope="session")
 def prefect_server():
-    """A Prefect server of its own, with an empty database."""
+    """A Prefect server of its own, with an empty database; as for ours, flows have no heartbeats.
+
+    They would cost up to a second at every flow's end; see `tclora_cli.server`.
+    """
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=90):
+    with (
+        prefect_test_harness(server_startup_timeout=90),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
         yield

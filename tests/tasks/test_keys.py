@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,10 @@ def test_a_changed_definition_changes_the_keys_of_the_stages_that_reach_it(follo
 
 def _is_function(symbol, find):
     file = find(symbol.module)
-    return file is not None and _function(ast.parse(file.read_text()), symbol.name) is not None
+    return file is not None and _function(_tree(file.read_text()), symbol.name) is not None
+
+
+_tree = cache(ast.parse)
 
 
 def _function(tree, name):

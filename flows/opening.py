@@ -9,13 +9,14 @@ from prefect.runtime import flow_run
 
 from flows.context import Context
 from tasks import tracking
+from tasks.executing import executing
 from tasks.progress import JobProgress
 from tasks.tracking import Run
 from tasks.where import Where
 from tclora.config import Config
 from tclora.jobs.devices import exclusive
-from tclora.jobs.run import LocalExecutor
 from tclora.library.layout import Layout
+from tclora.library.places import staging_area
 from tclora.library.staging import begin
 from tclora.model.locate import choose_dtype, default_device
 from tclora.preflight import Models
@@ -32,10 +33,15 @@ def opened(config: Config, models: Models, shared: Path | None = None) -> Iterat
     """
     library = config.library_dir
     lock = library.with_name(f".{config.name}.lock")
-    with exclusive(lock, on_wait=_say_waiting), _mlflow_run(config) as run:
-        executor = LocalExecutor.of(config.resources.jobs, config.resources.job_timeout)
+    staging = Layout(staging_area(library))
+    with (
+        exclusive(lock, on_wait=_say_waiting),
+        executing(config, staging) as executor,
+        _mlflow_run(config) as run,
+    ):
+        begin(library)
         steps = config.train.checkpoint_steps
-        where = Where(Layout(begin(library)), run, executor, JobProgress(), steps, shared)
+        where = Where(staging, run, executor, JobProgress(), steps, shared)
         yield Context(_settled(config), models, where)
 
 

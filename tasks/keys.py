@@ -2,8 +2,8 @@
 
 The key of a stage is made of the values it is given, the digests of its inputs and the source of
 all it can execute: the body of the task, the functions it calls or runs elsewhere, what they call,
-and where it runs jobs also the executor and the worker. `Where` tells a stage where to work and is
-left out, except for the folder.
+and where it runs jobs also the worker. `Where` tells a stage where to work and is left out, except
+for the folder; so an executor, which carries files by their digests, does not count (ADR 15).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +24,7 @@ from tasks.shared import record, take_over
 from tasks.where import Where
 from tclora.files import sha256_json
 from tclora.jobs import worker
+from tclora.jobs.call import Call
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,8 +96,7 @@ def stage_key(stage: Task[..., Any], inputs: Mapping[str, Any], *, placed: bool 
     given = set(_strings(values))
     source = closure([stage.fn], given)
     if _ISOLATED in source.names:
-        executors = [type(v.executor) for v in inputs.values() if isinstance(v, Where)]
-        source = closure([stage.fn, worker.main, *executors], given)
+        source = closure([stage.fn, worker.main], given)
     return sha256_json([stage.name, values, source.digest])
 
 
@@ -106,6 +106,11 @@ def current_key() -> str:
     if context is None:
         raise RuntimeError("current_key must be called inside of a stage")
     return stage_key(context.task, context.parameters)
+
+
+def job_source(call: Call) -> str:
+    """Return the digest of the source that a job executes, for machines to compare."""
+    return closure([call.load(), worker.main], set(_strings(call.arguments))).digest
 
 
 def _identity(value: Any, placed: bool) -> Any:  # noqa: ANN401

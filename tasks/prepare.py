@@ -22,7 +22,8 @@ from tclora.files import atomic_path
 from tclora.jobs.call import Event
 from tclora.library.names import JOINT, cluster_name
 from tclora.model.base import Base
-from tclora.model.locate import cache_dir, default_device, load_tokenizer
+from tclora.model.locate import default_device, load_tokenizer
+from tclora.model.place import cache_dir
 
 HELD_OUT = "held-out"  # the rows that methods are measured on, among those of the adapters
 

@@ -16,6 +16,7 @@ from tclora.config import GateConfig, RouterConfig
 from tclora.files import atomic_path
 from tclora.jobs.call import Event
 from tclora.library.manifest import size
+from tclora.model.place import ModelPlace
 from tclora.route import Abstention, Fallback, RoutedInfo, fit_gates, fit_router, write_library
 from tclora.route.quality import calibration_curve, router_figures, true_clusters
 from tclora.tune.routing import ClusteredTexts, calibrate_routing
@@ -86,7 +87,7 @@ def calibrate(
         texts=ClusteredTexts(
             embeddings=texts.embeddings.path,
             clusters=texts.clusters.path,
-            embedder=texts.embedder,
+            embedder=ModelPlace(location=texts.embedder, digest=texts.embedder_digest),
         ),
         configured=configured,
         target=file,

@@ -34,5 +34,9 @@ class JobError(TcloraError):
     """A training or evaluation job failed in its subprocess."""
 
 
+class StoreError(TcloraError):
+    """A store of files cannot be used, or does not hold what it must."""
+
+
 class NonFiniteLossError(TcloraError):
     """The training loss became NaN or infinite."""

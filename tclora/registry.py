@@ -129,6 +129,12 @@ def _first_line(entry: object) -> str:
     return (inspect.getdoc(entry) or "").partition("\n")[0]
 
 
+def plugin_modules() -> list[str]:
+    """Name the modules that register variants of other packages; see `load_plugins`."""
+    named = [point.module for point in entry_points(group=ENTRY_POINTS)]
+    return named + [n.strip() for n in os.environ.get(VARIABLE, "").split(",") if n.strip()]
+
+
 def load_plugins() -> None:
     """Import the modules that register variants of other packages.
 
@@ -139,9 +145,7 @@ def load_plugins() -> None:
     ConfigError
         If one cannot be imported.
     """
-    named = [point.module for point in entry_points(group=ENTRY_POINTS)]
-    named += [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in named:
+    for name in plugin_modules():
         try:
             importlib.import_module(name)
         except ImportError as error:

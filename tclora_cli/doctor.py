@@ -11,11 +11,8 @@ from tasks.tracking import tracking_uri
 from tclora.config import Config
 from tclora.errors import TcloraError
 from tclora.jobs.devices import parallel_jobs
-from tclora.model.locate import (
-    cache_dir,
-    choose_dtype,
-    default_device,
-)
+from tclora.model.locate import choose_dtype, default_device
+from tclora.model.place import cache_dir
 from tclora.preflight import check
 from tclora.preflight.plan import fetched
 

@@ -4,7 +4,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tclora.errors import ConfigError
+from tclora.store.url import check_url
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -414,6 +417,51 @@ class ResourceConfig(Section):
     job_timeout: Positive = Field(86_400, description="a job is stopped after this time (s)")
 
 
+class ExecutionConfig(Section):
+    """Where training and evaluation jobs run."""
+
+    backend: Literal["local", "deployment"] = Field(
+        "local",
+        description="local: processes on this machine; deployment: flow runs of their own on the "
+        "work pool of a Prefect deployment, on any machine",
+    )
+    deployment: str = Field(
+        "job/job",
+        pattern=r"^[^/]+/[^/]+$",
+        description="flow and name of the deployment that runs jobs",
+    )
+    store: str | None = Field(
+        None,
+        description="fsspec URL through which jobs and this machine exchange files, such as "
+        "file:///mnt/store or s3://bucket/prefix; without credentials, which come from the "
+        "environment",
+    )
+    jobs_per_host: Positive = Field(
+        1, description="jobs that a worker's machine runs at once: each gets its share of cores"
+    )
+    retries: int = Field(2, ge=0, description="new attempts at a job whose worker was lost")
+    lost_after: Positive = Field(
+        300, description="a started job that gives no sign for this time has lost its worker (s)"
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, store: str | None) -> str | None:
+        try:
+            return store and check_url(store)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ExecutionConfig":
+        if self.backend == "deployment" and not self.store:
+            raise ValueError(
+                "store must be set with backend 'deployment', such as file:///mnt/store or "
+                "s3://bucket/prefix: jobs elsewhere see no folder of this machine"
+            )
+        return self
+
+
 class Config(Section):
     """A whole run."""
 
@@ -444,6 +492,16 @@ class Config(Section):
     route: RouteConfig = RouteConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     resources: ResourceConfig = ResourceConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> "Config":
+        if self.execution.backend != "local" and self.train.dtype == "auto":
+            raise ValueError(
+                "train.dtype must be bfloat16 or float32 with execution.backend "
+                f"{self.execution.backend!r}, got 'auto': the machines of the workers are not known"
+            )
+        return self
 
     @property
     def of_training(self) -> int:

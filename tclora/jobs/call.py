@@ -43,13 +43,11 @@ class Call(BaseModel):
         ValidationError
             If an argument is not of its parameter's type.
         """
-        path = f"{function.__module__}:{function.__qualname__}"
-        if "." in function.__qualname__ or function.__qualname__ == "<lambda>":
-            raise TypeError(f"function must be at the top level of its module, got {path}")
-        inspect.signature(function).bind(**arguments)
-        sent = {name: value for name, value in arguments.items() if name != EVENTS}
-        checked = _parameters(function)(**sent)
-        return cls(function=path, arguments=checked.model_dump(mode="json", exclude_unset=True))
+        checked = checked_arguments(function, arguments)
+        return cls(
+            function=import_path(function),
+            arguments=checked.model_dump(mode="json", exclude_unset=True),
+        )
 
     def load(self) -> Callable[..., object]:
         """Import the function."""
@@ -65,6 +63,29 @@ class Call(BaseModel):
         if EVENTS in inspect.signature(function).parameters:
             arguments[EVENTS] = on_event
         return result_type(function).dump_python(function(**arguments), mode="json")
+
+
+def import_path(function: Callable[..., object]) -> str:
+    """Return ``"package.module:function"``.
+
+    Raises
+    ------
+    TypeError
+        If the function is not at the top level of its module.
+    """
+    path = f"{function.__module__}:{function.__qualname__}"
+    if "." in function.__qualname__ or function.__qualname__ == "<lambda>":
+        raise TypeError(f"function must be at the top level of its module, got {path}")
+    return path
+
+
+def checked_arguments(
+    function: Callable[..., object], arguments: Mapping[str, object]
+) -> BaseModel:
+    """Return the arguments but `on_event` as a model, of their parameters' types; see `Call.of`."""
+    inspect.signature(function).bind(**arguments)
+    sent = {name: value for name, value in arguments.items() if name != EVENTS}
+    return _parameters(function)(**sent)
 
 
 def result_type(function: Callable[..., object]) -> TypeAdapter[Any]:

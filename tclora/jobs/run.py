@@ -109,11 +109,16 @@ class LocalExecutor:
         """
         if args:
             raise TypeError(f"arguments of {function.__name__} must be given by keyword")
-        name = _name(function, arguments)
+        on_event: Any = arguments.get(EVENTS)
+        call = Call.of(function, arguments)
+        found = self.run_call(call, job_name(function.__name__, arguments), on_event)
+        result: R = result_type(function).validate_python(found)
+        return result
+
+    def run_call(self, call: Call, name: str, on_event: EventCallback | None) -> Any:  # noqa: ANN401
+        """Run a call in a fresh process and return its result as JSON; see `run_isolated`."""
         if self._running.stopped.is_set():
             raise JobError(f"job {name} was not started: the run was interrupted")
-        call = Call.of(function, arguments)
-        on_event: Any = arguments.get(EVENTS)
         with (
             lease_gpu(visible_gpus()) as gpu,
             tempfile.TemporaryDirectory(prefix="tclora-job-") as scratch,
@@ -126,8 +131,7 @@ class LocalExecutor:
                 raise JobError(_death_notice(name, process.returncode, self.timeout, log))
         if "error" in outcome:
             raise JobError(f"job {name}: {outcome['error']}")
-        result: R = result_type(function).validate_python(outcome["result"])
-        return result
+        return outcome["result"]
 
     def stop(self) -> None:
         """Kill all running jobs and start no waiting one.
@@ -172,9 +176,9 @@ class LocalExecutor:
                     pipe.close()
 
 
-def _name(function: Callable[..., object], arguments: Mapping[str, object]) -> str:
+def job_name(function: str, arguments: Mapping[str, object]) -> str:
     """Name a job by its function and, where it has one, its argument `name`."""
-    return " ".join([function.__name__, *([str(arguments["name"])] if "name" in arguments else [])])
+    return " ".join([function, *([str(arguments["name"])] if "name" in arguments else [])])
 
 
 def _follow(

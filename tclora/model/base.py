@@ -5,22 +5,18 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.model.locate import choose_dtype, default_device, load_base_model, load_tokenizer
+from tclora.model.place import ModelPlace
 from tclora.model.tokens import TokenRow, encode_frame
 
 
-class Base(BaseModel):
-    """Which base model, and how it reads examples.
+class Base(ModelPlace):
+    """Which base model, and how it reads examples; see `ModelPlace`.
 
     Attributes
     ----------
-    location : str
-        Path or hub id.
-    digest : str
-        Its identity; see `tclora.model.locate.model_digest`.
     dtype : {"auto", "bfloat16", "float32"}
         Type of its weights.
     template : {"chat", "plain"}
@@ -29,10 +25,6 @@ class Base(BaseModel):
         Longest example (tokens).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    location: str
-    digest: str
     dtype: str
     template: Literal["chat", "plain"]
     max_tokens: int
@@ -40,8 +32,8 @@ class Base(BaseModel):
     def load(self) -> "LoadedBase":
         """Load model and tokenizer on this process's device."""
         device = default_device()
-        model = load_base_model(self.location, choose_dtype(self.dtype, device), device)
-        return LoadedBase(self, model, load_tokenizer(self.location))
+        model = load_base_model(self.here, choose_dtype(self.dtype, device), device)
+        return LoadedBase(self, model, load_tokenizer(self.here))
 
 
 class LoadedBase(NamedTuple):

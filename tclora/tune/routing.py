@@ -18,6 +18,7 @@ from tclora.files import write_json
 from tclora.jobs.call import EventCallback
 from tclora.merge.inputs import MergeInputs
 from tclora.model.base import Base, LoadedBase
+from tclora.model.place import ModelPlace
 from tclora.model.sample import Sample
 from tclora.model.tokens import Batch
 from tclora.route.equations import Fallback
@@ -42,15 +43,15 @@ class ClusteredTexts(BaseModel):
         Embeddings of all prompts.
     clusters : Path
         Split and cluster of all prompts, in the same order.
-    embedder : str
-        Path or hub id of the embedding model.
+    embedder : ModelPlace
+        The embedding model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     embeddings: Path
     clusters: Path
-    embedder: str
+    embedder: ModelPlace
 
     def training(self) -> tuple[Embeddings, Labels]:
         """Return the embeddings of the rows that adapters were trained on, and their clusters."""
@@ -119,7 +120,7 @@ def calibrate_routing(
         outcome, points = RoutingCalibration(fallback, None), []
     else:
         rows = {name: sample.frame(name) for name in fit.unit.names}
-        embed = partial(embed_prompts, load_embedder(texts.embedder))
+        embed = partial(embed_prompts, load_embedder(texts.embedder.here))
         probes = make_probes(rows, *texts.training(), embed, sample.seed).reset_index(drop=True)
         losses = measure_probes(loaded, fit, fallback.rule, probes, sample.token_budget)
         abstention = choose_abstention(

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tclora.errors import NonFiniteLossError
+from tclora.model.place import ModelPlace
 
 
 class Point(BaseModel):
@@ -58,3 +59,43 @@ def divide(*, by: int) -> float:
 def endless(*, on_event: Any = lambda _: None) -> None:
     on_event({"pid": os.getpid()})
     time.sleep(600)
+
+
+class Files(BaseModel):
+    rows: Path
+    target: Path
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Copied:
+    target: Path
+    bytes: int
+
+
+def copy_rows(*, files: Files, log: Path, on_event: Any = lambda _: None) -> Copied:
+    on_event({"step": 1})
+    text = (files.rows / "a.txt").read_text()
+    (files.target / "sub").mkdir(parents=True)
+    (files.target / "sub" / "a.txt").write_text(text)
+    files.checkpoint.mkdir()
+    (files.checkpoint / "state").write_text("under way")
+    log.write_text("done")
+    return Copied(files.target, len(text))
+
+
+def append(*, file: Path, text: str) -> None:
+    former = file.read_text() if file.exists() else ""
+    file.unlink(missing_ok=True)
+    file.write_text(former + text)
+
+
+def twice(*, checkpoint: Path, target: Path) -> None:
+    if not checkpoint.exists():
+        checkpoint.write_text("half of it")
+        raise NonFiniteLossError("first attempt")
+    target.write_text(f"{checkpoint.read_text()}, the rest")
+
+
+def read_model(*, model: ModelPlace) -> tuple[str, str]:
+    return model.location, (Path(model.here) / "config.json").read_text()

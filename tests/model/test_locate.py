@@ -8,7 +8,6 @@ from tclora.errors import ModelError
 from tclora.model.locate import (
     BUILTIN_BASE,
     BUILTIN_EMBEDDER,
-    cache_dir,
     choose_dtype,
     load_base_model,
     load_tokenizer,
@@ -16,6 +15,7 @@ from tclora.model.locate import (
     locate_embedder,
     model_digest,
 )
+from tclora.model.place import cache_dir
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""What a store holds of a job: its parcel, what its attempts tell while they work, its delivery.
+
+::
+
+    jobs/KEY/parcel.json                  written before the job is sent
+    jobs/KEY/told/ATTEMPT/000001.json     events, in parts; a part without events is a heartbeat
+    jobs/KEY/delivery.json                written last, when all files are in the store
+
+The key of a job names what it is: whoever asks for the same again finds what is under way or done.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from tclora.errors import StoreError
+from tclora.jobs.call import Event
+from tclora.jobs.parcel import Delivery, Parcel
+from tclora.store.objects import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobRecords:
+    """The records of one job.
+
+    Attributes
+    ----------
+    store : Store
+        Where they are.
+    key : str
+        Of the job.
+    """
+
+    store: Store
+    key: str
+
+    def send(self, parcel: Parcel) -> None:
+        """Leave a job for a worker."""
+        self.store.write(self._name("parcel.json"), parcel.model_dump_json().encode())
+
+    def parcel(self) -> Parcel:
+        """Return the job.
+
+        Raises
+        ------
+        StoreError
+            If there is none: it was forgotten, or belongs to another store.
+        """
+        found = self.store.read(self._name("parcel.json"))
+        if found is None:
+            raise StoreError(
+                f"store {self.store.url} must hold job {self.key[:12]}, but does not; start the "
+                "run that wanted it again"
+            )
+        return Parcel.model_validate_json(found)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Say that a job is done; all its files are in the store."""
+        self.store.write(self._name("delivery.json"), delivery.model_dump_json().encode())
+
+    def delivery(self) -> Delivery | None:
+        """Return what a job has made; None while it is not done."""
+        found = self.store.read(self._name("delivery.json"))
+        return None if found is None else Delivery.model_validate_json(found)
+
+    def tell(self, attempt: str, part: int, events: list[Mapping[str, Any]]) -> None:
+        """Leave events for whoever waits for the job."""
+        self.store.write(self._told(attempt, part), json.dumps(events).encode())
+
+    def told(self, attempt: str, part: int) -> list[Event] | None:
+        """Return a part of what an attempt told; None if it is not there yet."""
+        found = self.store.read(self._told(attempt, part))
+        return None if found is None else list(json.loads(found))
+
+    def forget(self) -> None:
+        """Remove all records; objects stay, for other jobs that need them."""
+        self.store.remove(self._name(""))
+
+    def _told(self, attempt: str, part: int) -> str:
+        return self._name(f"told/{attempt}/{part:06d}.json")
+
+    def _name(self, name: str) -> str:
+        return f"jobs/{self.key}/{name}".rstrip("/")
+
+
+class Telling:
+    """Leaves events of an attempt in the store while it works, at most one record in a while.
+
+    Parameters
+    ----------
+    records : JobRecords
+        Of the job.
+    attempt : str
+        Which attempt.
+    pause : float
+        Time between two records (s); one without events says that the attempt is alive.
+    """
+
+    def __init__(self, records: JobRecords, attempt: str, pause: float = 5.0) -> None:
+        self._records, self._attempt, self._pause = records, attempt, pause
+        self._waiting: list[Mapping[str, Any]] = []
+        self._part = 0
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> "Telling":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def add(self, event: Event) -> None:
+        """Take an event."""
+        with self._lock:
+            self._waiting.append(dict(event))
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(self._pause)
+            with self._lock:
+                events, self._waiting = self._waiting, []
+            try:
+                self._records.tell(self._attempt, self._part, events)
+            except Exception as error:  # the job is worth more than its curve
+                logger.warning("the store did not take %d events: %s", len(events), error)
+                self._waiting[:0] = events
+            else:
+                self._part += 1

@@ -59,8 +59,7 @@ def pipeline(
         Last step, folder of the library or of what there is of it, MLflow run and store.
     """
     load_plugins()  # a worker of a deployment does not come through the command line
-    cfg, last = load_config(config, overrides), step_named(until)
-    return _run(cfg, check(cfg), last)
+    return run(load_config(config, overrides), step_named(until))
 
 
 @flow(name=NAME, validate_parameters=False)
@@ -72,6 +71,11 @@ def checked_pipeline(
     `shared` is the folder of records of what the run has in common with others; see `tasks.shared`.
     """
     return _run(config, models, step_named(until), shared)
+
+
+def run(config: Config, last: str) -> dict[str, str]:
+    """Check a configuration, then run it up to a step; inside of a flow. See `pipeline`."""
+    return _run(config, check(config), last)
 
 
 def _run(config: Config, models: Models, last: str, shared: Path | None = None) -> dict[str, str]:

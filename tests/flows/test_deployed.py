@@ -8,41 +8,48 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowRunFilter,
-    FlowRunFilterTags,
-)
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.states import Cancelling, Running
 
-from flows.job import job
+from flows.job import _check_source, job
 from flows.pipeline import pipeline
-from tasks.deployed import DeploymentExecutor
-from tasks.keys import stage
-from tasks.progress import JobProgress
-from tasks.where import Where
-from tclora.config import ExecutionConfig
+from tclora.errors import ConfigError, JobError
 from tclora.files import sha256_path
-from tclora.library.layout import Layout
+from tclora.jobs.parcel import Parcel
 from tclora.store.objects import Store
+from tests.flows.sent import executor_of, run_job, send_slow_job
 from tests.flows.test_pipeline import alpaca_rows, write_rows
 
-pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 POOL = "gpu-pool"
 
 
-def runs_with(tag=None):
-    wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[tag])) if tag else FlowRunFilter()
-    named = DeploymentFilter(name=DeploymentFilterName(any_=["job"]))
+SECRET = "planted-4711-secret"  # in the environment of the run and of the worker
+
+
+def runs_named(name):
     with get_client(sync_client=True) as client:
-        return client.read_flow_runs(flow_run_filter=wanted, deployment_filter=named)
+        return [run for run in client.read_flow_runs() if run.name == name]
+
+
+def assert_not_told(secret, folders):
+    """Search every file of the run, and what the server knows: parameters, logs, artifacts."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    with get_client(sync_client=True) as client:
+        runs, logs, artifacts = client.read_flow_runs(), client.read_logs(), client.read_artifacts()
+    assert runs
+    assert logs
+    for found in (*runs, *logs, *artifacts):
+        assert secret not in found.model_dump_json()
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,8 @@ def environment(places):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TCLORA_CACHE", str(places["parent"] / "cache"))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
         yield
 
 
@@ -104,24 +113,7 @@ def worker(deployment, places):
 
 @pytest.fixture
 def executor(deployment, places, tmp_path):
-    config = ExecutionConfig(backend="deployment", store=f"file://{places['store']}")
-    return DeploymentExecutor(config, tmp_path / "scratch", pause=0.5)
-
-
-def run_stage(executor, function, **arguments):
-    """Run a job as a stage does."""
-
-    @stage("trial")
-    def trial(function, where):
-        return where.executor.run_isolated(function, **arguments)
-
-    @flow(validate_parameters=False)
-    def around(where):
-        return trial.with_options(cache_policy=None, persist_result=False)(
-            f"{function.__module__}:{function.__name__}", where
-        )
-
-    return around(Where(Layout(executor.scratch.parent), None, executor, JobProgress()))
+    return executor_of(f"file://{places['store']}", tmp_path)
 
 
 def test_adapters_trained_by_a_worker_are_those_trained_here(
@@ -148,7 +140,8 @@ def test_adapters_trained_by_a_worker_are_those_trained_here(
     adapters = [Path(outcome["library"]) / "adapters" for outcome in (here, there)]
     assert sorted(path.name for path in adapters[0].iterdir()) == ["cluster-0", "cluster-1"]
     assert sha256_path(adapters[0]) == sha256_path(adapters[1])
-    done = [run for run in runs_with() if run.name.startswith("train_adapters")]
+    with get_client(sync_client=True) as client:
+        done = [r for r in client.read_flow_runs() if r.name.startswith("train_adapters")]
     assert sorted(run.state.type.value for run in done) == ["COMPLETED", "COMPLETED"]
     assert all(run.parent_task_run_id for run in done)  # children of the run, in the UI too
     # Nothing but the store was shared, and nothing is left of the jobs in it.
@@ -156,6 +149,9 @@ def test_adapters_trained_by_a_worker_are_those_trained_here(
     assert (worker / "cache" / "fetched").is_dir()
     assert list(Store(f"file://{places['store']}").names("jobs")) == []
     assert not list(Path(there["library"]).glob("work/checkpoints/*"))
+    # Prefect's worker hands each flow run its environment in a private file, and removes it.
+    assert eventually(lambda: not list((worker / "tmp").glob("prefect-workspace-attempt-*")))
+    assert_not_told(SECRET, [*places.values(), tmp_path])
 
 
 def test_the_parameters_have_a_schema_that_refuses_others(deployment):
@@ -168,3 +164,106 @@ def test_the_parameters_have_a_schema_that_refuses_others(deployment):
                 found.id, parameters={"store": "file:///x", "key": "../../etc"}
             )
     assert set(job.parameters.properties) == {"store", "key"}
+
+
+def test_a_domain_error_of_the_worker_is_the_runs(worker, executor):
+    with pytest.raises(JobError, match=r"^job fail late: NonFiniteLossError: loss became nan"):
+        run_job(executor, "fail", name="late")
+
+
+def test_a_job_cancelled_in_prefect_ends_with_its_process(worker, executor, tmp_path):
+    pids = []
+
+    def cancel(event):
+        pids.append(event["pid"])
+        (run,) = runs_named("slow")
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run.id, Cancelling())
+
+    with pytest.raises(JobError, match="job slow was cancelled in Prefect"):
+        run_job(executor, "slow", cancel, target=tmp_path / "cancelled", seconds=300)
+    assert eventually(lambda: not Path(f"/proc/{pids[0]}").exists())
+
+
+def test_a_lost_worker_is_replaced_and_goes_on_where_the_other_was(worker, executor, tmp_path):
+    told = []
+
+    def kill(event):
+        told.append(event["again"])
+        if not event["again"]:
+            os.kill(parent_of(event["pid"]), signal.SIGKILL)
+
+    executor.scratch.mkdir()
+    places = {"checkpoint": executor.scratch / "c", "target": tmp_path / "target.txt"}
+    assert run_job(executor, "hang_once", kill, **places) == "half of it, the rest"
+    assert places["target"].read_text() == "half of it, the rest"
+    assert told == [False, True]
+    states = sorted(run.state.type.value for run in runs_named("hang_once"))
+    assert states == ["COMPLETED", "CRASHED"]
+
+
+def test_a_killed_run_finds_its_job_again(worker, places, tmp_path):
+    from prefect.settings import PREFECT_API_URL
+
+    given = [f"file://{places['store']}", str(tmp_path)]
+    own = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.flows.sent", *given]
+    before = {run.id for run in runs_named("slow")}
+    with subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL) as parent:
+        while not [r for r in runs_named("slow") if r.id not in before and r.state.is_running()]:
+            time.sleep(0.5)
+            assert parent.poll() is None
+        parent.kill()
+    assert send_slow_job(*given) > 0
+    assert (tmp_path / "target.txt").read_text() == "late"
+    (run,) = [run for run in runs_named("slow") if run.id not in before]
+    assert run.state.is_completed()
+
+
+def test_a_job_without_a_sign_of_life_is_given_up(deployment, places, tmp_path):
+    """Its worker's machine is gone: nobody else could say that it has crashed."""
+    executor = executor_of(f"file://{places['store']}", tmp_path, retries=0, lost_after=1)
+    with get_client(sync_client=True) as client:
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
+
+    def take():
+        with get_client(sync_client=True) as client:
+            while not (runs := runs_named("own_pid")):
+                time.sleep(0.2)
+            client.set_flow_run_state(runs[0].id, Running(), force=True)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        with pytest.raises(JobError, match=r"lost its worker 1 times.* gave no sign for 1 s"):
+            run_job(executor, "own_pid")
+    finally:
+        thread.join()
+
+
+def test_a_deployment_that_is_not_there_is_named(prefect_server, tmp_path):
+    executor = executor_of(f"file://{tmp_path}/store", tmp_path, deployment="job/none")
+    with pytest.raises(ConfigError, match=r"execution.deployment must be known .* 'job/none'"):
+        executor.check()
+
+
+def test_a_worker_with_other_code_refuses_a_job():
+    parcel = Parcel(
+        function="tclora.train.engines:train_adapters", arguments={}, slots=[], source="x"
+    )
+    with pytest.raises(JobError, match="install the same version on both"):
+        _check_source(parcel)
+
+
+def eventually(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def parent_of(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("PPid")).split()[1])

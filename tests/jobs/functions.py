@@ -99,3 +99,19 @@ def twice(*, checkpoint: Path, target: Path) -> None:
 
 def read_model(*, model: ModelPlace) -> tuple[str, str]:
     return model.location, (Path(model.here) / "config.json").read_text()
+
+
+def slow(*, target: Path, seconds: float, on_event: Any = lambda _: None) -> int:
+    on_event({"pid": os.getpid()})
+    time.sleep(seconds)
+    target.write_text("late")
+    return os.getpid()
+
+
+def hang_once(*, checkpoint: Path, target: Path, on_event: Any = lambda _: None) -> str:
+    on_event({"pid": os.getpid(), "again": checkpoint.exists()})
+    if not checkpoint.exists():
+        checkpoint.write_text("half of it")
+        time.sleep(600)
+    target.write_text(f"{checkpoint.read_text()}, the rest")
+    return target.read_text()

@@ -1,0 +1,65 @@
+"""A stage of the tests that runs a function as a job; also a process that can be killed.
+
+``python -m tests.flows.sent STORE FOLDER`` sends a slow job and waits for it.
+"""
+
+import sys
+from inspect import signature
+from pathlib import Path
+
+from prefect import flow
+
+from tasks.artifact import Artifact
+from tasks.deployed import DeploymentExecutor
+from tasks.keys import stage
+from tasks.progress import JobProgress
+from tasks.where import Where
+from tclora.config import ExecutionConfig
+from tclora.jobs.call import EVENTS
+from tclora.library.layout import Layout
+from tests.jobs import functions
+
+
+def executor_of(store, folder, **settings):
+    config = ExecutionConfig(backend="deployment", store=store, **settings)
+    return DeploymentExecutor(config, Path(folder) / "scratch", pause=0.5)
+
+
+def takes_events(function):
+    return EVENTS in signature(function).parameters
+
+
+@stage("trial")
+def trial(name: str, arguments: dict, where: Where) -> Artifact:
+    function = getattr(functions, name)
+    told = {"on_event": where.progress.heard} if takes_events(function) else {}
+    result = where.executor.run_isolated(function, **arguments, **told)
+    return Artifact(root=where.layout.root, files={}, info={"result": result})
+
+
+class Heard(JobProgress):
+    """Passes events to the test."""
+
+    def __init__(self, heard):
+        super().__init__()
+        self.heard = heard
+
+
+def run_job(executor, function, heard=lambda _: None, /, **arguments):
+    """Run a job as a stage does, in a flow."""
+
+    @flow(validate_parameters=False, name="around")
+    def around(where):
+        return trial(function, arguments, where)
+
+    where = Where(Layout(executor.scratch.parent), None, executor, Heard(heard))
+    return around(where).info["result"]
+
+
+def send_slow_job(store, folder):
+    executor = executor_of(store, folder)
+    return run_job(executor, "slow", target=Path(folder) / "target.txt", seconds=15)
+
+
+if __name__ == "__main__":
+    send_slow_job(*sys.argv[1:])

@@ -1,0 +1,54 @@
+"""The container image and the Compose file, as far as they can be read without an engine."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
+CONTAINERFILE = (ROOT / "deployments" / "Containerfile").read_text()
+ONE_OFF = {"bucket", "deploy"}
+
+
+@pytest.mark.parametrize("name", sorted(set(COMPOSE["services"]) - ONE_OFF - {"worker", "jobs"}))
+def test_a_service_says_whether_it_is_healthy(name):
+    assert COMPOSE["services"][name]["healthcheck"]["test"]
+
+
+def test_services_wait_for_what_they_need():
+    services = COMPOSE["services"]
+    for name, service in services.items():
+        for needed, condition in service.get("depends_on", {}).items():
+            wanted = "service_completed_successfully" if needed in ONE_OFF else "service_healthy"
+            assert condition["condition"] == wanted, (name, needed)
+            assert needed in services
+
+
+def test_ports_are_of_the_loopback_alone():
+    for service in COMPOSE["services"].values():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:")
+
+
+def test_secrets_come_from_the_environment_and_have_no_default():
+    text = (ROOT / "deployments" / "compose.yaml").read_text()
+    secrets = re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY)\w*)([^}]*)\}", text)
+    assert secrets
+    assert {kind[:2] for _, kind in secrets} == {":?"}
+    example = (ROOT / "deployments" / "example.env").read_text()
+    assert {name for name, _ in secrets} <= {line.partition("=")[0] for line in example.split()}
+
+
+def test_images_are_named_with_their_versions():
+    for service in COMPOSE["services"].values():
+        assert re.search(r":[^:]*\d", service["image"]) or service["image"] == "tclora:latest"
+
+
+def test_the_image_is_pinned_and_runs_without_rights():
+    assert "--constraint constraints.txt" in CONTAINERFILE
+    lines = CONTAINERFILE.splitlines()
+    assert lines[-1].startswith(("CMD", "ENTRYPOINT"))
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 1000:1000"]
+    assert all(re.search(r":\d", line) for line in lines if line.startswith("FROM "))

@@ -12,6 +12,7 @@ from tclora_cli.commands import (
     configuration,
     evaluation,
     libraries,
+    machine,
     pipeline,
     routed,
     studies,
@@ -41,6 +42,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": routed.export,
     "eval": evaluation.evaluate,
     "compare": evaluation.compare,
+    "up": machine.up,
+    "down": machine.down,
+    "status": machine.status,
 }
 for name, command in _COMMANDS.items():
     app.command(name, cls=FormerOptions)(command)

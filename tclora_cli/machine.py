@@ -1,0 +1,295 @@
+"""``tclora up``, ``down``, ``status``: the servers, pools and workers of one machine, on loopback.
+
+Everything they keep is in one folder, so that stopping and starting again, also of the machine,
+loses nothing. Databases elsewhere are named in the environment as the servers read it
+(``PREFECT_SERVER_DATABASE_CONNECTION_URL``, ``MLFLOW_BACKEND_STORE_URI``): no command line holds a
+password.
+"""
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import flows
+from tclora.errors import ConfigError, JobError
+from tclora.jobs.devices import exclusive
+from tclora_cli.processes import Health, Ledger, last_lines, start, wait_until
+
+RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has its own
+_LIMIT = 180.0  # s that a service has to become healthy
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs, and where its state is.
+
+    Attributes
+    ----------
+    folder : Path
+        Databases, logs, and what was started.
+    root : Path
+        Folder that runs read and write.
+    jobs : int
+        Jobs at once.
+    prefect_port, mlflow_port : int
+        Ports of 127.0.0.1.
+    """
+
+    folder: Path
+    root: Path
+    jobs: int
+    prefect_port: int
+    mlflow_port: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "Machine | None":
+        """Return the machine that a folder is of; None if none was started there."""
+        settings = Ledger.read(folder / "machine.json").settings
+        if not settings:
+            return None
+        ports = (int(settings[name]) for name in ("prefect_port", "mlflow_port"))
+        return cls(folder, Path(settings["root"]), int(settings["jobs"]), *ports)
+
+    @property
+    def ledger(self) -> Path:
+        """The file of what was started."""
+        return self.folder / "machine.json"
+
+    @property
+    def prefect(self) -> str:
+        """Address of the Prefect server."""
+        return f"http://127.0.0.1:{self.prefect_port}"
+
+    @property
+    def mlflow(self) -> str:
+        """Address of the MLflow server."""
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What clients of the servers need to know."""
+        return {
+            "PREFECT_API_URL": f"{self.prefect}/api",
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "MLFLOW_TRACKING_URI": self.mlflow,
+            "TCLORA_ROOT": str(self.root),
+        }
+
+    def services(self) -> "list[Service]":
+        """Return what runs, in the order of starting."""
+        python = [sys.executable, "-m"]
+        server = [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port"]
+        tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--workers", "1", "--port"]
+        stores = {
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
+            "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
+        }
+        kept = {name: os.environ.get(name, value) for name, value in stores.items()}
+        worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
+        return [
+            Service(
+                "prefect",
+                [*server, str(self.prefect_port)],
+                {"PREFECT_HOME": str(self.folder / "prefect"), "PREFECT_UI_API_URL": ""},
+                partial(_answers, f"{self.prefect}/api/health"),
+                self.prefect_port,
+            ),
+            Service(
+                "mlflow",
+                [*tracking, str(self.mlflow_port)],
+                kept,
+                partial(_answers, f"{self.mlflow}/health"),
+                self.mlflow_port,
+            ),
+            *(
+                Service(
+                    f"worker of {pool}",
+                    [*worker, pool, "--name", f"tclora-{pool}"],
+                    self.environment,
+                    partial(_is_online, f"{self.prefect}/api", pool),
+                )
+                for pool in POOLS
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that serves: how it is started, and how to see that it is well."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    healthy: Health
+    port: int | None = None
+
+
+def up(machine: Machine, say: Callable[[str], None]) -> None:
+    """Start what does not run yet, and wait until each part is healthy.
+
+    Raises
+    ------
+    ConfigError
+        If a port is taken by another process.
+    JobError
+        If a part does not become healthy; what was started goes on, for `down` or another `up`.
+    """
+    machine.folder.mkdir(parents=True, exist_ok=True)
+    machine.root.mkdir(parents=True, exist_ok=True)
+    with exclusive(machine.folder / "machine.lock"):
+        servers, workers = machine.services()[:2], machine.services()[2:]
+        for service in servers:
+            _check_port(machine, service)
+        for service in servers:
+            _ensure(machine, service, say)
+        _prepare(machine, say)
+        for service in workers:
+            _ensure(machine, service, say)
+
+
+def down(machine: Machine, say: Callable[[str], None]) -> None:
+    """Stop what `up` has started, the last first; state stays."""
+    with exclusive(machine.folder / "machine.lock"):
+        ledger = Ledger.read(machine.ledger)
+        for name in reversed(list(ledger.started)):
+            ended = ledger.started.pop(name).end()
+            ledger.write(machine.ledger)
+            say(f"{name:<20}{'stopped' if ended else 'was not running'}")
+
+
+def status(machine: Machine) -> dict[str, tuple[str, str]]:
+    """Return the state of every part, healthy, unhealthy or stopped, and where it is."""
+    ledger = Ledger.read(machine.ledger)
+    found = {}
+    for service in machine.services():
+        started = ledger.started.get(service.name)
+        if started is None or started.process is None:
+            state = "stopped"
+        else:
+            state = "healthy" if service.healthy() else "unhealthy"
+        place = f"http://127.0.0.1:{service.port}" if service.port else ""
+        found[service.name] = (state, place)
+    return found
+
+
+def _ensure(machine: Machine, service: Service, say: Callable[[str], None]) -> None:
+    ledger, log = Ledger.read(machine.ledger), _log(machine, service)
+    started = ledger.started.get(service.name)
+    if started is None or started.process is None:
+        started = start(service.command, service.environment, machine.root, log)
+        ledger.started[service.name] = started
+        ledger.settings = _settings(machine)
+        ledger.write(machine.ledger)
+    if not wait_until(service.healthy, started, _LIMIT):
+        raise JobError(
+            f"{service.name} must become healthy within {_LIMIT:.0f} s, but did not; see {log}, "
+            f"which ends with:\n{last_lines(log)}"
+        )
+    say(f"{service.name:<20}healthy")
+
+
+def _settings(machine: Machine) -> dict[str, str]:
+    return {
+        "root": str(machine.root),
+        "jobs": str(machine.jobs),
+        "prefect_port": str(machine.prefect_port),
+        "mlflow_port": str(machine.mlflow_port),
+    }
+
+
+def _check_port(machine: Machine, service: Service) -> None:
+    started = Ledger.read(machine.ledger).started.get(service.name)
+    if started and started.process:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", service.port or 0))
+        except OSError:
+            raise ConfigError(
+                f"port {service.port} of 127.0.0.1 must be free for {service.name}, but another "
+                f"process has it; name another one with --{service.name}-port"
+            ) from None
+
+
+def _prepare(machine: Machine, say: Callable[[str], None]) -> None:
+    """Make the pools with their limits, and deploy."""
+    here = Path(flows.__file__).parents[1] / "deployments"
+    if not (here / "prefect.yaml").is_file():
+        raise ConfigError(
+            f"deployments must be in {here}, but there are none; run `tclora up` of a checkout of "
+            "the repository (pip install --editable)"
+        )
+    for pool in POOLS:
+        _ensure_pool(machine, pool, here / "pools" / "process.json")
+    command = ["deploy", "--all", "--prefect-file", str(here / "prefect.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *command],
+        env=os.environ | machine.environment,
+        cwd=machine.root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip()[-500:]
+        raise JobError(f"prefect deploy must succeed, but: {reason}")
+    say(f"{'pools, deployments':<20}ready")
+
+
+def _ensure_pool(machine: Machine, pool: str, template: Path) -> None:
+    """Make a pool that is not there; one that is keeps its template, and gets the limit of jobs."""
+    api = f"{machine.prefect}/api/work_pools/"
+    try:
+        _ask(f"{api}{pool}")
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            raise
+        job = json.loads(template.read_text(encoding="utf-8"))
+        _ask(api, {"name": pool, "type": "process", "base_job_template": job})
+    if pool == JOBS:
+        _ask(f"{api}{pool}", {"concurrency_limit": machine.jobs}, "PATCH")
+
+
+def _log(machine: Machine, service: Service) -> Path:
+    return machine.folder / "logs" / f"{service.name.replace(' ', '-')}.log"
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _is_online(api: str, pool: str) -> bool:
+    """Whether our worker of a pool has reported lately."""
+    try:
+        workers = _ask(f"{api}/work_pools/{pool}/workers/filter", {})
+    except OSError:
+        return False
+    return any(w["name"] == f"tclora-{pool}" and w["status"] == "ONLINE" for w in workers)
+
+
+def _ask(url: str, body: Any = None, method: str | None = None) -> Any:  # noqa: ANN401
+    """Ask the Prefect server; what is sent and what comes back is JSON."""
+    headers = {"Content-Type": "application/json"}
+    if given := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(given.encode()).decode()}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        text = response.read()
+    return json.loads(text) if text else None

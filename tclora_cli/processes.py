@@ -1,0 +1,113 @@
+"""Processes of this machine that outlive the command that started them, remembered in one file.
+
+A process is known by its number and the time it began: a number that another process has by now, or
+had before the machine was started anew, is not taken for it.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel
+
+from tclora.files import write_text
+
+Health = Callable[[], bool]
+_PATIENCE = 15.0  # s that a process has to end by itself
+_POLL = 0.1  # s
+_DETACHED: list[subprocess.Popen[bytes]] = []  # Python takes one that is let go for forgotten
+
+
+class Started(BaseModel):
+    """A process that was started: its number, and when it began (s since 1970)."""
+
+    pid: int
+    began: float
+
+    @classmethod
+    def of(cls, pid: int) -> "Started":
+        """Describe a process that runs."""
+        return cls(pid=pid, began=psutil.Process(pid).create_time())
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """The process; None if it has ended."""
+        try:
+            found = psutil.Process(self.pid)
+            same = abs(found.create_time() - self.began) < 1
+            return found if same and found.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+    def end(self) -> bool:
+        """End the process and those it has started; say whether it ran."""
+        process = self.process
+        if process is None:
+            return False
+        family = [process, *process.children(recursive=True)]
+        _signal(process, signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=_PATIENCE)
+        for part in alive:
+            _signal(part, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=_PATIENCE)
+        return True
+
+
+class Ledger(BaseModel):
+    """What was started, by name, and how; the file ``machine.json``."""
+
+    settings: dict[str, str] = {}
+    started: dict[str, Started] = {}
+
+    @classmethod
+    def read(cls, file: Path) -> "Ledger":
+        """Read it; empty where there is none."""
+        return cls.model_validate_json(file.read_bytes()) if file.exists() else cls()
+
+    def write(self, file: Path) -> None:
+        """Write it whole."""
+        write_text(file, self.model_dump_json(indent=2) + "\n")
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: Path) -> Started:
+    """Start a process that does not end with this one, its output appended to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | environment,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    _DETACHED.append(process)
+    return Started.of(process.pid)
+
+
+def last_lines(log: Path, count: int = 10) -> str:
+    """Return the end of a log file."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return "\n".join(text.strip().splitlines()[-count:])
+
+
+def wait_until(healthy: Health, started: Started, limit: float) -> bool:
+    """Wait until a process is healthy; False if it ends or the time (s) is over first."""
+    end = time.monotonic() + limit
+    while not healthy():
+        if started.process is None or time.monotonic() > end:
+            return False
+        time.sleep(_POLL)
+    return True
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return

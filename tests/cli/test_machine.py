@@ -1,0 +1,135 @@
+"""A whole machine on the loopback: started, damaged, healed, stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from tclora.errors import ConfigError
+from tclora_cli import machine as machines
+from tclora_cli.machine import Machine, down, status, up
+from tclora_cli.main import app
+from tclora_cli.processes import Ledger, Started
+
+NAMES = ["prefect", "mlflow", "worker of run-pool", "worker of gpu-pool"]
+
+
+def free_ports(count):
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def bystander():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PREFECT_WORKER_QUERY_SECONDS", "2")
+    made = Machine(tmp_path / "state", tmp_path / "root", 3, *free_ports(2))
+    yield made
+    down(made, lambda _: None)
+
+
+def read(url):
+    with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310
+        return json.load(response)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tmp_path):
+    said = []
+    up(machine, said.append)
+    assert [line[:20].strip() for line in said] == [
+        "prefect", "mlflow", "pools, deployments", *NAMES[2:]
+    ]  # fmt: skip
+    first = Ledger.read(machine.ledger).started
+    pool = read(f"{machine.prefect}/api/work_pools/gpu-pool")
+    assert pool["concurrency_limit"] == 3
+    found = read(f"{machine.prefect}/api/deployments/name/tc-lora/demo")
+    assert found["enforce_parameter_schema"]
+    command = ["status", "--folder", str(machine.folder)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    # Both servers are killed, as by a machine that is switched off; state is in the folder.
+    for name in NAMES[:2]:
+        os.kill(first[name].pid, signal.SIGKILL)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "mlflow              stopped" in result.output
+    up(machine, said.append)
+    second = Ledger.read(machine.ledger).started
+    assert {name for name in NAMES if first[name] == second[name]} == set(NAMES[2:])
+    assert read(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]
+    assert {state for state, _ in status(machine).values()} == {"healthy"}
+    family = [p for s in second.values() for p in [s.process, *s.process.children(recursive=True)]]
+    down(machine, said.append)
+    assert not any(process.is_running() for process in family)
+    assert bystander.poll() is None
+    assert {state for state, _ in status(machine).values()} == {"stopped"}
+    assert Machine.of(machine.folder) == machine  # remembered for `tclora up`
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(machine):
+    with (
+        socket.create_server(("127.0.0.1", machine.mlflow_port)),
+        pytest.raises(ConfigError, match=r"must be free for mlflow.* --mlflow-port"),
+    ):
+        up(machine, lambda _: None)
+    assert not machine.ledger.exists()
+
+
+def test_a_number_that_another_process_has_by_now_is_not_ended(machine, bystander):
+    stranger = Started.of(bystander.pid).model_copy(update={"began": 1.0})
+    machine.folder.mkdir()
+    Ledger(started={"prefect": stranger}).write(machine.ledger)
+    said = []
+    down(machine, said.append)
+    assert said == ["prefect             was not running"]
+    assert bystander.poll() is None
+    assert Ledger.read(machine.ledger).started == {}
+
+
+def test_what_was_started_is_ended_with_its_children(tmp_path):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    started = Started.of(process.pid)
+    while not (children := psutil.Process(process.pid).children()):
+        pass
+    assert started.end()
+    assert not any(child.is_running() for child in children)
+    process.communicate()
+    assert not started.end()
+
+
+def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
+    broken = machines.Service(
+        "mlflow", [sys.executable, "-c", "raise SystemExit('no such database')"], {}, lambda: False
+    )
+    machine.folder.mkdir()
+    machine.root.mkdir()
+    with pytest.raises(
+        machines.JobError, match=r"(?s)mlflow must become healthy .*no such database"
+    ):
+        machines._ensure(machine, broken, lambda _: None)
+
+
+def test_a_folder_where_nothing_was_started_is_named(tmp_path):
+    result = CliRunner().invoke(app, ["status", "--folder", str(tmp_path)])
+    assert isinstance(result.exception, ConfigError)
+    assert "start it with `tclora up`" in str(result.exception)

@@ -7,6 +7,7 @@ in relation to the slices. The frozen product of the module itself shows what sh
 Usage: ``python benchmarks/mixed_lora.py [REPEATS]``.
 """
 
+import itertools
 import statistics
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from tables import report
 from torch import Tensor, nn
 
-from tclora.train.mixed import _spans, _Update
+from tclora.train.mixed import _Update
 
 ROWS, TOKENS, R, SCALING = 16, 64, 16, 2.0
 SHAPES = [(48, 32), (576, 576), (1536, 576), (576, 1536)]  # (d_out, d_in): tiny, SmolLM2
@@ -31,6 +32,10 @@ def variants(K: int, d_out: int, d_in: int) -> dict[str, Callable[[], Tensor]]:
     A = nn.Parameter(torch.randn(K, R, d_in))
     B = nn.Parameter(torch.randn(K, d_out, R))
     As, Bs = ([nn.Parameter(part.clone()) for part in factor.detach()] for factor in (A, B))
+    own, counts = (part.tolist() for part in owner.unique_consecutive(return_counts=True))
+    ends = [TOKENS * end for end in itertools.accumulate(counts)]
+    spans = list(zip([0, *ends], ends, strict=False))
+    chosen = [*(As[k] for k in own), *(Bs[k] for k in own)]
     mask = (torch.arange(K) == owner[:, None]).float().repeat_interleave(R, 1)[:, None]
 
     def stacked() -> Tensor:
@@ -41,9 +46,7 @@ def variants(K: int, d_out: int, d_in: int) -> dict[str, Callable[[], Tensor]]:
         return output + torch.bmm(torch.bmm(x, A[owner].mT), B[owner].mT) * SCALING
 
     def slices() -> Tensor:
-        spans, own = _spans(owner.tolist(), TOKENS)
-        chosen = [*(As[k] for k in own), *(Bs[k] for k in own)]
-        return _Update.apply(output.clone(), x, SCALING, spans, spans, *chosen)
+        return _Update.apply(output.clone(), x, SCALING, (spans, spans), *chosen)
 
     def module() -> Tensor:
         return x @ W.mT

@@ -6,7 +6,7 @@ as if it had been trained alone, so that the choice is one of speed and memory o
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,7 +14,8 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
 from tclora.registry import Registry
-from tclora.train.course import TrainingResult
+from tclora.train.course import Checkpoint, Destination, StepCallback, TrainingResult
+from tclora.train.job import Trainee, train_side_by_side
 
 
 class AdapterRequest(BaseModel):
@@ -76,3 +77,36 @@ class TrainingEngine(Protocol):
 
 
 engines: Registry[TrainingEngine] = Registry("training engine")
+
+
+def train_requests(
+    base: Base,
+    requests: Sequence[AdapterRequest],
+    config: AdapterConfig,
+    checkpoint_steps: int,
+    on_event: EventCallback,
+) -> dict[str, TrainingResult]:
+    """Train adapters side by side on one copy of the base model; see `TrainingEngine.train`."""
+
+    def on_step(name: str) -> StepCallback:
+        def send(record: dict[str, Any]) -> None:
+            on_event({"name": name, **record})
+
+        return send
+
+    loaded = base.load()
+    trainees = {
+        request.name: Trainee(
+            loaded.encode(request.rows),
+            request.seed,
+            request.init_seed,
+            Destination(
+                request.target,
+                base.location,
+                Checkpoint(request.checkpoint, checkpoint_steps),
+                on_step(request.name),
+            ),
+        )
+        for request in requests
+    }
+    return train_side_by_side(loaded.model, trainees, config)

@@ -1,14 +1,12 @@
 """The engine `separate`: every adapter in a job of its own."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
-from tclora.train.course import Checkpoint, TrainingResult
-from tclora.train.loop import train_adapter
-from tclora.train.registry import AdapterRequest, engines
+from tclora.train.course import TrainingResult
+from tclora.train.registry import AdapterRequest, engines, train_requests
 
 
 class Separate:
@@ -28,35 +26,10 @@ class Separate:
         on_event: EventCallback,
     ) -> dict[str, TrainingResult]:
         """Train the adapters in turn."""
-        return {
-            request.name: _train_one(base, request, config, checkpoint_steps, on_event)
-            for request in requests
-        }
+        found: dict[str, TrainingResult] = {}
+        for request in requests:
+            found |= train_requests(base, [request], config, checkpoint_steps, on_event)
+        return found
 
 
 engines.register("separate")(Separate())
-
-
-def _train_one(
-    base: Base,
-    request: AdapterRequest,
-    config: AdapterConfig,
-    checkpoint_steps: int,
-    on_event: EventCallback,
-) -> TrainingResult:
-    loaded = base.load()
-
-    def on_step(record: dict[str, Any]) -> None:
-        on_event({"name": request.name, **record})
-
-    return train_adapter(
-        loaded.model,
-        loaded.encode(request.rows),
-        config,
-        request.target,
-        base_model=base.location,
-        seed=request.seed,
-        init_seed=request.init_seed,
-        checkpoint=Checkpoint(request.checkpoint, checkpoint_steps),
-        on_step=on_step,
-    )

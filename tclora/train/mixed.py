@@ -84,7 +84,8 @@ class MixedLora:
     def _place(self, model: PreTrainedModel, path: str, factors: Factors) -> None:
         module = model.get_submodule(path)
         if type(module) is nn.Linear and not self._dropout:
-            module.forward = self._linear(module, path, factors)
+            own = self._linear(module, path, factors)
+            module.forward = own  # type: ignore[method-assign,assignment]
         else:
             module.register_forward_hook(self._hook(path, factors))
 

@@ -169,7 +169,7 @@ def _merged(
 def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
     calibrated = method.statistics or is_scaled(method.name)
     start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", "r"))
-    rows = [batch for part in bench.sample_batches("refit").values() for batch in part]
+    rows = [row for part in bench.sample("refit").values() for row in part]
     begin = time.process_time()  # the merge before it may have been made just now
     found = fit_components(bench.model, start, rows, n_steps=STEPS)
     seconds = time.process_time() - begin

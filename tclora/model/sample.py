@@ -8,7 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from tclora.model.base import LoadedBase, read_rows
-from tclora.model.tokens import Batch, batches
+from tclora.model.tokens import Batch, TokenRow, batches
 
 Use = Literal["statistics", "scale", "refit", "rank", "route"]
 _USES: tuple[Use, ...] = ("statistics", "scale", "refit", "rank", "route")
@@ -63,6 +63,6 @@ class Sample(BaseModel):
             for cluster in self.rows
         }
 
-    def together(self, loaded: LoadedBase) -> list[Batch]:
-        """Return the rows of all clusters as one list of batches."""
-        return [batch for part in self.batches(loaded).values() for batch in part]
+    def token_rows(self, loaded: LoadedBase) -> list[TokenRow]:
+        """Return the rows of all clusters in tokens."""
+        return [row for cluster in self.rows for row in loaded.encode(self.frame(cluster))]

@@ -17,9 +17,9 @@ from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
 from tclora.jobs.call import EventCallback
 from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.loss import response_nll
+from tclora.model.reading import reading
 from tclora.model.sample import Sample
-from tclora.model.tokens import Batch
+from tclora.model.tokens import TokenRow
 from tclora.tensor.library import LibraryFactors
 
 Progress = Callable[[int, float], None]
@@ -47,8 +47,9 @@ class Refit:
 def fit_components(
     model: PreTrainedModel,
     adapter: Adapter,
-    batches: Sequence[Batch],
+    rows: Sequence[TokenRow],
     *,
+    token_budget: int = 1024,
     n_steps: int = 20,
     learning_rate: float = 0.05,
     progress: Progress | None = None,
@@ -61,10 +62,12 @@ def fit_components(
         The base model in evaluation mode, without adapters.
     adapter : Adapter
         Any merge; column ρ of each B is scaled by the fitted factor.
-    batches : sequence of Batch
+    rows : sequence of TokenRow
         Sample rows of all clusters, in equal shares.
+    token_budget : int
+        Positions per forward pass.
     n_steps : int
-        Steps of Adam, each over all batches.
+        Steps of Adam, each over all rows.
     learning_rate : float
         Step size of Adam.
     progress : callable, optional
@@ -81,12 +84,8 @@ def fit_components(
     best, losses = _fit(
         model,
         adapter,
-        batches,
-        list(gates.values()),
-        lambda: gates,
-        n_steps,
-        learning_rate,
-        progress,
+        rows,
+        _Fit(list(gates.values()), lambda: gates, token_budget, n_steps, learning_rate, progress),
     )
     fitted = dict(zip(gates, best, strict=True))
     modules = {m: _scaled(f, fitted[m]) for m, f in adapter.modules.items()}
@@ -96,8 +95,9 @@ def fit_components(
 def fit_loadings(
     model: PreTrainedModel,
     factors: LibraryFactors,
-    batches: Sequence[Batch],
+    rows: Sequence[TokenRow],
     *,
+    token_budget: int = 1024,
     n_steps: int = 20,
     learning_rate: float = 0.05,
 ) -> Refit:
@@ -105,7 +105,7 @@ def fit_loadings(
 
     Parameters
     ----------
-    model, batches, n_steps, learning_rate
+    model, rows, token_budget, n_steps, learning_rate
         As in `fit_components`.
     factors : LibraryFactors
         Joint factors of the clusters.
@@ -122,50 +122,67 @@ def fit_loadings(
     (best,), losses = _fit(
         model,
         shared,
-        batches,
-        [weights],
-        lambda: {m: weights @ loading for m, loading in C.items()},
-        n_steps,
-        learning_rate,
+        rows,
+        _Fit(
+            [weights],
+            lambda: {m: weights @ loading for m, loading in C.items()},
+            token_budget,
+            n_steps,
+            learning_rate,
+        ),
     )
     merged = factors.adapter({m: best @ loading for m, loading in C.items()})
     loadings = dict(zip(factors.names, best.tolist(), strict=True))
     return Refit(merged, loadings, losses)
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """What is fitted, and how: parameters, the gates they give, and the settings of Adam."""
+
+    parameters: Sequence[Tensor]
+    gates: Callable[[], Mapping[str, Tensor]]
+    token_budget: int
+    n_steps: int
+    learning_rate: float
+    progress: Progress | None = None
+
+
 def _fit(
-    model: PreTrainedModel,
-    adapter: Adapter,
-    batches: Sequence[Batch],
-    parameters: Sequence[Tensor],
-    gates: Callable[[], Mapping[str, Tensor]],
-    n_steps: int,
-    learning_rate: float,
-    progress: Progress | None = None,
+    model: PreTrainedModel, adapter: Adapter, rows: Sequence[TokenRow], fit: _Fit
 ) -> tuple[list[Tensor], tuple[float, ...]]:
     """Minimise the loss over the parameters; return the best ones seen and all losses."""
     frozen = [p for p in model.parameters() if p.requires_grad]
-    tokens = sum(batch.supervised for batch in batches)
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
+    tokens = sum(len(row.response) for row in rows)
+    head = model.get_output_embeddings()
+    read = reading(
+        model,
+        max(map(len, rows)),
+        head_trained=any(model.get_submodule(module) is head for module in adapter.modules),
+    )
+    parts = list(read.parts(rows, fit.token_budget))
+    optimiser = torch.optim.Adam(fit.parameters, lr=fit.learning_rate)
     best: list[Tensor] = []
     losses: list[float] = []
     _require_grad(frozen, False)
-    _require_grad(parameters, True)
+    _require_grad(fit.parameters, True)
     try:
-        for step in range(n_steps + 1):
-            optimiser.zero_grad()
-            loss = 0.0
-            for batch in batches:
-                with attached(model, adapter, gates()):
-                    part = response_nll(model, batch).sum() / tokens
-                part.backward()
-                loss += float(part.detach())
-            if not losses or loss < min(losses):
-                best = [p.detach().clone() for p in parameters]
-            losses.append(loss)
-            if progress:
-                progress(step, loss)
-            optimiser.step()
+        with read.ready():
+            for step in range(fit.n_steps + 1):
+                optimiser.zero_grad()
+                loss, last = 0.0, step == fit.n_steps
+                for part in parts:
+                    with attached(model, adapter, fit.gates()), torch.set_grad_enabled(not last):
+                        own = read.losses(part).sum() / tokens
+                    if not last:  # the last pass tells the loss alone
+                        own.backward()
+                    loss += float(own.detach())
+                if not losses or loss < min(losses):
+                    best = [p.detach().clone() for p in fit.parameters]
+                losses.append(loss)
+                if fit.progress:
+                    fit.progress(step, loss)
+                optimiser.step()
     finally:
         _require_grad(frozen, True)
     return best, tuple(losses)
@@ -218,7 +235,8 @@ def refit_components(
     found = fit_components(
         loaded.model,
         read_adapter(adapter),
-        sample.together(loaded),
+        sample.token_rows(loaded),
+        token_budget=sample.token_budget,
         n_steps=n_steps,
         progress=lambda step, loss: on_event({"step": step, "loss": loss}),
     )

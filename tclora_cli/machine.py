@@ -150,6 +150,7 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     with exclusive(machine.folder / "machine.lock"):
         servers, workers = machine.services()[:2], machine.services()[2:]
         for service in servers:
+            _end_survivors(machine, service)
             _check_port(machine, service)
         for service in servers:
             _ensure(machine, service, say)
@@ -206,6 +207,13 @@ def _settings(machine: Machine) -> dict[str, str]:
         "prefect_port": str(machine.prefect_port),
         "mlflow_port": str(machine.mlflow_port),
     }
+
+
+def _end_survivors(machine: Machine, service: Service) -> None:
+    """End what a server that was killed has left behind, which may hold its port."""
+    started = Ledger.read(machine.ledger).started.get(service.name)
+    if started and started.process is None:
+        started.end()
 
 
 def _check_port(machine: Machine, service: Service) -> None:

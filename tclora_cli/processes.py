@@ -43,18 +43,25 @@ class Started(BaseModel):
         except psutil.NoSuchProcess:
             return None
 
+    @property
+    def survivors(self) -> list[psutil.Process]:
+        """What it has started and left behind: the rest of its session, if it has ended."""
+        if self.process is not None:
+            return []
+        return [p for p in psutil.process_iter() if _session(p) == self.pid]
+
     def end(self) -> bool:
-        """End the process and those it has started; say whether it ran."""
+        """End the process and those it has started; say whether any of them ran."""
         process = self.process
-        if process is None:
-            return False
-        family = [process, *process.children(recursive=True)]
-        _signal(process, signal.SIGTERM)
+        first = self.survivors if process is None else [process]
+        family = [*first, *(process.children(recursive=True) if process else [])]
+        for part in first:
+            _signal(part, signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=_PATIENCE)
         for part in alive:
             _signal(part, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=_PATIENCE)
-        return True
+        return bool(family)
 
 
 class Ledger(BaseModel):
@@ -104,6 +111,14 @@ def wait_until(healthy: Health, started: Started, limit: float) -> bool:
             return False
         time.sleep(_POLL)
     return True
+
+
+def _session(process: psutil.Process) -> int | None:
+    """Return the number of a process's session; None if it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
 
 
 def _signal(process: psutil.Process, number: signal.Signals) -> None:

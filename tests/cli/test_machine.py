@@ -117,6 +117,22 @@ def test_what_was_started_is_ended_with_its_children(tmp_path):
     assert not started.end()
 
 
+def test_what_a_killed_process_leaves_behind_is_ended(tmp_path):
+    """A server that is killed leaves its workers, which hold its port."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    sleep = "import time; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, sleep], start_new_session=True)
+    started = Started.of(process.pid)
+    while not (children := psutil.Process(process.pid).children()):
+        pass
+    process.kill()
+    process.wait()
+    assert [p.pid for p in started.survivors] == [p.pid for p in children]
+    assert started.end()
+    assert not any(child.is_running() for child in children)
+    assert not started.end()
+
+
 def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
     broken = machines.Service(
         "mlflow", [sys.executable, "-c", "raise SystemExit('no such database')"], {}, lambda: False

@@ -1,9 +1,5 @@
-"""A stage of the tests that runs a function as a job; also a process that can be killed.
+"""A stage of the tests that runs a function as a job."""
 
-``python -m tests.flows.sent STORE FOLDER`` sends a slow job and waits for it.
-"""
-
-import sys
 from inspect import signature
 from pathlib import Path
 
@@ -59,7 +55,3 @@ def run_job(executor, function, heard=lambda _: None, /, **arguments):
 def send_slow_job(store, folder):
     executor = executor_of(store, folder)
     return run_job(executor, "slow", target=Path(folder) / "target.txt", seconds=15)
-
-
-if __name__ == "__main__":
-    send_slow_job(*sys.argv[1:])

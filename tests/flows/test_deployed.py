@@ -207,7 +207,8 @@ def test_a_killed_run_finds_its_job_again(worker, places, tmp_path):
 
     given = [f"file://{places['store']}", str(tmp_path)]
     own = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.flows.sent", *given]
+    send = "import sys; from tests.flows.sent import send_slow_job; send_slow_job(*sys.argv[1:])"
+    command = [sys.executable, "-c", send, *given]
     before = {run.id for run in runs_named("slow")}
     with subprocess.Popen(command, env=os.environ | own, stderr=subprocess.DEVNULL) as parent:
         while not [r for r in runs_named("slow") if r.id not in before and r.state.is_running()]:

@@ -29,13 +29,15 @@ class InputMetric:
         The clusters' mean of x xᵀ; changed in place.
     weights : Tensor, shape (K,)
         Relative weights of the adapters.
+    off_diagonal : float
+        Elements beside the diagonal are multiplied by this.
     """
 
-    def __init__(self, grams: Tensor, weights: Tensor) -> None:
+    def __init__(self, grams: Tensor, weights: Tensor, off_diagonal: float = _OFF_DIAGONAL) -> None:
         diagonal = grams.diagonal(dim1=1, dim2=2).clone()
         floor = _FLOOR * diagonal.mean().clamp_min(torch.finfo(grams.dtype).tiny)
         weights = weights.to(grams)
-        grams *= _OFF_DIAGONAL * weights[:, None, None]
+        grams *= off_diagonal * weights[:, None, None]
         grams.diagonal(dim1=1, dim2=2).copy_(diagonal.clamp_min(floor) * weights[:, None])
         self.grams = grams
 

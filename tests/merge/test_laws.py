@@ -13,7 +13,7 @@ from tests.merge.examples import NAMES, assert_same_updates, deltas, make_adapte
 
 METHODS = [info.name for info in methods()]
 # What depends on how an update was split into B and A: as published, so by default.
-BY_SPLIT = {"pico"}
+BY_SPLIT = {"pico", "regmean-drift", "tc-lora-drift"}
 NEEDED = {
     "tc-lora-calibrated": {"loadings": dict(zip(NAMES, (0.5, 0.2, 0.4), strict=True))},
     "tc-lora-reconstruct": {"cluster": "law"},

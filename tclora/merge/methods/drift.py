@@ -1,0 +1,128 @@
+"""Merges without data, in the metric of the adapters' own drift from their common start.
+
+Gradient descent moves a LoRA's input factor only along inputs that it was trained on: every step
+adds Bᵀ g xᵀ to A_k. Where all adapters start from one A₀, what sets A_k apart from their mean is
+such a sum, and its Gram matrix stands in for that of cluster k's inputs, which RegMean and
+`tc-lora-activation` take from sample rows. Adapters that share no start are taken to have inputs
+of equal variance in every direction, which makes of RegMean the plain mean.
+
+The metric depends on how an update was split into B and A: it is read from adapters as trained.
+
+Symbols: K adapters, d_out × d_in a module, A_k (r, d_in), F_k = A_k − mean_j A_j,
+q = min(d_in, Σ r_k).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tclora.activations.metric import InputMetric
+from tclora.adapter import LoraFactors
+from tclora.merge.methods.activation import tc_lora_activation
+from tclora.merge.methods.cp import PAPER
+from tclora.merge.methods.leastsquares import regmean, truncate_in_metric
+from tclora.merge.registry import register
+from tclora.merge.stack import ModuleStack
+from tclora.merge.truncate import Truncated
+from tclora.tensor.compress import orthonormal_basis
+
+# Variance of the inputs that is equal in all directions, relative to what the drift shows.
+_ISOTROPIC = 0.1
+# A drift of this share of its factor's energy counts by half.
+_LEAST = 1e-4
+# Adapters share a start where they are that much closer to each other than independent ones are.
+_SHARED = 0.75
+
+
+def drifts(As: Sequence[Tensor]) -> list[Tensor]:
+    """Return what each input factor has moved from the common start, shapes (r_k, d_in).
+
+    Parameters
+    ----------
+    As : sequence of K Tensor, shape (r_k, d_in)
+        Input factors as trained.
+
+    Returns
+    -------
+    list of Tensor
+        Zero where the adapters share no start: their ranks differ, or they are as far from each
+        other as independent ones.
+    """
+    kept = [A for A in As if A.shape[0]]  # an adapter without the module has rank zero
+    still = [torch.zeros_like(A) for A in As]
+    if len(kept) < 2 or len({A.shape for A in kept}) > 1:
+        return still
+    stack = torch.stack(kept)
+    moved = stack - stack.mean(0)
+    independent = (1 - 1 / len(kept)) * stack.square().sum()
+    if moved.square().sum() > _SHARED * independent:
+        return still
+    found = iter(moved)
+    return [next(found) if A.shape[0] else zero for A, zero in zip(As, still, strict=True)]
+
+
+def _in_drift_metric(stack: ModuleStack) -> tuple[ModuleStack, Tensor]:
+    """Return the stack with the drift's metric as its inputs', and the basis it is written in.
+
+    All updates and the metric keep the span of the input factors, (d_in, q), so the problem is
+    solved in an orthonormal basis of it: O(d_in q²) instead of O(d_in³).
+    """
+    basis, _ = orthonormal_basis(torch.cat(stack.As).mT)
+    d_in = basis.shape[0]
+    pairs = zip(stack.As, drifts(stack.As), strict=True)
+    grams = torch.stack([_gram(A @ basis, F @ basis, d_in) for A, F in pairs])
+    metric = InputMetric(grams, stack.weights, off_diagonal=1.0)
+    factors = [LoraFactors(f.B, f.A @ basis) for f in stack.factors]
+    return replace(stack, factors=factors, inputs=lambda: metric), basis
+
+
+def _gram(A: Tensor, drift: Tensor, d_in: int) -> Tensor:
+    """Return the Gram matrix (q, q) that a drift (r, q) stands for, of trace 1 + `_ISOTROPIC`.
+
+    A drift that is small beside the factor itself counts less: rounding is no input.
+    """
+    energy = drift.square().sum()
+    least = _LEAST * A.square().sum().clamp_min(torch.finfo(A.dtype).tiny)
+    share = energy / (energy + least)
+    equal = torch.eye(drift.shape[1], dtype=drift.dtype) / d_in
+    return drift.mT @ drift / (energy + least) + (1 + _ISOTROPIC - share) * equal
+
+
+def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack) -> Truncated:
+    """Truncate in the metric of the drift."""
+    if not isinstance(update, LoraFactors):
+        raise TypeError(f"update must be factors, got {type(update).__name__}")
+    reduced, basis = _in_drift_metric(stack)
+    found = truncate_in_metric(LoraFactors(update.B, update.A @ basis), rank, reduced)
+    return found._replace(factors=LoraFactors(found.factors.B, found.factors.A @ basis.mT))
+
+
+@register(
+    "regmean-drift",
+    summary="regression mean in the metric of the adapters' drift from a shared start; no data",
+    paper="RegMean, arXiv 2212.09849, its statistics read from the adapters (this project)",
+    weighted=True,
+    truncation=_truncate,
+)
+def regmean_drift(stack: ModuleStack) -> LoraFactors:
+    """Return Σ_k Δ_k G_k (Σ_j G_j)⁻¹ with G_k = F_kᵀ F_k / ‖F_k‖² + 0.1 I / d_in, nearly."""
+    reduced, basis = _in_drift_metric(stack)
+    found = regmean(reduced)
+    return LoraFactors(found.B, found.A @ basis.mT)
+
+
+@register(
+    "tc-lora-drift",
+    summary="joint CP in the metric of the adapters' drift from a shared start, rank R; no data",
+    paper=PAPER,
+    exact=False,
+    weighted=True,
+    truncation=_truncate,
+)
+def tc_lora_drift(stack: ModuleStack) -> LoraFactors:
+    """Return `tc_lora_activation` with G_k as of `regmean_drift`."""
+    reduced, basis = _in_drift_metric(stack)
+    found = tc_lora_activation(reduced)
+    return LoraFactors(found.B, found.A @ basis.mT)

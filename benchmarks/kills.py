@@ -52,7 +52,7 @@ def drill(base: Base, folder: Path, kills: int, seed: int = 0) -> Iterator[dict[
         When it was killed (share of the undisturbed training's time), how many steps its
         checkpoints held in all, and whether every adapter has the undisturbed digest.
     """
-    _write_rows(folder / "rows")
+    _write_rows(folder / "given")
     _finish(_started(base, folder, "warm"))  # starts the server of processes and imports
     begin = time.monotonic()
     _finish(_started(base, folder, "undisturbed"))
@@ -65,7 +65,7 @@ def drill(base: Base, folder: Path, kills: int, seed: int = 0) -> Iterator[dict[
         process.join(share * whole)
         process.kill()
         process.join()
-        kept = sum(_steps(folder / name / "checkpoints" / adapter) for adapter in ROWS)
+        kept = sum(_steps(folder / name / "kept" / adapter) for adapter in ROWS)
         _finish(_started(base, folder, name))
         same = _digests(folder / name) == wanted
         yield {"moment": share, "steps kept": kept, "same bytes": same}
@@ -89,9 +89,9 @@ def _train(base: Base, folder: Path, name: str) -> None:
     requests = [
         AdapterRequest(
             name=adapter,
-            rows=folder / "rows" / adapter,
+            rows=folder / "given" / adapter,
             target=folder / name / adapter,
-            checkpoint=folder / name / "checkpoints" / adapter,
+            checkpoint=folder / name / "kept" / adapter,
         )
         for adapter in ROWS
     ]

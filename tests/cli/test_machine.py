@@ -1,11 +1,10 @@
 """A whole machine on the loopback: started, damaged, healed, stopped."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import psutil
@@ -67,8 +66,11 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     command = ["status", "--folder", str(machine.folder)]
     assert CliRunner().invoke(app, command).exit_code == 0
     # Both servers are killed, as by a machine that is switched off; state is in the folder.
-    for name in NAMES[:2]:
-        os.kill(first[name].pid, signal.SIGKILL)
+    servers = [psutil.Process(first[name].pid) for name in NAMES[:2]]
+    for server in servers:
+        server.kill()
+    while any(first[name].process for name in NAMES[:2]):
+        time.sleep(0.1)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "mlflow              stopped" in result.output

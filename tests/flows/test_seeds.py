@@ -47,7 +47,7 @@ def settings(tmp_path_factory, tiny_model_dir):
 def in_process():
     """Jobs run in this process, in turn; those of their own are test_pipeline's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.opening.LocalExecutor", Inline)
+        patch.setattr("tasks.executing.LocalExecutor", Inline)
         yield
 
 

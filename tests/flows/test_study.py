@@ -32,7 +32,7 @@ class Counted(Inline):
 
 @pytest.fixture(autouse=True)
 def environment(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("flows.opening.LocalExecutor", Counted)
+    monkeypatch.setattr("tasks.executing.LocalExecutor", Counted)
     monkeypatch.setenv("TCLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     CALLS.clear()

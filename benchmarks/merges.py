@@ -85,6 +85,8 @@ METHODS = (
     Method("RegMean, base model's activations", "regmean", statistics="base"),
     Method("RegMean, own adapters' activations (published)", "regmean", statistics="own"),
     Method("RegMean++", "regmean", statistics="layers"),
+    Method("RegMean, the drift's metric (ours)", "regmean-drift"),
+    Method("tc-lora-drift", "tc-lora-drift", own=""),
     Method("tc-lora-mean", "tc-lora-mean", own=""),
     Method("tc-lora-sum", "tc-lora-sum", own=""),
     Method("tc-lora, base model's activations", "tc-lora-activation", statistics="base", own=""),

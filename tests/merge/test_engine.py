@@ -79,14 +79,14 @@ def test_what_a_method_needs_must_be_there(adapters):
 
 def test_given_factors_are_used_in_the_adapters_order(adapters):
     factors = factorise(adapters, 4)
-    merged = merge(adapters[::-1], "tc-lora", factors=factors, weights=[0, 0, 1])
+    merged = merge(adapters[::-1], "tc-lora-mean", factors=factors, weights=[0, 0, 1])
     assert_same_updates(merged.adapter, factors.reconstruct(adapters[0].name))
     assert "CP rank 4" in merged.notes[0]
 
 
 def test_factors_of_other_adapters_are_refused(adapters):
     with pytest.raises(AdapterError, match="factors must cover adapters prose"):
-        merge(adapters, "tc-lora", factors=factorise(adapters[:2], 4))
+        merge(adapters, "tc-lora-mean", factors=factorise(adapters[:2], 4))
 
 
 def test_notes_name_the_scale(adapters):
@@ -135,7 +135,7 @@ def test_dropping_keeps_or_rescales():
 
 def test_tc_lora_uses_activation_statistics_where_there_are_some(adapters, statistics):
     data_free = merge(adapters, "tc-lora", rank=4).adapter
-    assert_same_updates(data_free, merge(adapters, "tc-lora-mean", rank=4).adapter)
+    assert_same_updates(data_free, merge(adapters, "tc-lora-drift", rank=4).adapter)
     aware = merge(adapters, "tc-lora", rank=4, statistics=statistics)
     explicit = merge(adapters, "tc-lora-activation", rank=4, statistics=statistics)
     assert_same_updates(aware.adapter, explicit.adapter)

@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tclora.adapter import LoraFactors
-from tclora.merge.methods.cp import PAPER, tc_lora_mean
+from tclora.merge.methods.cp import PAPER
 from tclora.merge.methods.leastsquares import truncate_in_metric
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
-from tclora.merge.truncate import Truncated, truncate
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als
 from tclora.tensor.lowrank import slice_svd
@@ -53,25 +52,6 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
         root, (core.right @ solution.V[0]).mT, upper=False, left=False
     )
     return LoraFactors((core.left @ solution.U[0]) * (solution.C[0, -1] / emphasis), V)
-
-
-def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack) -> Truncated:
-    """Truncate in the metric of the inputs where it is known."""
-    return (truncate_in_metric if stack.inputs else truncate)(update, rank, stack)
-
-
-@register(
-    "tc-lora",
-    summary="tc-lora-activation where activation statistics are given, else tc-lora-mean",
-    paper=PAPER,
-    exact=False,
-    needs="factors",
-    weighted=True,
-    truncation=_truncate,
-)
-def tc_lora(stack: ModuleStack) -> LoraFactors:
-    """Return the best joint CP merge that the available inputs allow."""
-    return tc_lora_activation(stack) if stack.inputs else tc_lora_mean(stack)
 
 
 def _with_mean(core: Core, rank: int, emphasis: float) -> tuple[Tensor, Tensor]:

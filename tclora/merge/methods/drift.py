@@ -29,7 +29,7 @@ from tclora.merge.truncate import Truncated
 from tclora.tensor.compress import orthonormal_basis
 
 # Variance of the inputs that is equal in all directions, relative to what the drift shows.
-_ISOTROPIC = 0.1
+_ISOTROPIC = 0.01
 # A drift of this share of its factor's energy counts by half.
 _LEAST = 1e-4
 # Adapters share a start where they are that much closer to each other than independent ones are.
@@ -107,7 +107,7 @@ def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack
     truncation=_truncate,
 )
 def regmean_drift(stack: ModuleStack) -> LoraFactors:
-    """Return Σ_k Δ_k G_k (Σ_j G_j)⁻¹ with G_k = F_kᵀ F_k / ‖F_k‖² + 0.1 I / d_in, nearly."""
+    """Return Σ_k Δ_k G_k (Σ_j G_j)⁻¹ with G_k = F_kᵀ F_k / ‖F_k‖² + 0.01 I / d_in, nearly."""
     reduced, basis = _in_drift_metric(stack)
     found = regmean(reduced)
     return LoraFactors(found.B, found.A @ basis.mT)
@@ -126,3 +126,24 @@ def tc_lora_drift(stack: ModuleStack) -> LoraFactors:
     reduced, basis = _in_drift_metric(stack)
     found = tc_lora_activation(reduced)
     return LoraFactors(found.B, found.A @ basis.mT)
+
+
+def _truncate_in_best(
+    update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack
+) -> Truncated:
+    """Truncate in the metric of the inputs where it is known, else in the drift's."""
+    return (truncate_in_metric if stack.inputs else _truncate)(update, rank, stack)
+
+
+@register(
+    "tc-lora",
+    summary="tc-lora-activation where activation statistics are given, else tc-lora-drift",
+    paper=PAPER,
+    exact=False,
+    needs="factors",
+    weighted=True,
+    truncation=_truncate_in_best,
+)
+def tc_lora(stack: ModuleStack) -> LoraFactors:
+    """Return the best joint CP merge that the available inputs allow."""
+    return tc_lora_activation(stack) if stack.inputs else tc_lora_drift(stack)

@@ -14,6 +14,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -77,6 +78,15 @@ class JobRecords:
         """Return a part of what an attempt told; None if it is not there yet."""
         found = self.store.read(self._told(attempt, part))
         return None if found is None else list(json.loads(found))
+
+    def digests(self) -> set[str]:
+        """Return the digests of all objects that the records name."""
+        parcel, delivery = self.store.read(self._name("parcel.json")), self.delivery()
+        sent = Parcel.model_validate_json(parcel) if parcel else None
+        trees = [*delivery.changed.values()] if delivery else []
+        if sent:
+            trees += [*sent.models.values(), *(slot.given for slot in sent.slots if slot.given)]
+        return {blob.digest for tree in trees for blob in tree.below(Path()).values()}
 
     def forget(self) -> None:
         """Remove all records; objects stay, for other jobs that need them."""

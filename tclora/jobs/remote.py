@@ -114,6 +114,7 @@ def _lay_out(parcel: Parcel, workspace: Path, cache: Cache) -> dict[int, Path]:
             if Tree.of(copy) != tree:
                 logger.info("fetching a model of %.2f GB", tree.size / 1e9)
                 cache.place(tree, copy)
+            copy.touch()  # used now, for `tclora gc`
     return places
 
 

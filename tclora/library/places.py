@@ -10,6 +10,12 @@ def staging_area(root: Path) -> Path:
     return _beside(root, "staging")
 
 
+def is_staging(path: Path) -> bool:
+    """Whether a folder is the staging area of a library beside it."""
+    name = path.name.removeprefix(".").removesuffix(".staging")
+    return path.is_dir() and path.name == f".{name}.staging"
+
+
 def retired(root: Path) -> Path:
     """Return the folder that holds the former library while the new one takes its place."""
     return _beside(root, "old")

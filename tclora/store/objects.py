@@ -120,9 +120,14 @@ class Store:
 
     def names(self, below: str) -> Iterator[tuple[str, int]]:
         """Yield names of records or objects below a name, with their sizes (bytes)."""
+        yield from ((name, size) for name, size, _ in self.entries(below))
+
+    def entries(self, below: str) -> Iterator[tuple[str, int, float]]:
+        """Yield names, sizes (bytes) and times of writing (s since 1970) of all below a name."""
         found = self._retried(lambda: self._fs.find(self._place(below), detail=True))
         for place, info in sorted(found.items()):
-            yield place.removeprefix(f"{self._root}/"), int(info["size"] or 0)
+            written = info.get("mtime") or info["LastModified"].timestamp()
+            yield place.removeprefix(f"{self._root}/"), int(info["size"] or 0), float(written)
 
     def remove(self, name: str) -> None:
         """Remove a record, an object, or all below a name."""

@@ -89,7 +89,7 @@ def _table(
 ) -> str:
     keys = [*keys, BASE, OWN]
     merges = [k for k in keys if "@" in k and not k.startswith("reference@")]
-    rivals = [k for k in merges if "tc-lora" not in k and "few-step" not in k]
+    rivals = [k for k in merges if not any(own in k for own in ("tc-lora", "(ours)", "few-step"))]
     best = figures.loc[rivals, "mean"].idxmax() if rivals else None
     order = figures.loc[keys, "mean"].fillna(np.inf).sort_values(ascending=False).index
     rows = []
@@ -149,10 +149,11 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "
         "the mean over clusters (of all seeds it was measured on); intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
-        "reference. Accuracy on other tasks: the likeliest choice where there are choices, else "
-        "exact match. Time is of one merge from the adapters on, factorisation included, without "
-        "tuning and statistics (those of a merge layer by layer are part of it); of refits and "
-        "libraries it is that of what is added, of the few-step LoRA that of the chosen rate. "
+        "reference. Rivals are methods of others. Accuracy on other tasks: the likeliest choice "
+        "where there are choices, else exact match. Time is of one merge from the adapters on, "
+        "factorisation included, without tuning and statistics (those of a merge layer by layer "
+        "are part of it); of refits and libraries it is that of what is added, of the few-step "
+        "LoRA that of the chosen rate. "
         "Sample rows per cluster: "
         f"{', '.join(f'{n} for {use}' for use, n in SAMPLE_ROWS.items())}. "
         "Scales are the defaults, or tuned on the sample rows with every cluster "

@@ -27,7 +27,7 @@ def test_loadings_are_what_the_registered_method_takes(small_model, small_adapte
     assert fit.losses[0] == pytest.approx(
         loss_of(
             small_model,
-            merge(small_adapters, "tc-lora", factors=factors).adapter,
+            merge(small_adapters, "tc-lora-mean", factors=factors).adapter,
             tmp_path / "mean",
         ),
         rel=1e-4,

@@ -45,7 +45,7 @@ def measure(way: str, folder: Path, steps: int, batch_size: int, dtype: str) -> 
     if way == RIVAL:
         seconds, loss = _trainer(base, rows, config)
     else:
-        seconds, loss = _engine(way, base, files, config)
+        seconds, loss = by_engine(way, base, files, config)
     cpu = time.process_time() - cpu
     peak = peak_memory()
     rate = (before + _product_rate(shapes, getattr(torch, dtype))) / 2
@@ -62,9 +62,10 @@ def measure(way: str, folder: Path, steps: int, batch_size: int, dtype: str) -> 
     }
 
 
-def _engine(
+def by_engine(
     engine: str, base: Base, files: list[Path], config: AdapterConfig
 ) -> tuple[float, float]:
+    """Train one adapter per file by an engine; return the loops' seconds and the mean loss."""
     out = files[0].parent / engine
     requests = [
         AdapterRequest(

@@ -21,5 +21,22 @@ def print_plan(plan: Plan, console: Console) -> None:
     total = sum(stage.seconds for stage in plan.stages)
     table.add_row("all", "", "", "", "", duration(total), size(max(s.memory for s in plan.stages)))
     console.print(table)
+    console.print(_jobs(plan))
     for line in plan.assumptions:
         console.print(f"- {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _jobs(plan: Plan) -> Table:
+    table = Table("training job", title="Training", title_justify="left")
+    for column in ("rows", "tokens", "steps", "time alone", "memory", "device"):
+        table.add_column(column, justify="right")
+    for job in plan.training:
+        counts = map(number, (job.rows, job.tokens, job.steps))
+        table.add_row(
+            _shown(job.names), *counts, duration(job.seconds), size(job.memory), plan.device
+        )
+    return table
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, … {names[-1]} ({len(names)})"

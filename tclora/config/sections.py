@@ -213,7 +213,9 @@ class TrainConfig(AdapterConfig):
         True, description="also train one LoRA on all rows, the monolithic baseline"
     )
     engine: str = Field(
-        "separate", description="how several adapters are trained; a registered engine"
+        "separate",
+        description="how several adapters are trained; a registered engine, or auto: separate or "
+        "together, whichever is faster of those whose jobs fit the memory (see run --plan)",
     )
 
 

@@ -43,7 +43,7 @@ def variant_problems(config: Config) -> list[str]:
         problems.append(f"cluster.method: {clusterers.unknown(method)}")
     if config.route.router not in routers:
         problems.append(f"route.router: {routers.unknown(config.route.router)}")
-    if config.train.engine not in engines:
+    if config.train.engine not in {"auto", *engines}:
         problems.append(f"train.engine: {engines.unknown(config.train.engine)}")
     return problems
 

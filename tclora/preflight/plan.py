@@ -1,11 +1,9 @@
 """What a run would cost, before it starts: what is fetched, rows, tokens, steps, time and memory.
 
-Time is floating-point operations over the rate at which this machine multiplies matrices, less what
-is lost on the way (`UTILISATION`), and the start of processes (`START`). A forward pass takes 2 P
-operations per token for P parameters; as many carry gradients back to the adapters (those of the
-base's weights are not formed), and as many again recompute activations where that is asked for.
-Memory of a training job is its weights, the adapter with gradients and optimiser state, the
-activations of one forward pass, and its logits.
+Training is planned by `tclora.preflight.training`. Elsewhere time is floating-point operations
+over the rate at which this machine multiplies matrices, less what is lost on the way
+(`UTILISATION`), and the start of processes (`START`). A forward pass takes 2 P operations per token
+for P parameters; as many carry gradients back to what is fitted.
 
 Further training seeds repeat all that follows the clusters (`seeds`).
 
@@ -13,34 +11,33 @@ Not covered: downloads' time, generated tokens beyond their operations (a GPU sp
 weights), merging and factorising (minutes at most, see ``benchmarks/results/large_library.md``),
 and the stages that `uncovered` names.
 
-Symbols: P parameters, L layers, d hidden width, T tokens per forward pass.
-
-References
-----------
-.. [1] Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022
-   (34 d bytes per token and layer at 16 bits).
+Symbols: P parameters.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from tclora.cluster.registry import clusterers
-from tclora.config import Config, GateConfig, TrainConfig
+from tclora.config import AdapterConfig, Config, GateConfig
 from tclora.data.demo import DEMO
 from tclora.jobs.devices import parallel_jobs, visible_gpus
+from tclora.library.names import JOINT, cluster_name
 from tclora.model.locate import BUILTIN_BASE, BUILTIN_EMBEDDER, choose_dtype, default_device
 from tclora.preflight.models import Models
+from tclora.preflight.rates import Rates, measured_rates
 from tclora.preflight.sizes import BaseSize, RowCounts, base_size, count_rows, embedder_size
-from tclora.train.course import total_steps
+from tclora.preflight.training import (
+    ACTIVATION_BYTES,
+    START,
+    JobCost,
+    Lengths,
+    Training,
+    job_memory,
+    plan_training,
+)
 
-UTILISATION = 0.35  # of the measured rate of matrix products, in training and evaluation
-START = 6.0  # of a job: imports and loading a small model (s)
-_ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' type
-_ADAPTER_BYTES = 16  # per parameter beside its copy in the model: master, gradient, two moments
+UTILISATION = 0.35  # of the measured rate of matrix products, in evaluation and refits
 
 
 @dataclass(frozen=True)
@@ -82,11 +79,17 @@ class Plan:
         In their order.
     assumptions : tuple of str
         What the figures rest on.
+    training : tuple of JobCost
+        The jobs of the stage that trains, in their order.
+    device : str
+        What each of them runs on.
     """
 
     fetched: tuple[str, ...]
     stages: tuple[StageCost, ...]
     assumptions: tuple[str, ...]
+    training: tuple[JobCost, ...]
+    device: str
 
 
 def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan:
@@ -108,20 +111,24 @@ def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan
     """
     rows = count_rows(config, models)
     dtype = choose_dtype(config.train.dtype, default_device())
-    measured = rate or matmul_rate(dtype)
-    cost = _Costs(config, rows, base_size(models.base, config.train), dtype.itemsize, measured)
+    rates = Rates.given(rate) if rate else measured_rates(dtype)
+    measured = rates.products
+    cost = _Costs(config, rows, base_size(models.base, config.train), dtype.itemsize, rates)
     stages = [_embed(config, models, rows, measured), *cost.features()]
-    repeated = [cost.train(), *cost.statistics(), *cost.refit(), cost.evaluate()]
+    training = cost.training()
+    repeated = [cost.train(training), *cost.statistics(), *cost.refit(), cost.evaluate()]
     stages += [_times(stage, config.seeds) for stage in repeated]
     source = "given" if rate else f"measured here in {str(dtype).removeprefix('torch.')}"
     assumptions = (
         rows.source,
-        f"{measured / 1e12:.3g} TFLOP/s per job ({source}), {UTILISATION:.0%} of it used",
+        *([training.reason] if training.reason else []),
+        f"{measured / 1e12:.3g} TFLOP/s per job ({source}), {UTILISATION:.0%} of it used outside "
+        "of training",
         f"{_lanes(config, 1000)} at once that do not slow each other, {START:g} s to start each",
         *([f"{config.seeds} training seeds, one after the other"] if config.seeds > 1 else []),
         *(f"not covered: {name}" for name in uncovered(config)),
     )
-    return Plan(tuple(fetched(config)), tuple(stages), assumptions)
+    return Plan(tuple(fetched(config)), tuple(stages), assumptions, training.jobs, _device())
 
 
 def fetched(config: Config) -> Iterator[str]:
@@ -166,57 +173,40 @@ def _times(stage: StageCost, seeds: int) -> StageCost:
     return replace(stage, **counts, seconds=seeds * stage.seconds)
 
 
-def matmul_rate(dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Measure operations per second of matrix products on this process's device."""
-    device = default_device()
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device).to(dtype)
-    done, begin = 0, 0.0
-    for number in range(1_000_000):
-        a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if number == 0:  # the first prepares
-            begin = time.perf_counter()
-        else:
-            done += 1
-            if time.perf_counter() - begin > seconds:
-                break
-    return 2 * size**3 * done / (time.perf_counter() - begin)
-
-
 class _Costs:
     """Costs of the stages that use the base model."""
 
     def __init__(
-        self, config: Config, rows: RowCounts, shape: BaseSize, itemsize: int, rate: float
+        self, config: Config, rows: RowCounts, shape: BaseSize, itemsize: int, rates: Rates
     ) -> None:
         self._config, self._rows, self._shape = config, rows, shape
         self._itemsize = itemsize
-        self._rate = rate * UTILISATION
+        self._rates, self._rate = rates, rates.products * UTILISATION
         self._k = 10 if config.cluster.k == "auto" else int(config.cluster.k)
 
-    def train(self) -> StageCost:
-        """Return the training of all adapters, the clusters' of equal size."""
-        train, jobs = self._config.train, self._k + self._config.train.joint
-        parts = [self._rows.train // self._k] * self._k
-        parts += [self._rows.train] * train.joint
-        steps = [total_steps(max(1, part), train) for part in parts]
-        tokens = int(sum(steps) * train.batch_size * self._rows.tokens)
-        passes = 6 if train.gradient_checkpointing else 4
-        seconds = self._seconds(passes * self._shape.parameters * tokens, jobs)
-        # One long job, the joint adapter's, cannot be shared out.
-        longest = max(steps) / sum(steps) * seconds * _lanes(self._config, jobs)
-        trained = sum(steps) * train.batch_size
-        return StageCost("train", jobs, trained, tokens, sum(steps), max(seconds, longest),
-                         self._training_memory(train))  # fmt: skip
+    def training(self) -> Training:
+        """Plan the training of all adapters, the clusters' of equal size."""
+        train, rows = self._config.train, self._rows
+        sizes = {cluster_name(k): rows.train // self._k for k in range(self._k)}
+        sizes |= {JOINT: rows.train} if train.joint else {}
+        return plan_training(
+            train.engine, sizes, self._shape, train.only(AdapterConfig), self._lengths(),
+            slots=parallel_jobs(self._config.resources.jobs), itemsize=self._itemsize,
+            rates=self._rates,
+        )  # fmt: skip
+
+    def train(self, planned: Training) -> StageCost:
+        """Return the training of all adapters as one stage."""
+        counts = [sum(getattr(job, n) for job in planned.jobs) for n in ("rows", "tokens", "steps")]
+        largest = max(job.memory for job in planned.jobs)
+        return StageCost("train", len(planned.jobs), *counts, planned.seconds, largest)
 
     def features(self) -> list[StageCost]:
         """Return what a clusterer asks of the base model."""
         method = self._config.cluster.method
         if method not in clusterers or clusterers[method].features is None:
             return []
-        rows, memory = self._rows.train, self._training_memory(self._config.train)
+        rows, memory = self._rows.train, self._training_memory()
         tokens = int(rows * self._rows.tokens)
         operations = (2 if method == "hidden-states" else 4) * self._shape.parameters * tokens
         return [StageCost("features", 1, rows, tokens, 0, self._seconds(operations, 1), memory)]
@@ -240,7 +230,7 @@ class _Costs:
         tokens = int(rows * self._rows.tokens)
         # One after the other, whatever the machine's jobs.
         seconds = 4 * self._shape.parameters * tokens / self._rate + jobs * START
-        memory = self._training_memory(self._config.train)
+        memory = self._training_memory()
         return [StageCost("refit", jobs, rows, tokens, steps, seconds, memory)]
 
     def evaluate(self) -> StageCost:
@@ -257,24 +247,20 @@ class _Costs:
     def _seconds(self, operations: float, jobs: int) -> float:
         return (operations / self._rate + jobs * START) / _lanes(self._config, jobs)
 
-    def _training_memory(self, train: TrainConfig) -> float:
-        shape, tokens = self._shape, train.tokens_per_forward
-        layers = 1 if train.gradient_checkpointing else shape.layers
-        activations = _ACTIVATION_BYTES * self._itemsize * tokens * shape.width * layers
-        if train.gradient_checkpointing:
-            activations += self._itemsize * tokens * shape.width * shape.layers
-        return self._weights() + self._adapter() + activations + self._logits(tokens)
+    def _lengths(self) -> Lengths:
+        return Lengths(self._rows.tokens, self._rows.response)
+
+    def _training_memory(self) -> float:
+        train = self._config.train.only(AdapterConfig)
+        return job_memory(self._shape, train, self._lengths(), 1, self._itemsize)
 
     def _forward_memory(self) -> float:
         shape, tokens = self._shape, self._config.evaluate.token_budget
-        passing = _ACTIVATION_BYTES * self._itemsize * tokens * shape.width
+        passing = ACTIVATION_BYTES * self._itemsize * tokens * shape.width
         return self._weights() + passing + self._logits(tokens)
 
     def _weights(self) -> float:
         return self._shape.parameters * self._itemsize
-
-    def _adapter(self) -> float:
-        return self._shape.trained * (_ADAPTER_BYTES + self._itemsize)
 
     def _logits(self, tokens: int) -> float:
         """Logits where a response is predicted, and their copy in single precision."""
@@ -296,3 +282,7 @@ def _lanes(config: Config, jobs: int) -> int:
     """Return how many jobs run beside each other without sharing a device."""
     at_once = min(jobs, parallel_jobs(config.resources.jobs))
     return max(1, min(at_once, len(visible_gpus()) or 1))
+
+
+def _device() -> str:
+    return "one GPU" if visible_gpus() else "CPU"

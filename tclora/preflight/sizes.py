@@ -1,10 +1,11 @@
 """Sizes that a plan is made of: rows and tokens, parameters of models; no weights are read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Conv1D, PreTrainedModel
 
 from tclora.config import Config, TrainConfig
 from tclora.data.demo import DEMO
@@ -54,14 +55,18 @@ class BaseSize:
     ----------
     parameters, trained : int
         Of the model, and of an adapter on it.
-    layers, width, vocabulary : int
-        As its configuration says.
+    linear : int
+        Weights of its linear layers, the output layer left out.
+    layers, width, inner, vocabulary : int
+        As its configuration says; `inner` is the width inside of a feed-forward layer.
     """
 
     parameters: int
     trained: int
+    linear: int
     layers: int
     width: int
+    inner: int
     vocabulary: int
 
 
@@ -137,11 +142,21 @@ def base_size(location: str, train: TrainConfig) -> BaseSize:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
         parameters = sum(weight.numel() for weight in model.parameters())
+        linear = sum(weight.numel() for weight in _linear_weights(model))
         adapted = attach_lora(model, train, seed=0)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    width = settings.hidden_size
+    inner = getattr(settings, "intermediate_size", None) or 4 * width
     return BaseSize(
-        parameters, trained, settings.num_hidden_layers, settings.hidden_size, settings.vocab_size
+        parameters, trained, linear, settings.num_hidden_layers, width, inner, settings.vocab_size
     )
+
+
+def _linear_weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            yield module.weight
 
 
 def embedder_size(location: str) -> int:

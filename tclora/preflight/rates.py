@@ -1,0 +1,58 @@
+"""How fast this process's device multiplies matrices and passes over arrays."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tclora.model.locate import default_device
+
+_PRODUCTS_PER_ELEMENT = 70.0  # of rates measured on two CPUs; see docs/LOG.md
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a device.
+
+    Attributes
+    ----------
+    products : float
+        Operations per second of matrix products.
+    elements : float
+        Elements per second of an elementwise product of two arrays.
+    """
+
+    products: float
+    elements: float
+
+    @classmethod
+    def given(cls, products: float) -> "Rates":
+        """Return the rates of a device of which only that of products is known."""
+        return cls(products, products / _PRODUCTS_PER_ELEMENT)
+
+
+def measured_rates(dtype: torch.dtype, seconds: float = 0.5) -> Rates:
+    """Measure this process's device, so many seconds per rate."""
+    device = default_device()
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return Rates(
+        2 * size**3 * _per_second(lambda: a @ b, seconds),
+        size**2 * _per_second(lambda: a * b, seconds),
+    )
+
+
+def _per_second(compute: Callable[[], torch.Tensor], seconds: float) -> float:
+    done, begin = 0, 0.0
+    for number in range(100_000_000):
+        value = compute()
+        if value.is_cuda:
+            torch.cuda.synchronize()
+        if number == 0:  # the first prepares
+            begin = time.perf_counter()
+        else:
+            done += 1
+            if time.perf_counter() - begin > seconds:
+                break
+    return done / (time.perf_counter() - begin)

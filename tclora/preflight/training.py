@@ -1,0 +1,240 @@
+"""What training costs: time and memory of every job, and which engine `auto` stands for.
+
+Time of a job of S optimiser steps over N tokens, a share s of them supervised, in rows of T:
+
+    N (4 P + 6 Q + 4 V d s + 14 T d L) / products
+    + (N (L (41 d + 10 f) + 3 Q / r) + 25 Q S) / elements
+    + 0.002 L max(N / F, steps of its longest adapter)
+
+The first line is what matrix products need: forward pass and gradients of activations of the
+linear layers, all three products of the adapters, the output layer where a response token is
+predicted, and attention. The second counts passes over activations (as `tclora.model.kernels` makes
+them, forward and backward) and over an adapter's weights in its optimiser; the third the calls of
+operators, per layer and forward pass. ``benchmarks/training_cost.py`` holds it against measured
+trainings. It was not measured on a GPU.
+
+Memory is the weights, every adapter with gradients and optimiser state, the activations of one
+forward pass, and its logits.
+
+Symbols: P weights of the linear layers, Q of an adapter, r its rank, L layers, d width, f inner
+width, V vocabulary, F tokens per forward pass.
+
+References
+----------
+.. [1] Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022
+   (34 d bytes per token and layer at 16 bits).
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tclora.config import AdapterConfig
+from tclora.jobs.devices import visible_gpus
+from tclora.preflight.rates import Rates
+from tclora.preflight.sizes import BaseSize
+from tclora.train.course import total_steps
+from tclora.train.engines import engines
+
+START = 6.0  # of a job: imports and loading a small model (s)
+AUTO = ("separate", "together")  # what the engine `auto` chooses from
+ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' type
+_ADAPTER_BYTES = 16  # per weight beside its copy in the model: master, gradient, two moments
+_CALLS = 2e-3  # of operators, per layer and forward pass with its backward pass (s)
+NOMINAL = Rates.given(1e11)  # a choice must not follow what else the machine does
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a row, and of its response."""
+
+    row: float
+    response: float
+
+
+@dataclass(frozen=True)
+class JobCost:
+    """What one training job costs.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Its adapters.
+    rows, tokens, steps : int
+        Rows and tokens that are trained on, repetitions counted; optimiser steps of all adapters.
+    seconds : float
+        Alone on its device.
+    memory : float
+        Bytes, beside what Python and its libraries take.
+    """
+
+    names: tuple[str, ...]
+    rows: int
+    tokens: int
+    steps: int
+    seconds: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of all adapters by one engine.
+
+    Attributes
+    ----------
+    engine : str
+        Its name.
+    jobs : tuple of JobCost
+        In the order in which they start.
+    seconds : float
+        Until the last has ended.
+    memory : float
+        Of all jobs that share a device or the machine at once (bytes).
+    reason : str
+        Why this engine; empty where it was named.
+    """
+
+    engine: str
+    jobs: tuple[JobCost, ...]
+    seconds: float
+    memory: float
+    reason: str = ""
+
+
+def plan_training(
+    engine: str,
+    sizes: Mapping[str, int],
+    base: BaseSize,
+    config: AdapterConfig,
+    lengths: Lengths,
+    *,
+    slots: int,
+    itemsize: int,
+    rates: Rates = NOMINAL,
+) -> Training:
+    """Plan the training of adapters.
+
+    Parameters
+    ----------
+    engine : str
+        A registered engine, or ``"auto"``: of `AUTO` the faster one of those that fit the memory.
+    sizes : Mapping[str, int]
+        Adapter → rows.
+    base : BaseSize
+        The base model.
+    config : AdapterConfig
+        Rank, batch, steps and so on.
+    lengths : Lengths
+        Of the rows.
+    slots : int
+        Jobs that run at once.
+    itemsize : int
+        Bytes of one of the base's weights.
+    rates : Rates
+        Of one GPU, or of all cores.
+    """
+
+    def by(name: str, at: Rates) -> Training:
+        return _by(name, sizes, base, config, lengths, slots=slots, itemsize=itemsize, rates=at)
+
+    if engine != "auto":
+        return by(engine, rates)
+    tried = [by(name, NOMINAL) for name in AUTO]
+    room = device_memory()
+    fitting = [plan for plan in tried if plan.memory <= room] or [
+        min(tried, key=lambda plan: plan.memory)
+    ]
+    chosen = min(fitting, key=lambda plan: (plan.seconds, plan.memory))
+    told = ", ".join(
+        f"{plan.engine} {plan.seconds / tried[0].seconds:.2f} of the time and "
+        f"{plan.memory / 1e9:.3g} GB" for plan in tried
+    )  # fmt: skip
+    best = by(chosen.engine, rates)
+    reason = f"train.engine auto is {chosen.engine}: {told}, of {room / 1e9:.3g} GB"
+    return Training(best.engine, best.jobs, best.seconds, best.memory, reason)
+
+
+def device_memory() -> float:
+    """Return the memory of the first visible GPU, or of the machine (bytes)."""
+    if visible_gpus() and torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def training_seconds(
+    base: BaseSize,
+    config: AdapterConfig,
+    lengths: Lengths,
+    tokens: float,
+    steps: Sequence[int],
+    rates: Rates,
+) -> float:
+    """Return the seconds of a job's loop over so many tokens, by the formula of this module.
+
+    `steps` are those of each of its adapters.
+    """
+    d, L = base.width, base.layers
+    supervised = base.vocabulary * d * lengths.response / lengths.row
+    passes = 1.5 if config.gradient_checkpointing else 1.0
+    products = 4 * base.linear * passes + 6 * base.trained + 4 * supervised
+    products += 14 * lengths.row * d * L
+    elements = L * (41 * d + 10 * base.inner) * passes + 3 * base.trained / config.r
+    return (
+        tokens * products / rates.products
+        + (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
+        + _CALLS * L * max(tokens / config.tokens_per_forward, max(steps))
+    )
+
+
+def job_memory(
+    base: BaseSize, config: AdapterConfig, lengths: Lengths, adapters: int, itemsize: int
+) -> float:
+    """Return the bytes of a training job, beside what Python and its libraries take."""
+    tokens = config.tokens_per_forward
+    layers = 1 if config.gradient_checkpointing else base.layers
+    activations = ACTIVATION_BYTES * itemsize * tokens * base.width * layers
+    if config.gradient_checkpointing:
+        activations += itemsize * tokens * base.width * base.layers
+    own = adapters * base.trained * (_ADAPTER_BYTES + itemsize)
+    logits = tokens * lengths.response / lengths.row * base.vocabulary * (itemsize + 4)
+    return base.parameters * itemsize + own + activations + logits
+
+
+def _by(
+    engine: str,
+    sizes: Mapping[str, int],
+    base: BaseSize,
+    config: AdapterConfig,
+    lengths: Lengths,
+    *,
+    slots: int,
+    itemsize: int,
+    rates: Rates,
+) -> Training:
+    jobs = []
+    for names in engines[engine].divide(sizes, slots):
+        steps = [total_steps(max(1, sizes[name]), config) for name in names]
+        rows = sum(steps) * config.batch_size
+        tokens = int(rows * lengths.row)
+        seconds = START + training_seconds(base, config, lengths, tokens, steps, rates)
+        memory = job_memory(base, config, lengths, len(names), itemsize)
+        jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), seconds, memory))
+    at_once = max(1, min(slots, len(jobs)))
+    gpus = len(visible_gpus())
+    # Jobs that share a device or the cores have each its part of them.
+    slower = at_once / min(at_once, gpus or 1)
+    largest = sorted((job.memory for job in jobs), reverse=True)
+    beside = at_once if not gpus else -(-at_once // gpus)
+    ends = [START + (job.seconds - START) * slower for job in jobs]
+    return Training(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
+
+
+def _makespan(seconds: Sequence[float], lanes: int) -> float:
+    """Return when the last job ends if each starts in its order where a lane is free."""
+    ends = [0.0] * lanes
+    for duration in seconds:
+        first = min(range(lanes), key=lambda lane: ends[lane])
+        ends[first] += duration
+    return max(ends)

@@ -1,0 +1,94 @@
+"""The cost model of training, and the choice of an engine."""
+
+from dataclasses import replace
+
+import pytest
+
+from tclora.config import AdapterConfig
+from tclora.preflight import training
+from tclora.preflight.rates import Rates
+from tclora.preflight.sizes import BaseSize
+from tclora.preflight.training import START, Lengths, plan_training, training_seconds
+
+BASE = BaseSize(
+    parameters=134_000_000, trained=4_880_000, linear=106_000_000,
+    layers=30, width=576, inner=1536, vocabulary=49152,
+)  # fmt: skip
+LENGTHS = Lengths(100.0, 20.0)
+SIZES = {"joint": 400, "a": 100, "b": 100, "c": 200}
+CONFIG = AdapterConfig(batch_size=10)
+RATES = Rates(1e11, 1e9)
+
+
+def plan(engine, sizes=SIZES, base=BASE, slots=2, config=CONFIG, rates=RATES):
+    return plan_training(engine, sizes, base, config, LENGTHS, slots=slots, itemsize=4, rates=rates)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(training, "device_memory", lambda: 64e9)
+
+
+def seconds(base=BASE, config=CONFIG, tokens=10_000, steps=(10,), rates=RATES):
+    return training_seconds(base, config, LENGTHS, tokens, steps, rates)
+
+
+def test_time_is_at_least_that_of_the_products():
+    per_token = 4 * BASE.linear + 6 * BASE.trained + 4 * BASE.vocabulary * BASE.width * 0.2
+    least = 10_000 * per_token / 1e11
+    assert least < seconds() < 3 * least
+
+
+def test_time_grows_with_tokens_layers_steps_and_falls_with_the_rates():
+    assert seconds(tokens=20_000, steps=(20,)) == pytest.approx(2 * seconds(), rel=0.01)
+    assert seconds(steps=(20,)) > seconds()
+    deeper = replace(BASE, layers=60, linear=2 * BASE.linear, trained=2 * BASE.trained)
+    assert 1.7 * seconds() < seconds(base=deeper) < 2 * seconds()
+    assert seconds(rates=Rates(2e11, 2e9)) < seconds()
+    assert seconds(config=CONFIG.model_copy(update={"gradient_checkpointing": True})) > seconds()
+
+
+def test_counts_are_those_of_the_jobs():
+    found = plan("separate")
+    assert [job.names for job in found.jobs] == [("joint",), ("c",), ("a",), ("b",)]
+    assert [job.steps for job in found.jobs] == [40, 20, 10, 10]
+    assert [job.rows for job in found.jobs] == [400, 200, 100, 100]
+    (job,) = plan("together").jobs
+    assert (job.steps, job.rows, job.tokens) == (80, 800, 80_000)
+
+
+def test_jobs_beside_each_other_share_the_cores():
+    found = plan("separate")
+    work = [2 * (job.seconds - START) + START for job in found.jobs]
+    assert found.seconds == pytest.approx(max(work[0], sum(work[1:])))
+    alone = plan("separate", slots=1)
+    assert alone.seconds == pytest.approx(sum(job.seconds for job in alone.jobs))
+
+
+def test_one_copy_of_the_base_is_less_memory():
+    separate, together = plan("separate", slots=4), plan("together", slots=4)
+    assert separate.memory > 3 * BASE.parameters * 4
+    assert together.memory < separate.memory
+
+
+def test_a_long_job_alone_on_its_share_of_the_cores_speaks_for_together():
+    found = plan("auto", slots=4)
+    assert found.engine == "together"
+    assert "auto is together: separate 1.00 of the time" in found.reason
+    assert found.jobs == plan("together", slots=4).jobs
+
+
+def test_what_does_not_fit_the_memory_is_not_chosen(monkeypatch):
+    many = {f"c{k}": 10 for k in range(40)}
+    together, separate = plan("together", many, slots=1), plan("separate", many, slots=1)
+    assert separate.memory < together.memory
+    monkeypatch.setattr(training, "device_memory", lambda: separate.memory * 1.1)
+    assert plan("auto", many, slots=1).engine == "separate"
+    monkeypatch.setattr(training, "device_memory", lambda: 1.0)  # too little for either
+    assert plan("auto", many, slots=1).engine == "separate"
+
+
+def test_a_named_engine_is_taken():
+    assert plan("separate").reason == ""
+    assert plan("separate").engine == "separate"

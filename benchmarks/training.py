@@ -4,7 +4,7 @@ SmolLM2-135M, one adapter of rank 16 on all linear layers per file of rows; the 
 precision for all, each way in a process of its own; they take turns. `separate` and the rival train
 one adapter after the other in one process, so that their memory is that of one job.
 Usage: ``python benchmarks/training.py FILE.jsonl FILE.jsonl ... [--steps N] [--rows N]
-[--repeats N] [--dtype float32|bfloat16]``; a file holds rows with ``prompt`` and ``response``.
+[--repeats N] [--dtype float32|bfloat16] [--name NAME]``; a file holds rows with ``prompt`` and ``response``.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows per step and adapter")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--name", default="training", help="of the table, before the precision")
     parser.add_argument("--no-rival", action="store_true", help="the engines alone")
     given = parser.parse_args()
     ways = ENGINES if given.no_rival else (*ENGINES, RIVAL)
@@ -79,7 +80,7 @@ def main() -> None:
         apart = largest_difference(folder)
     frame = pd.DataFrame(figures)
     report(
-        f"training_{given.dtype}",
+        f"{given.name}_{given.dtype}",
         f"Training engines side by side ({given.dtype})",
         frame,
         f"K = {len(given.files)} adapters of rank 16, {given.steps} steps of {given.rows} rows "

@@ -63,10 +63,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Trained:
-    """The clusters' adapters and, where asked for, one on all rows."""
+    """The clusters' adapters and, where asked for, one on all rows.
+
+    `planned` is how long their jobs should take on this machine (s), where they run on it.
+    """
 
     adapters: Artifacts
     joint: Artifact | None
+    planned: dict[str, float]
 
 
 @dataclass(frozen=True)

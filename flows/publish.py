@@ -23,6 +23,7 @@ def publish(
         clusters=prepared.clusters,
         adapters=trained.adapters,
         joint=trained.joint,
+        planned=trained.planned,
         factors=merged.factors,
         explained_variance=merged.explained_variance,
         diagnosis=merged.diagnosis,

@@ -10,8 +10,9 @@ from tasks.training import train as train_stage
 from tclora.config import AdapterConfig
 from tclora.library.names import JOINT
 from tclora.model.locate import choose_dtype, default_device
+from tclora.preflight.rates import measured_rates
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import Lengths, plan_training
+from tclora.preflight.training import Lengths, TrainingPlan, plan_training
 from tclora.train.engines import engines
 
 
@@ -24,15 +25,15 @@ def train(context: Context, prepared: Prepared) -> Trained:
     apart = cfg.train.init == "independent"
     seeds = {name: cfg.of_training + number * apart for number, name in enumerate(sorted(rows))}
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
-    engine = _engine(context, prepared, sizes)
-    groups = engines[engine].divide(sizes, context.where.executor.slots)
+    planned = _plan(context, prepared, sizes)
+    groups = engines[planned.engine].divide(sizes, context.where.executor.slots)
     where = context.where.shared_by(len(groups))
     futures = {
         (job := "+".join(names)): train_stage.submit(
             job,
             {name: rows[name] for name in names},
             {name: seeds[name] for name in names},
-            engine,
+            planned.engine,
             cfg.train.only(AdapterConfig),
             context.base,
             cfg.of_training,
@@ -42,24 +43,26 @@ def train(context: Context, prepared: Prepared) -> Trained:
     }
     done = [part for group in collect("train", futures, context).values() for part in group.items()]
     adapters = dict(sorted(done, key=lambda item: list(rows).index(item[0])))
-    return Trained(joint=adapters.pop(JOINT, None), adapters=adapters)
+    here = context.config.execution.backend == "local"
+    joint_adapter = adapters.pop(JOINT, None)
+    return Trained(adapters, joint_adapter, planned.adapters if here else {})
 
 
-def _engine(context: Context, prepared: Prepared, sizes: Mapping[str, int]) -> str:
-    """Return the configured engine, or what `auto` is for these adapters on this machine."""
-    train = context.config.train
-    if train.engine != "auto":
-        return train.engine
-    tokens = prepared.examples.metrics
+def _plan(context: Context, prepared: Prepared, sizes: Mapping[str, int]) -> TrainingPlan:
+    """Plan the jobs for this machine; an engine `auto` is chosen for it."""
+    train, tokens = context.config.train, prepared.examples.metrics
+    prompt, response = tokens["prompt_tokens_mean"], tokens["response_tokens_mean"]
+    dtype = choose_dtype(train.dtype, default_device())
     planned = plan_training(
-        "auto",
+        train.engine,
         sizes,
         base_size(context.base.location, train),
         train.only(AdapterConfig),
-        Lengths(tokens["prompt_tokens_mean"] + tokens["response_tokens_mean"],
-                tokens["response_tokens_mean"]),
+        Lengths(prompt + response, response),
         slots=context.where.executor.slots,
-        itemsize=choose_dtype(train.dtype, default_device()).itemsize,
-    )  # fmt: skip
-    get_run_logger().info("%s", planned.reason)
-    return planned.engine
+        itemsize=dtype.itemsize,
+        rates=measured_rates(dtype, seconds=0.1),
+    )
+    if planned.reason:
+        get_run_logger().info("%s", planned.reason)
+    return planned

@@ -54,6 +54,7 @@ class Parts:
     clusters: Artifact
     adapters: Artifacts
     joint: Artifact | None
+    planned: Mapping[str, float]
     factors: Artifact
     explained_variance: Artifact
     diagnosis: Artifact
@@ -109,7 +110,10 @@ def _describe(
         embedding_model=ModelIdentity(id=config.embed.model, digest=models.embedder_digest),
         profile=parts.examples.metrics,
         clustering=Clustering(**parts.clusters.info),
-        training={name: Training(**_trained(part)) for name, part in parts.trained.items()},
+        training={
+            name: Training(**_trained(part), planned_seconds=parts.planned.get(name))
+            for name, part in parts.trained.items()
+        },
         factors=Factors(**parts.factors.info),
         merges={
             method: Merge(**part.info, bytes=size(part.path))

@@ -86,6 +86,8 @@ class Training(Record):
         Duration (s).
     validation_nll : float or None
         Lowest loss on rows held out from training, nats per response token; the adapter had it.
+    planned_seconds : float or None
+        What the cost model says of the whole job on the machine of the run (s); None elsewhere.
     status : str
         "done", or what kept it from being so.
     error : str or None
@@ -98,6 +100,7 @@ class Training(Record):
     final_loss: float | None
     seconds: float
     validation_nll: float | None = None
+    planned_seconds: float | None = None
     status: str = "done"
     error: str | None = None
 

@@ -15,7 +15,7 @@ from tclora.merge.stack import ModuleStack
 from tclora.merge.truncate import Truncated, truncate
 from tclora.registry import Registry, closest
 
-NEEDS = ("", "factors", "statistics")
+NEEDS = ("", "factors", "statistics", "statistics if any")
 
 
 # Merges one module's K updates, (stack, *, options) → factors, or a dense update where no factored
@@ -41,7 +41,8 @@ class MethodInfo:
     exact : bool
         Whether it is computed exactly from the factors; otherwise a dense result is truncated.
     needs : str
-        "" for adapters alone, "factors" for joint CP factors, "statistics" for activations.
+        "" for adapters alone, "factors" for joint CP factors, "statistics" for activations,
+        "statistics if any" where it does without too.
     weighted : bool
         Whether it takes weights of the adapters.
     options : Mapping[str, Any]

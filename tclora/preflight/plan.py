@@ -32,7 +32,7 @@ from tclora.preflight.training import (
     START,
     JobCost,
     Lengths,
-    Training,
+    TrainingPlan,
     job_memory,
     plan_training,
 )
@@ -184,7 +184,7 @@ class _Costs:
         self._rates, self._rate = rates, rates.products * UTILISATION
         self._k = 10 if config.cluster.k == "auto" else int(config.cluster.k)
 
-    def training(self) -> Training:
+    def training(self) -> TrainingPlan:
         """Plan the training of all adapters, the clusters' of equal size."""
         train, rows = self._config.train, self._rows
         sizes = {cluster_name(k): rows.train // self._k for k in range(self._k)}
@@ -195,7 +195,7 @@ class _Costs:
             rates=self._rates,
         )  # fmt: skip
 
-    def train(self, planned: Training) -> StageCost:
+    def train(self, planned: TrainingPlan) -> StageCost:
         """Return the training of all adapters as one stage."""
         counts = [sum(getattr(job, n) for job in planned.jobs) for n in ("rows", "tokens", "steps")]
         largest = max(job.memory for job in planned.jobs)

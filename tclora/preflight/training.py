@@ -27,7 +27,7 @@ References
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -79,7 +79,7 @@ class JobCost:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingPlan:
     """The training of all adapters by one engine.
 
     Attributes
@@ -90,6 +90,8 @@ class Training:
         In the order in which they start.
     seconds : float
         Until the last has ended.
+    shared : float
+        How much longer a job's loop takes beside the others than alone.
     memory : float
         Of all jobs that share a device or the machine at once (bytes).
     reason : str
@@ -99,8 +101,18 @@ class Training:
     engine: str
     jobs: tuple[JobCost, ...]
     seconds: float
+    shared: float
     memory: float
     reason: str = ""
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Adapter → seconds of the job that trains it, beside the others."""
+        return {
+            name: START + (job.seconds - START) * self.shared
+            for job in self.jobs
+            for name in job.names
+        }
 
 
 def plan_training(
@@ -113,7 +125,7 @@ def plan_training(
     slots: int,
     itemsize: int,
     rates: Rates = NOMINAL,
-) -> Training:
+) -> TrainingPlan:
     """Plan the training of adapters.
 
     Parameters
@@ -136,7 +148,7 @@ def plan_training(
         Of one GPU, or of all cores.
     """
 
-    def by(name: str, at: Rates) -> Training:
+    def by(name: str, at: Rates) -> TrainingPlan:
         return _by(name, sizes, base, config, lengths, slots=slots, itemsize=itemsize, rates=at)
 
     if engine != "auto":
@@ -153,7 +165,7 @@ def plan_training(
     )  # fmt: skip
     best = by(chosen.engine, rates)
     reason = f"train.engine auto is {chosen.engine}: {told}, of {room / 1e9:.3g} GB"
-    return Training(best.engine, best.jobs, best.seconds, best.memory, reason)
+    return replace(best, reason=reason)
 
 
 def device_memory() -> float:
@@ -212,7 +224,7 @@ def _by(
     slots: int,
     itemsize: int,
     rates: Rates,
-) -> Training:
+) -> TrainingPlan:
     jobs = []
     for names in engines[engine].divide(sizes, slots):
         steps = [total_steps(max(1, sizes[name]), config) for name in names]
@@ -228,7 +240,9 @@ def _by(
     largest = sorted((job.memory for job in jobs), reverse=True)
     beside = at_once if not gpus else -(-at_once // gpus)
     ends = [START + (job.seconds - START) * slower for job in jobs]
-    return Training(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
+    return TrainingPlan(
+        engine, tuple(jobs), _makespan(ends, at_once), slower, sum(largest[:beside])
+    )
 
 
 def _makespan(seconds: Sequence[float], lanes: int) -> float:

@@ -76,7 +76,7 @@ def test_rows_tokens_and_steps_are_counted(config):
 
 def test_time_follows_the_rate(config):
     _, stages = plan(config())
-    _, slower = plan(config(), rate=RATE / 1e6)
+    _, slower = plan(config(), rate=RATE / 1e8)
     for name in ("train", "refit", "evaluate"):
         assert slower[name].seconds > 10 * stages[name].seconds
 

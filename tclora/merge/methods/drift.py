@@ -140,7 +140,7 @@ def _truncate_in_best(
     summary="tc-lora-activation where activation statistics are given, else tc-lora-drift",
     paper=PAPER,
     exact=False,
-    needs="factors",
+    needs="statistics if any",
     weighted=True,
     truncation=_truncate_in_best,
 )

@@ -18,6 +18,7 @@ from tables import report
 from tclora.adapter import read_adapter
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
+from tclora.library.names import cluster_name
 from tclora.tensor import factorise
 
 REPEATS = 2
@@ -25,7 +26,8 @@ REPEATS = 2
 
 def measure(library: Path, rank: int) -> dict[str, float]:
     """Factorise in this process."""
-    adapters = [read_adapter(Layout(library).adapter(name)) for name in _clusters(library)]
+    names = map(cluster_name, range(read_manifest(library).clustering.k))
+    adapters = [read_adapter(Layout(library).adapter(name)) for name in names]
     begin, cpu = time.perf_counter(), time.process_time()
     factors = factorise(adapters, rank)
     return {
@@ -33,11 +35,6 @@ def measure(library: Path, rank: int) -> dict[str, float]:
         "CPU seconds": time.process_time() - cpu,
         "explained variance": factors.explained_variance,
     }
-
-
-def _clusters(library: Path) -> list[str]:
-    manifest = read_manifest(library)
-    return [f"cluster-{k}" for k in range(manifest.clustering.k)]
 
 
 def _busy() -> None:

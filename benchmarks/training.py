@@ -4,7 +4,8 @@ SmolLM2-135M, one adapter of rank 16 on all linear layers per file of rows; the 
 precision for all, each way in a process of its own; they take turns. `separate` and the rival train
 one adapter after the other in one process, so that their memory is that of one job.
 Usage: ``python benchmarks/training.py FILE.jsonl FILE.jsonl ... [--steps N] [--rows N]
-[--repeats N] [--dtype float32|bfloat16] [--name NAME]``; a file holds rows with ``prompt`` and ``response``.
+[--repeats N] [--dtype float32|bfloat16] [--name NAME]``; a file holds rows with ``prompt`` and
+``response``.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from tclora.files import atomic_path
 from tclora.jobs.call import Event
 from tclora.library.names import JOINT, cluster_name
 from tclora.model.base import Base
-from tclora.model.locate import default_device, load_tokenizer
+from tclora.model.locate import devices_of, load_tokenizer
 from tclora.model.place import cache_dir
 
 HELD_OUT = "held-out"  # the rows that methods are measured on, among those of the adapters
@@ -68,7 +68,7 @@ def embed(
             location,
             target,
             batch_size=config.batch_size,
-            device=default_device(),
+            devices=devices_of(config.processes),
             cache=cache_dir() / "embeddings",
             model_digest=digest,
         )

@@ -1,11 +1,13 @@
 """Prompt embeddings: unit-norm vectors by a sentence-transformers model, cached by content."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 Texts = Sequence[str] | pd.Series
+Pool = dict[Any, Any]  # of processes, as sentence-transformers starts them
 _ENCODED = 16_384  # texts that a model is given at once
+_SHARE = 2048  # texts that are worth a further process, which starts in seconds
 
 
 def embed_texts(
@@ -38,7 +42,7 @@ def embed_texts(
             location,
             Path(scratch) / "vectors",
             batch_size=batch_size,
-            device=device,
+            devices=(device,),
             cache=cache,
             model_digest=model_digest,
         )
@@ -51,7 +55,7 @@ def embed_file(
     target: Path,
     *,
     batch_size: int = 64,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     cache: Path | None = None,
     model_digest: str = "",
 ) -> VectorFile:
@@ -68,8 +72,8 @@ def embed_file(
         a dot product is the cosine similarity.
     batch_size : int
         Texts per forward pass; they are ordered by length, so little is padding.
-    device : str
-        Where to compute.
+    devices : sequence of str
+        Where to compute; more than one get a process each, where there are texts enough.
     cache : Path, optional
         Folder of results, keyed by the texts and `model_digest`.
     model_digest : str
@@ -83,8 +87,11 @@ def embed_file(
     place, distinct = distinct_texts(texts)
 
     def compute(file: Path) -> VectorFile:
-        model = load_embedder(location, device)
-        return _embed_into(file, distinct, lambda t: embed_prompts(model, t, batch_size=batch_size))
+        used = devices[: max(1, len(distinct) // _SHARE)]
+        model = load_embedder(location, used[0])
+        with _processes(model, used) as pool:
+            embed = partial(embed_prompts, model, batch_size=batch_size, pool=pool)
+            return _embed_into(file, distinct, embed)
 
     if cache is None:
         with TemporaryDirectory(dir=target.parent) as scratch:
@@ -149,10 +156,27 @@ def load_embedder(location: str, device: str = "cpu") -> "SentenceTransformer":
         raise ModelError(f"embed.model {location!r} cannot be loaded: {error}") from error
 
 
+@contextmanager
+def _processes(model: "SentenceTransformer", devices: Sequence[str]) -> Iterator[Pool | None]:
+    """Start a process per device where there are several; end them at the end."""
+    if len(devices) == 1:
+        yield None
+        return
+    pool = model.start_multi_process_pool(list(devices))
+    try:
+        yield pool
+    finally:
+        model.stop_multi_process_pool(pool)
+
+
 def embed_prompts(
-    model: "SentenceTransformer", texts: Sequence[str], *, batch_size: int = 64
+    model: "SentenceTransformer",
+    texts: Sequence[str],
+    *,
+    batch_size: int = 64,
+    pool: Pool | None = None,
 ) -> Embeddings:
-    """Embed texts with a loaded model; rows of unit norm, shape (N, D).
+    """Embed texts with a loaded model, or in its pool; rows of unit norm, shape (N, D).
 
     Raises
     ------
@@ -160,7 +184,11 @@ def embed_prompts(
         If a vector is not finite.
     """
     vectors = model.encode(
-        list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+        list(texts),
+        batch_size=batch_size,
+        normalize_embeddings=True,
+        show_progress_bar=False,
+        pool=pool,
     ).astype(np.float32)
     if not np.isfinite(vectors).all():
         raise ModelError("embed.model gave vectors that are not finite")

@@ -71,6 +71,10 @@ class EmbedConfig(Section):
         "of a causal LM, such as 'smollm2-135m-instruct' (built in), the mean hidden state",
     )
     batch_size: Positive = Field(64, description="prompts per forward pass")
+    processes: Positive | Literal["auto"] = Field(
+        "auto",
+        description="that embed many prompts together; auto: one per GPU, one where there is none",
+    )
     vectors: str | None = Field(
         None,
         description="Parquet file of embeddings made elsewhere by the same model, columns prompt "

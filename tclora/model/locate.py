@@ -111,6 +111,19 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def devices_of(processes: int | str) -> list[str]:
+    """Return the device of each of several processes that share a computation.
+
+    Parameters
+    ----------
+    processes : int or "auto"
+        How many; "auto" is one per visible GPU, or one.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = max(1, gpus) if processes == "auto" else int(processes)
+    return [f"cuda:{number % gpus}" if gpus else "cpu" for number in range(count)]
+
+
 def load_base_model(location: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """Load a causal LM in evaluation mode.
 

@@ -54,6 +54,12 @@ def test_the_batch_size_does_not_matter(vectors, location, tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["vectors.safetensors"]
 
 
+def test_several_processes_give_the_same_vectors(vectors, location, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "_SHARE", 2)
+    several = embed(TEXTS, location, tmp_path, devices=["cpu", "cpu"])
+    np.testing.assert_allclose(several, vectors, atol=1e-5)
+
+
 def test_results_are_read_from_the_cache(location, tmp_path, vectors):
     cache = tmp_path / "cache"
     first = embed(TEXTS, location, tmp_path, cache=cache, model_digest="m")

@@ -9,6 +9,7 @@ from tclora.model.locate import (
     BUILTIN_BASE,
     BUILTIN_EMBEDDER,
     choose_dtype,
+    devices_of,
     load_base_model,
     load_tokenizer,
     locate_base_model,
@@ -94,3 +95,14 @@ def test_the_packaged_base_model_is_converted_once():
     with torch.no_grad():
         best = model(ids).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+def test_processes_share_the_gpus_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices_of("auto") == ["cpu"]
+    assert devices_of(2) == ["cpu", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_of("auto") == ["cuda:0", "cuda:1"]
+    assert devices_of(3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices_of(1) == ["cuda:0"]

@@ -2,11 +2,14 @@
 
 from copy import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.progress import JobProgress
-from tasks.tracking import Run
 from tclora.jobs.run import Executor
 from tclora.library.layout import Layout
+
+if TYPE_CHECKING:
+    from tasks.tracking import Run  # a job's worker knows stages, but no MLflow
 
 
 class Where:
@@ -31,7 +34,7 @@ class Where:
     def __init__(
         self,
         layout: Layout,
-        run: Run,
+        run: "Run",
         executor: Executor,
         progress: JobProgress,
         checkpoint_steps: int = 20,

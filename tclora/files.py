@@ -144,6 +144,20 @@ def parquet_batches(
     pa.default_memory_pool().release_unused()
 
 
+def sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which its writer leaves in an order of chance.
+
+    Equal contents are equal bytes then.
+    """
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        stream.seek(8)
+        stream.write(text.ljust(length))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_path(path) as fresh:

@@ -3,9 +3,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tclora.files import (
     atomic_path,
@@ -14,6 +17,7 @@ from tclora.files import (
     sha256_file,
     sha256_json,
     sha256_path,
+    sort_metadata,
     write_json,
     write_text,
 )
@@ -153,3 +157,17 @@ def test_writing_one_of_two_linked_paths_anew_leaves_the_other(tmp_path):
     assert target.samefile(source / "sub" / "b")
     write_text(target, "2")
     assert (source / "sub" / "b").read_text() == "1"
+
+
+def test_sorted_metadata_say_what_they_said(tmp_path):
+    file = tmp_path / "a.safetensors"
+    told = {"z": 'a "quoted"\n line', "Größe": "\u2028 \x7f \x01 \\ 中", "a": ""}
+    save_file({"x": np.arange(6.0), "y": np.ones(3, np.float32)}, file, metadata=told)
+    sort_metadata(file)
+    with safe_open(file, "np") as found:
+        assert found.metadata() == told
+        assert found.get_tensor("x").tolist() == list(range(6))
+        assert found.get_tensor("y").tolist() == [1, 1, 1]
+    sort_metadata(file)
+    start = file.read_bytes()
+    assert start.index(b'"Gr') < start.index(b'"a"') < start.index(b'"z"')

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tclora.errors import AdapterError, LibraryError
-from tclora.files import atomic_path
+from tclora.files import atomic_path, sort_metadata
 from tclora.model.tokens import TokenRow, batches
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class ActivationStatistics:
         }
         with atomic_path(Path(path)) as fresh:
             save_file(tensors, fresh, metadata=header)
+            sort_metadata(fresh)
 
     @classmethod
     def load(cls, *paths: str | Path) -> "ActivationStatistics":

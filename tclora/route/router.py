@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tclora.cluster.centroids import Labels
 from tclora.cluster.vectors import Embeddings
 from tclora.errors import LibraryError
+from tclora.files import sort_metadata
 from tclora.registry import VARIABLE, Registry
 from tclora.route.nearness import Abstention
 from tclora.route.routing import Routing
@@ -139,6 +140,7 @@ def save_router(router: Router, path: Path) -> None:
             "settings": json.dumps(dict(state.settings)),
         },
     )
+    sort_metadata(path)
 
 
 def load_router(path: Path, name: str | None = None) -> Router:

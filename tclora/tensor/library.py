@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.errors import LibraryError
-from tclora.files import atomic_path
+from tclora.files import atomic_path, sort_metadata
 from tclora.tensor.cp import conventional
 from tclora.tensor.lowrank import product_energy
 
@@ -215,6 +215,7 @@ class LibraryFactors:
         }
         with atomic_path(Path(path)) as fresh:
             save_file(tensors, fresh, metadata=header)
+            sort_metadata(fresh)
 
     @classmethod
     def load(cls, path: str | Path) -> "LibraryFactors":

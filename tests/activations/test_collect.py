@@ -89,6 +89,12 @@ def test_files_of_several_clusters_are_loaded_as_one(model, statistics, tmp_path
     assert all(torch.isfinite(f.B).all() for f in merged.adapter.modules.values())
 
 
+def test_equal_statistics_are_equal_bytes(statistics, tmp_path):
+    for number in range(16):
+        statistics.save(tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_what_was_not_seen_is_named(model, statistics, tmp_path):
     with pytest.raises(AdapterError, match="must cover clusters poetry, got clusters law"):
         statistics.of(next(iter(MODULES)), ["law", "poetry"])

@@ -212,6 +212,13 @@ def test_text_routers_are_made_of_each_others_values(name, other, tmp_path):
     assert found.by_token == wanted.by_token
 
 
+def test_equal_routers_are_equal_bytes(tmp_path):
+    _, _, router = fitted()
+    for number in range(16):
+        save_router(router, tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_router_without_the_values_of_another_cannot_become_it():
     state = RouterState({"centroids": np.eye(3, dtype=np.float32)}, {"temperature": 0.1})
     with pytest.raises(LibraryError, match="stored thresholds, exemplars, top_k, which this"):

@@ -143,6 +143,13 @@ def test_save_and_load_keep_everything(adapters, tmp_path):
         torch.testing.assert_close(again.modules[module].C, cp.C.float())
 
 
+def test_equal_factors_are_equal_bytes(adapters, tmp_path):
+    factors = factorise(adapters, 4)
+    for number in range(8):
+        factors.save(tmp_path / f"{number}.safetensors")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_file_that_is_not_factors_is_refused(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(b"nonsense")

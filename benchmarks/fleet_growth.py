@@ -1,0 +1,141 @@
+"""Many jobs on many worker slots: how busy the slots are, and what a job costs those who send it.
+
+Jobs sleep and write a file; everything else is real: flow runs of a deployment, a process worker, a
+store, files by their digests, and the executor of `execution.backend: deployment`. A flow run has a
+process of its own that imports Prefect, some seconds of a core: let jobs sleep so long that the
+cores of this machine are not what is measured (slots x those seconds / cores, and some more).
+Usage: ``python benchmarks/fleet_growth.py [--jobs 500] [--slots 16] [--seconds 120]``.
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from fleet import Fleet, fleet
+from tables import report
+
+_BETWEEN = 2.0  # s between two looks at memory
+
+
+@dataclass
+class Sampled:
+    """Resident memory of the parent (MB) in the course of time, and processor time (s) of both."""
+
+    memory: list[float] = field(default_factory=list)
+    parent: float = 0.0
+    server: float = 0.0
+
+
+@contextmanager
+def sampled(site: Fleet) -> Iterator[Sampled]:
+    """Look at this process and at the Prefect server for the duration of a block."""
+    own, server = psutil.Process(), site.started("prefect").process
+    if server is None:
+        raise RuntimeError("the Prefect server must run")
+    found, over = Sampled(), threading.Event()
+    before = _seconds(own), _seconds(server)
+
+    def look() -> None:
+        while not over.wait(_BETWEEN):
+            found.memory.append(own.memory_info().rss / 1e6)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        found.parent = _seconds(own) - before[0]
+        found.server = _seconds(server) - before[1]
+
+
+def _seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def send(site: Fleet, folder: Path, jobs: int, seconds: float, megabytes: int) -> pd.DataFrame:
+    """Run so many jobs as a run does; return when each began and ended."""
+    from simulated import simulate  # imports Prefect, which reads the environment
+
+    from flows.context import Context
+    from flows.parallel import collect, parallel_flow
+    from tasks.deployed import DeploymentExecutor
+    from tasks.progress import JobProgress
+    from tasks.where import Where
+    from tclora.config import ExecutionConfig
+    from tclora.library.layout import Layout
+
+    execution = {
+        **site.settings["execution"],
+        "lost_after": 600,
+        "jobs_per_host": site.machine.jobs,
+    }
+    executor = DeploymentExecutor(ExecutionConfig(**execution), folder / "scratch")
+    where = Where(Layout(folder / "library"), None, executor, JobProgress())
+
+    @parallel_flow("growth")
+    def growth(context: Context) -> list[dict[str, float]]:
+        names = [f"job-{number:03d}" for number in range(jobs)]
+        futures = {n: simulate.submit(n, seconds, megabytes, context.where) for n in names}
+        return [dict(part.info) for part in collect("simulate", futures, context).values()]
+
+    return pd.DataFrame(growth(Context(None, None, where)))
+
+
+def main() -> None:
+    """Send the jobs, measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=500)
+    parser.add_argument("--slots", type=int, default=16, help="jobs at once")
+    parser.add_argument("--seconds", type=float, default=120, help="that a job sleeps")
+    parser.add_argument("--megabytes", type=int, default=50, help="that a job writes")
+    given = parser.parse_args()
+    here = Path(__file__).parent
+    os.environ |= {
+        "TCLORA_PLUGINS": "simulated",
+        "PYTHONPATH": os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with tempfile.TemporaryDirectory() as scratch, fleet(Path(scratch), jobs=given.slots) as site:
+        os.environ |= site.machine.environment
+        with sampled(site) as found:
+            begin = time.monotonic()
+            done = send(site, Path(scratch), given.jobs, given.seconds, given.megabytes)
+            whole = time.monotonic() - begin
+    busy = (done["end"] - done["begin"]).sum()
+    span = done["end"].max() - done["begin"].min()
+    tenth = max(1, len(found.memory) // 10)
+    row = {
+        "jobs": given.jobs,
+        "slots": given.slots,
+        "seconds each": given.seconds,
+        "MB each": given.megabytes,
+        "whole (s)": whole,
+        "utilisation (%)": 100 * busy / (given.slots * span),
+        "idle slot per job (s)": (given.slots * span - busy) / given.jobs,
+        "parent, processor per job (s)": found.parent / given.jobs,
+        "server, processor per job (s)": found.server / given.jobs,
+        "parent's memory, first tenth (MB)": sum(found.memory[:tenth]) / tenth,
+        "last tenth (MB)": sum(found.memory[-tenth:]) / tenth,
+    }
+    report(
+        "fleet_growth",
+        "Many jobs on many worker slots",
+        pd.DataFrame([row]),
+        "Utilisation: time inside of jobs' functions over slots times the time from the first "
+        f"function's begin to the last one's end. All on one machine of {os.cpu_count()} cores, "
+        "which also run servers, worker and a process per flow run.",
+    )
+
+
+if __name__ == "__main__":
+    main()

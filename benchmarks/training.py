@@ -11,6 +11,7 @@ Usage: ``python benchmarks/training.py FILE.jsonl FILE.jsonl ... [--steps N] [--
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ def run(way: str, folder: Path, given: argparse.Namespace) -> dict[str, float | 
     """Measure a way in a process of its own; return its figures and the load before."""
     load = os.getloadavg()[0]
     numbers = (str(given.steps), str(given.rows), given.dtype)
+    shutil.rmtree(folder / way, ignore_errors=True)  # a finished training would be resumed
     command = [sys.executable, __file__, "--one", way, str(folder), *numbers]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # this script
     return {"way": way, **json.loads(done.stdout.splitlines()[-1]), "load before": load}

@@ -120,7 +120,7 @@ def _model(name: str, folder: Path) -> str:
     shape = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3,
         num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192), tie_word_embeddings=True,
+        num_key_value_heads=width // 256, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(shape).save_pretrained(place)
     tokenizer.save_pretrained(place)

@@ -3,15 +3,16 @@
 Time of a job of S optimiser steps over N tokens, a share s of them supervised, in rows of T:
 
     N (4 P + 6 Q + 4 V d s + 14 T d L) / products
-    + (N (L (41 d + 10 f) + 3 Q / r) + 25 Q S) / elements
-    + 0.002 L max(N / F, steps of its longest adapter)
+    + 2.4 (N (L (41 d + 10 f) + 3 Q / r) + 25 Q S) / elements
+    + 0.014 L max(N / F, steps of its longest adapter)
 
 The first line is what matrix products need: forward pass and gradients of activations of the
 linear layers, all three products of the adapters, the output layer where a response token is
 predicted, and attention. The second counts passes over activations (as `tclora.model.kernels` makes
 them, forward and backward) and over an adapter's weights in its optimiser; the third the calls of
-operators, per layer and forward pass. ``benchmarks/training_cost.py`` holds it against measured
-trainings. It was not measured on a GPU.
+operators, per layer and forward pass. The factors 2.4 and 0.014 were fitted on trainings of SmolLM2
+and of two smaller Llamas in fp32 and bf16 on two cores with AMX; ``benchmarks/training_cost.py``
+holds the whole against measured trainings. It was not measured on a GPU.
 
 Memory is the weights, every adapter with gradients and optimiser state, the activations of one
 forward pass, and its logits.
@@ -42,7 +43,8 @@ START = 6.0  # of a job: imports and loading a small model (s)
 AUTO = ("separate", "together")  # what the engine `auto` chooses from
 ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' type
 _ADAPTER_BYTES = 16  # per weight beside its copy in the model: master, gradient, two moments
-_CALLS = 2e-3  # of operators, per layer and forward pass with its backward pass (s)
+_PASSES = 2.4  # of a real pass over activations, in passes as `Rates.elements` measures them
+_CALLS = 14e-3  # of operators, per layer and forward pass with its backward pass (s)
 NOMINAL = Rates.given(1e11)  # a choice must not follow what else the machine does
 
 
@@ -195,7 +197,7 @@ def training_seconds(
     elements = L * (41 * d + 10 * base.inner) * passes + 3 * base.trained / config.r
     return (
         tokens * products / rates.products
-        + (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
+        + _PASSES * (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
         + _CALLS * L * max(tokens / config.tokens_per_forward, max(steps))
     )
 

@@ -197,9 +197,10 @@ class _Costs:
 
     def train(self, planned: TrainingPlan) -> StageCost:
         """Return the training of all adapters as one stage."""
-        counts = [sum(getattr(job, n) for job in planned.jobs) for n in ("rows", "tokens", "steps")]
-        largest = max(job.memory for job in planned.jobs)
-        return StageCost("train", len(planned.jobs), *counts, planned.seconds, largest)
+        jobs = planned.jobs
+        rows, tokens = sum(job.rows for job in jobs), sum(job.tokens for job in jobs)
+        steps, largest = sum(job.steps for job in jobs), max(job.memory for job in jobs)
+        return StageCost("train", len(jobs), rows, tokens, steps, planned.seconds, largest)
 
     def features(self) -> list[StageCost]:
         """Return what a clusterer asks of the base model."""

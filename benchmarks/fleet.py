@@ -22,6 +22,7 @@ import psutil
 from kills import small_base  # a script's neighbour
 
 from tclora.files import sha256_file
+from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
 from tclora_cli import machine as machines
 from tclora_cli.machine import Machine
@@ -236,10 +237,10 @@ def contents(library: Path) -> dict[str, str]:
     LibraryError
         If it is not whole.
     """
-    found = {}
+    found, logs = {}, Layout(library).training("").parent
     for name, digest in read_manifest(library).digests.items():
         file = library / name
-        if name.startswith("training/"):
+        if file.is_relative_to(logs):
             records = json.loads(file.read_text(encoding="utf-8"))
             kept = [{k: v for k, v in r.items() if k not in _TIMES} for r in records]
             found[name] = json.dumps(kept)

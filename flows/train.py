@@ -12,7 +12,7 @@ from tclora.library.names import JOINT
 from tclora.model.locate import choose_dtype, default_device
 from tclora.preflight.rates import measured_rates
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import Lengths, TrainingPlan, plan_training
+from tclora.preflight.training import Lengths, TrainingPlan, Workload, plan_training
 from tclora.train.engines import engines
 
 
@@ -25,15 +25,16 @@ def train(context: Context, prepared: Prepared) -> Trained:
     apart = cfg.train.init == "independent"
     seeds = {name: cfg.of_training + number * apart for number, name in enumerate(sorted(rows))}
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
-    planned = _plan(context, prepared, sizes)
-    groups = engines[planned.engine].divide(sizes, context.where.executor.slots)
+    planned = _plan(context, prepared, sizes) if cfg.execution.backend == "local" else None
+    engine = planned.engine if planned else cfg.train.engine
+    groups = engines[engine].divide(sizes, context.where.executor.slots)
     where = context.where.shared_by(len(groups))
     futures = {
         (job := "+".join(names)): train_stage.submit(
             job,
             {name: rows[name] for name in names},
             {name: seeds[name] for name in names},
-            planned.engine,
+            engine,
             cfg.train.only(AdapterConfig),
             context.base,
             cfg.of_training,
@@ -43,9 +44,8 @@ def train(context: Context, prepared: Prepared) -> Trained:
     }
     done = [part for group in collect("train", futures, context).values() for part in group.items()]
     adapters = dict(sorted(done, key=lambda item: list(rows).index(item[0])))
-    here = context.config.execution.backend == "local"
     joint_adapter = adapters.pop(JOINT, None)
-    return Trained(adapters, joint_adapter, planned.adapters if here else {})
+    return Trained(adapters, joint_adapter, planned.adapters if planned else {})
 
 
 def _plan(context: Context, prepared: Prepared, sizes: Mapping[str, int]) -> TrainingPlan:
@@ -53,16 +53,15 @@ def _plan(context: Context, prepared: Prepared, sizes: Mapping[str, int]) -> Tra
     train, tokens = context.config.train, prepared.examples.metrics
     prompt, response = tokens["prompt_tokens_mean"], tokens["response_tokens_mean"]
     dtype = choose_dtype(train.dtype, default_device())
-    planned = plan_training(
-        train.engine,
+    work = Workload(
         sizes,
         base_size(context.base.location, train),
         train.only(AdapterConfig),
         Lengths(prompt + response, response),
         slots=context.where.executor.slots,
         itemsize=dtype.itemsize,
-        rates=measured_rates(dtype, seconds=0.1),
     )
+    planned = plan_training(train.engine, work, measured_rates(dtype, seconds=0.1))
     if planned.reason:
         get_run_logger().info("%s", planned.reason)
     return planned

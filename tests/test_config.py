@@ -202,3 +202,11 @@ def test_every_former_key_sets_its_present_one(former, caplog):
     assert f"{former} is now {RENAMED[former]}" in caplog.text
     value = list(VALUES[former]) if former == "evaluate.harness" else VALUES[former]
     assert load_config(None, [f"{former}={value}"]) == config
+
+
+@pytest.mark.parametrize("given", [{"dtype": "auto"}, {"dtype": "float32", "engine": "auto"}])
+def test_what_depends_on_the_machine_is_named_where_jobs_run_elsewhere(given):
+    (key,) = (name for name, value in given.items() if value == "auto")
+    elsewhere = {"backend": "deployment", "store": "file:///store"}
+    with pytest.raises(ConfigError, match=rf"train\.{key} must be .*, got 'auto'"):
+        parse_config({"execution": elsewhere, "train": given})

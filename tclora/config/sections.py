@@ -501,12 +501,14 @@ class Config(Section):
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
-    def _check_dtype(self) -> "Config":
-        if self.execution.backend != "local" and self.train.dtype == "auto":
-            raise ValueError(
-                "train.dtype must be bfloat16 or float32 with execution.backend "
-                f"{self.execution.backend!r}, got 'auto': the machines of the workers are not known"
-            )
+    def _check_machines(self) -> "Config":
+        wanted = {"dtype": "bfloat16 or float32", "engine": "a registered engine"}
+        for name, values in wanted.items():
+            if self.execution.backend != "local" and getattr(self.train, name) == "auto":
+                raise ValueError(
+                    f"train.{name} must be {values} with execution.backend "
+                    f"{self.execution.backend!r}, got 'auto': the workers' machines are not known"
+                )
         return self
 
     @property

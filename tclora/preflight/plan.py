@@ -33,6 +33,7 @@ from tclora.preflight.training import (
     JobCost,
     Lengths,
     TrainingPlan,
+    Workload,
     job_memory,
     plan_training,
 )
@@ -189,11 +190,11 @@ class _Costs:
         train, rows = self._config.train, self._rows
         sizes = {cluster_name(k): rows.train // self._k for k in range(self._k)}
         sizes |= {JOINT: rows.train} if train.joint else {}
-        return plan_training(
-            train.engine, sizes, self._shape, train.only(AdapterConfig), self._lengths(),
+        work = Workload(
+            sizes, self._shape, train.only(AdapterConfig), self._lengths(),
             slots=parallel_jobs(self._config.resources.jobs), itemsize=self._itemsize,
-            rates=self._rates,
         )  # fmt: skip
+        return plan_training(train.engine, work, self._rates)
 
     def train(self, planned: TrainingPlan) -> StageCost:
         """Return the training of all adapters as one stage."""

@@ -145,10 +145,11 @@ def base_size(location: str, train: TrainConfig) -> BaseSize:
         linear = sum(weight.numel() for weight in _linear_weights(model))
         adapted = attach_lora(model, train, seed=0)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    width = settings.hidden_size
-    inner = getattr(settings, "intermediate_size", None) or 4 * width
+    text = settings.get_text_config()  # of a model that also sees or hears, its language model
+    width = text.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
     return BaseSize(
-        parameters, trained, linear, settings.num_hidden_layers, width, inner, settings.vocab_size
+        parameters, trained, linear, text.num_hidden_layers, width, inner, text.vocab_size
     )
 
 

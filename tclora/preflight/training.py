@@ -117,23 +117,12 @@ class TrainingPlan:
         }
 
 
-def plan_training(
-    engine: str,
-    sizes: Mapping[str, int],
-    base: BaseSize,
-    config: AdapterConfig,
-    lengths: Lengths,
-    *,
-    slots: int,
-    itemsize: int,
-    rates: Rates = NOMINAL,
-) -> TrainingPlan:
-    """Plan the training of adapters.
+@dataclass(frozen=True)
+class Workload:
+    """Adapters to train, and where.
 
-    Parameters
+    Attributes
     ----------
-    engine : str
-        A registered engine, or ``"auto"``: of `AUTO` the faster one of those that fit the memory.
     sizes : Mapping[str, int]
         Adapter → rows.
     base : BaseSize
@@ -146,16 +135,31 @@ def plan_training(
         Jobs that run at once.
     itemsize : int
         Bytes of one of the base's weights.
+    """
+
+    sizes: Mapping[str, int]
+    base: BaseSize
+    config: AdapterConfig
+    lengths: Lengths
+    slots: int
+    itemsize: int
+
+
+def plan_training(engine: str, work: Workload, rates: Rates = NOMINAL) -> TrainingPlan:
+    """Plan the training of adapters.
+
+    Parameters
+    ----------
+    engine : str
+        A registered engine, or ``"auto"``: of `AUTO` the faster one of those that fit the memory.
+    work : Workload
+        The adapters.
     rates : Rates
         Of one GPU, or of all cores.
     """
-
-    def by(name: str, at: Rates) -> TrainingPlan:
-        return _by(name, sizes, base, config, lengths, slots=slots, itemsize=itemsize, rates=at)
-
     if engine != "auto":
-        return by(engine, rates)
-    tried = [by(name, NOMINAL) for name in AUTO]
+        return _planned(engine, work, rates)
+    tried = [_planned(name, work, NOMINAL) for name in AUTO]
     room = device_memory()
     fitting = [plan for plan in tried if plan.memory <= room] or [
         min(tried, key=lambda plan: plan.memory)
@@ -165,9 +169,8 @@ def plan_training(
         f"{plan.engine} {plan.seconds / tried[0].seconds:.2f} of the time and "
         f"{plan.memory / 1e9:.3g} GB" for plan in tried
     )  # fmt: skip
-    best = by(chosen.engine, rates)
     reason = f"train.engine auto is {chosen.engine}: {told}, of {room / 1e9:.3g} GB"
-    return replace(best, reason=reason)
+    return replace(_planned(chosen.engine, work, rates), reason=reason)
 
 
 def device_memory() -> float:
@@ -216,24 +219,16 @@ def job_memory(
     return base.parameters * itemsize + own + activations + logits
 
 
-def _by(
-    engine: str,
-    sizes: Mapping[str, int],
-    base: BaseSize,
-    config: AdapterConfig,
-    lengths: Lengths,
-    *,
-    slots: int,
-    itemsize: int,
-    rates: Rates,
-) -> TrainingPlan:
+def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
+    """Plan the training by one engine."""
+    base, config, lengths, slots = work.base, work.config, work.lengths, work.slots
     jobs = []
-    for names in engines[engine].divide(sizes, slots):
-        steps = [total_steps(max(1, sizes[name]), config) for name in names]
+    for names in engines[engine].divide(work.sizes, slots):
+        steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
         seconds = START + training_seconds(base, config, lengths, tokens, steps, rates)
-        memory = job_memory(base, config, lengths, len(names), itemsize)
+        memory = job_memory(base, config, lengths, len(names), work.itemsize)
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), seconds, memory))
     at_once = max(1, min(slots, len(jobs)))
     gpus = len(visible_gpus())

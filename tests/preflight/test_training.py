@@ -8,7 +8,7 @@ from tclora.config import AdapterConfig
 from tclora.preflight import training
 from tclora.preflight.rates import Rates
 from tclora.preflight.sizes import BaseSize
-from tclora.preflight.training import START, Lengths, plan_training, training_seconds
+from tclora.preflight.training import START, Lengths, Workload, plan_training, training_seconds
 
 BASE = BaseSize(
     parameters=134_000_000, trained=4_880_000, linear=106_000_000,
@@ -21,7 +21,8 @@ RATES = Rates(1e11, 1e9)
 
 
 def plan(engine, sizes=SIZES, base=BASE, slots=2, config=CONFIG, rates=RATES):
-    return plan_training(engine, sizes, base, config, LENGTHS, slots=slots, itemsize=4, rates=rates)
+    work = Workload(sizes, base, config, LENGTHS, slots=slots, itemsize=4)
+    return plan_training(engine, work, rates)
 
 
 @pytest.fixture(autouse=True)

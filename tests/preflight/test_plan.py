@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import LlamaForCausalLM, MistralConfig
+from transformers import Gemma3Config, LlamaForCausalLM, MistralConfig
 
 from tclora.config import parse_config
 from tclora.errors import DataError
@@ -181,6 +181,14 @@ def test_a_model_of_seven_billion_parameters_takes_the_memory_it_is_known_to(
     _, stages = plan(big)
     assert base_size(str(folder), big.train).parameters == pytest.approx(7.24e9, rel=0.01)
     assert 14e9 < stages["train"].memory < 20e9
+
+
+def test_sizes_of_a_model_that_sees_too_are_its_language_model_s(tmp_path, config):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}  # fmt: skip
+    Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    size = base_size(str(tmp_path), config().train)
+    assert (size.width, size.inner, size.layers, size.vocabulary) == (32, 48, 2, 99)
 
 
 def test_what_comes_from_the_hub_is_named(config):

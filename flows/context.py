@@ -65,7 +65,7 @@ class Prepared:
 class Trained:
     """The clusters' adapters and, where asked for, one on all rows.
 
-    `planned` is how long their jobs should take on this machine (s), where they run on it.
+    `planned` is how long they should take to train on this machine (s), where that is done on it.
     """
 
     adapters: Artifacts

@@ -87,7 +87,7 @@ class Training(Record):
     validation_nll : float or None
         Lowest loss on rows held out from training, nats per response token; the adapter had it.
     planned_seconds : float or None
-        What the cost model says of the whole job on the machine of the run (s); None elsewhere.
+        What the cost model says of the job's loop on the machine of the run (s); None elsewhere.
     status : str
         "done", or what kept it from being so.
     error : str or None

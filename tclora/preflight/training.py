@@ -67,7 +67,9 @@ class JobCost:
     rows, tokens, steps : int
         Rows and tokens that are trained on, repetitions counted; optimiser steps of all adapters.
     seconds : float
-        Alone on its device.
+        Alone on its device, with its start.
+    loop : float
+        Its loop beside the others that run at once (s).
     memory : float
         Bytes, beside what Python and its libraries take.
     """
@@ -77,6 +79,7 @@ class JobCost:
     tokens: int
     steps: int
     seconds: float
+    loop: float
     memory: float
 
 
@@ -92,8 +95,6 @@ class TrainingPlan:
         In the order in which they start.
     seconds : float
         Until the last has ended.
-    shared : float
-        How much longer a job's loop takes beside the others than alone.
     memory : float
         Of all jobs that share a device or the machine at once (bytes).
     reason : str
@@ -103,18 +104,13 @@ class TrainingPlan:
     engine: str
     jobs: tuple[JobCost, ...]
     seconds: float
-    shared: float
     memory: float
     reason: str = ""
 
     @property
     def adapters(self) -> dict[str, float]:
-        """Adapter → seconds of the job that trains it, beside the others."""
-        return {
-            name: START + (job.seconds - START) * self.shared
-            for job in self.jobs
-            for name in job.names
-        }
+        """Adapter → seconds of the loop that trains it, beside other jobs."""
+        return {name: job.loop for job in self.jobs for name in job.names}
 
 
 @dataclass(frozen=True)
@@ -222,24 +218,25 @@ def job_memory(
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
     base, config, lengths, slots = work.base, work.config, work.lengths, work.slots
+    groups = engines[engine].divide(work.sizes, slots)
+    at_once = max(1, min(slots, len(groups)))
+    gpus = len(visible_gpus())
+    part = min(at_once, gpus or 1) / at_once  # of a device, or of the cores, that a job has
     jobs = []
-    for names in engines[engine].divide(work.sizes, slots):
+    for names in groups:
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
-        seconds = START + training_seconds(base, config, lengths, tokens, steps, rates)
+        alone, loop = (
+            training_seconds(base, config, lengths, tokens, steps, at)
+            for at in (rates, rates.part(part))
+        )
         memory = job_memory(base, config, lengths, len(names), work.itemsize)
-        jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), seconds, memory))
-    at_once = max(1, min(slots, len(jobs)))
-    gpus = len(visible_gpus())
-    # Jobs that share a device or the cores have each its part of them.
-    slower = at_once / min(at_once, gpus or 1)
+        jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
     largest = sorted((job.memory for job in jobs), reverse=True)
     beside = at_once if not gpus else -(-at_once // gpus)
-    ends = [START + (job.seconds - START) * slower for job in jobs]
-    return TrainingPlan(
-        engine, tuple(jobs), _makespan(ends, at_once), slower, sum(largest[:beside])
-    )
+    ends = [START + job.loop for job in jobs]
+    return TrainingPlan(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
 
 
 def _makespan(seconds: Sequence[float], lanes: int) -> float:

@@ -135,7 +135,8 @@ def main() -> None:
         pd.DataFrame(measure(given.rounds, settings)),
         f"configs/demo.yaml with {', '.join(settings) or 'nothing changed'}, on {os.cpu_count()} "
         "cores. Plain: the same flows and stages, Prefect's decorators taken off and nothing "
-        "logged to MLflow. Added: the difference, the imports of both not counted to the plain run.",
+        "logged to MLflow. Added: the difference, the imports of both not counted to the plain "
+        "run.",
     )
 
 

@@ -180,7 +180,7 @@ def _needs(name: str) -> str:
     if place == ON_S3 and not has_s3():
         return "pip install s3fs moto[server]"
     if place == ON_POSTGRES and not has_postgres():
-        return "install postgresql, and pip install psycopg2-binary"
+        return "install postgresql, and pip install psycopg[binary]"
     if place == ON_DISK and os.geteuid() != 0:
         return "run as root, who may mount a small disk"
     return ""

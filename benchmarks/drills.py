@@ -226,7 +226,7 @@ def _show(file: Path, skipped: dict[str, str]) -> None:
     heads = {"name": "drill", "twice": "jobs done twice", "curves": "steps in MLflow"}
     note = (
         f"{good} of {len(kills)} runs with a SIGKILL of one process at a random moment end with "
-        f"the digests of the undisturbed run. Killed are: {', '.join(VICTIMS)}. Not: the store, "
+        f"the digests of the undisturbed run. Drawn from: {', '.join(VICTIMS)}. Not: the store, "
         "which is a folder in those runs, helpers of MLflow's server for features that runs do not "
         "use, and the drill itself. After each fault `tclora up` heals; starts: how often the run "
         "was started. Libraries are compared by the digests of all files of the manifest, records "

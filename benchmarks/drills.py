@@ -180,7 +180,7 @@ def _needs(name: str) -> str:
     if place == ON_S3 and not has_s3():
         return "pip install s3fs moto[server]"
     if place == ON_POSTGRES and not has_postgres():
-        return "install postgresql, and pip install psycopg2-binary"
+        return "install postgresql, and pip install psycopg[binary]"
     if place == ON_DISK and os.geteuid() != 0:
         return "run as root, who may mount a small disk"
     return ""
@@ -226,7 +226,7 @@ def _show(file: Path, skipped: dict[str, str]) -> None:
     heads = {"name": "drill", "twice": "jobs done twice", "curves": "steps in MLflow"}
     note = (
         f"{good} of {len(kills)} runs with a SIGKILL of one process at a random moment end with "
-        f"the digests of the undisturbed run. Killed are: {', '.join(VICTIMS)}. Not: the store, "
+        f"the digests of the undisturbed run. Drawn from: {', '.join(VICTIMS)}. Not: the store, "
         "which is a folder in those runs, helpers of MLflow's server for features that runs do not "
         "use, and the drill itself. After each fault `tclora up` heals; starts: how often the run "
         "was started. Libraries are compared by the digests of all files of the manifest, records "

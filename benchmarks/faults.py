@@ -103,9 +103,9 @@ def postgres_restarted(ground: Ground, run: str) -> str:
 def disk_full(ground: Ground, run: str) -> str:
     """Leave the disk of the store no room until the run has ended."""
     filler = Path(ground.fleet.settings["execution"]["store"].removeprefix("file://")) / "filler"
-    with filler.open("wb") as file, suppress(OSError):
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
-            file.write(bytes(1 << 16))
+            file.write(bytes(1 << 12))
     wait_for("the end of the run", lambda: ground.fleet.run(run)["state_type"] in FINAL)
     message = str(ground.fleet.run(run)["state"]["message"])
     filler.unlink()

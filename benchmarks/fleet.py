@@ -176,7 +176,6 @@ def fleet(folder: Path, state: str = "state", jobs: int = 2) -> Iterator[Fleet]:
     os.environ |= {
         "CUDA_VISIBLE_DEVICES": "",
         "TCLORA_CACHE": str(folder / "cache"),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }

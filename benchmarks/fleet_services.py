@@ -176,7 +176,7 @@ class Postgres:
 
 def has_postgres() -> bool:
     """Whether PostgreSQL and the packages that Prefect and MLflow reach it by are installed."""
-    packages = all(importlib.util.find_spec(name) for name in ("asyncpg", "psycopg2"))
+    packages = all(importlib.util.find_spec(name) for name in ("asyncpg", "psycopg"))
     return packages and bool(_program("initdb"))
 
 
@@ -197,7 +197,7 @@ def postgres() -> Iterator[Postgres]:
         address = f"tclora@127.0.0.1:{server.port}"
         server.create("prefect")
         server.create("mlflow")
-        urls = (f"postgresql+asyncpg://{address}/prefect", f"postgresql://{address}/mlflow")
+        urls = (f"postgresql+asyncpg://{address}/prefect", f"postgresql+psycopg://{address}/mlflow")
         os.environ |= dict(zip(names, urls, strict=True))
         yield server
     finally:

@@ -61,6 +61,7 @@ def _host(site: Fleet, home: Path, others: list[Path]) -> Iterator[None]:
         "TMPDIR": str(home / "tmp"),
         "TCLORA_CACHE": str(home / "cache"),
         "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_API_URL": site.machine.environment["PREFECT_API_URL"],
     }
     command = [sys.executable, "-m", "prefect", "worker", "start", "--type", "process"]

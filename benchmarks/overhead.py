@@ -25,8 +25,11 @@ from typing import Any
 import pandas as pd
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
-# A third of the demo's rows.
-SMALLER = ("data.demo_train_rows=24", "data.demo_test_rows=4", "resources.jobs=2")
+# A third of the demo's rows, half of its clusters, and no search for the fallback gate.
+SMALLER = (
+    "data.demo_train_rows=24", "data.demo_test_rows=2", "cluster.k=3", "route.calibration_rows=0",
+    "factorise.ranks=[16]", "resources.jobs=2",
+)  # fmt: skip
 
 
 def plain(output: Path, settings: list[str]) -> None:
@@ -135,7 +138,12 @@ def main() -> None:
         pd.DataFrame(measure(given.rounds, settings)),
         f"configs/demo.yaml with {', '.join(settings) or 'nothing changed'}, on {os.cpu_count()} "
         "cores. Plain: the same flows and stages, Prefect's decorators taken off and nothing "
+<<<<<<< HEAD
         "logged to MLflow. Added: the difference; imports of both do not count to the plain run.",
+=======
+        "logged to MLflow. Added: the difference, the imports of both not counted to the plain "
+        "run.",
+>>>>>>> drill
     )
 
 

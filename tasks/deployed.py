@@ -201,7 +201,7 @@ class DeploymentExecutor:
             self._sent.running.discard(run.id)
 
     def _watched(self, client: SyncPrefectClient, run: FlowRun, job: "_Job") -> State | None:
-        sign, since = None, time.monotonic()
+        sign, silence = None, 0.0
         while not self._sent.stopped.is_set():
             job.listen(str(run.id))
             if job.records.delivery() is not None:
@@ -210,9 +210,9 @@ class DeploymentExecutor:
             if state is None or state.is_final():
                 return state
             now = (state.type, state.timestamp, job.heard(str(run.id)))
-            if now != sign:
-                sign, since = now, time.monotonic()
-            if time.monotonic() - since > self._limit(state):
+            # Times in which store or server did not answer tell nothing of the worker.
+            sign, silence = now, silence + self.pause if now == sign else 0.0
+            if silence > self._limit(state):
                 return self._given_up(client, run.id)
             self._sent.stopped.wait(self.pause)
         raise JobError(f"job {job.name} was ended: the run was interrupted")

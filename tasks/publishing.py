@@ -23,7 +23,7 @@ from tclora.config import Config
 from tclora.evaluate.tables import ENDS, flat_figures
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
-from tclora.library.names import JOINT
+from tclora.library.names import JOINT, ROUTED
 from tclora.library.records import (
     Clustering,
     Description,
@@ -146,15 +146,17 @@ def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
     for split, rows in examples.groupby("split", sort=True):
         context = "training" if split == "train" else "evaluation"
         tracking.log_dataset(run, rows, config.data.path, f"{config.name}-{split}", context)
+    models = {}
     for name, part in parts.trained.items():
         _log_training(run, name, part, here)
-        _register(run, config, name, here.adapter(name), part)
+        models[name] = _register(run, config, name, here.adapter(name), part)
     for method, part in parts.merges.items():
-        _register(run, config, f"merged-{method}", here.merged(method), part)
+        models[method] = _register(run, config, f"merged-{method}", here.merged(method), part)
     if parts.routed:
-        log_routed(run, here.routed.folder, next(iter(parts.routed.files.values())), config)
+        digest = next(iter(parts.routed.files.values()))
+        models[ROUTED] = log_routed(run, here.routed.folder, digest, config)
     if parts.evaluation:
-        _log_methods(run, parts.merges, here)
+        _log_methods(run, parts.merges, models, here)
 
 
 def _log_files(run: Run, parts: Parts, here: Layout) -> None:
@@ -179,14 +181,19 @@ def _log_training(run: Run, name: str, part: Artifact, here: Layout) -> None:
     tracking.close_run(nested, "FINISHED")
 
 
-def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact) -> None:
+def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact) -> str:
+    """Log an adapter as a logged model, and register the primary merge; return the model's id."""
     digest = next(iter(part.files.values()))
     model_id = log_model_files(run, folder, name, digest, "peft-lora")
     if name == f"merged-{config.merge.primary}":
         register_model(run, model_id, f"{config.name}-{config.merge.primary}")
+    return model_id
 
 
-def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None:
+def _log_methods(
+    run: Run, merges: Mapping[str, Artifact], models: Mapping[str, str], here: Layout
+) -> None:
+    """Log each method's figures to a nested run, and to the logged model where it is one."""
     summary = pd.read_parquet(here.evaluation.summary)
     recovered = pd.read_parquet(here.evaluation.recovery)
     totals: dict[str, float] = {}
@@ -198,7 +205,7 @@ def _log_methods(run: Run, merges: Mapping[str, Artifact], here: Layout) -> None
         metrics |= merges[name].metrics if name in merges else {}
         nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
         tracking.log_params(nested, {"method": name})
-        tracking.log_metrics(nested, metrics)
+        tracking.log_metrics(nested, metrics, models.get(name))
         tracking.close_run(nested, "FINISHED")
     tracking.log_metrics(run, totals)
 

@@ -217,11 +217,21 @@ def log_history(run: Run, history: Iterable[Record]) -> None:
     logger.flush()
 
 
-def log_metrics(run: Run, metrics: Mapping[str, float]) -> None:
-    """Log final figures; characters MLflow refuses in names become underscores."""
+def log_metrics(run: Run, metrics: Mapping[str, float], model: str | None = None) -> None:
+    """Log final figures; characters MLflow refuses in names become underscores.
+
+    Parameters
+    ----------
+    run : Run
+        Where.
+    metrics : mapping
+        The figures; those that are not a number are left out.
+    model : str, optional
+        Id of the logged model that they are of: models can be ranked by them.
+    """
     stamp = int(time.time() * 1000)
     entries = [
-        Metric(_metric_name(name), float(value), stamp, 0)
+        Metric(_metric_name(name), float(value), stamp, 0, model_id=model, run_id=run.run_id)
         for name, value in metrics.items()
         if not pd.isna(value)
     ]

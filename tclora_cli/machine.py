@@ -28,6 +28,8 @@ from tclora_cli.processes import Health, Ledger, last_lines, start, wait_until
 
 RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has its own
 _LIMIT = 180.0  # s that a service has to become healthy
+# s between a worker's looks at its pool: until then a slot that a job has left is idle.
+_QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class Machine:
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
         }
-        kept = {name: os.environ.get(name, value) for name, value in stores.items()}
         worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
         return [
             Service(
@@ -108,7 +109,7 @@ class Machine:
             Service(
                 "mlflow",
                 [*tracking, str(self.mlflow_port)],
-                kept,
+                _unless_set(stores),
                 partial(_answers, f"{self.mlflow}/health"),
                 self.mlflow_port,
             ),
@@ -116,7 +117,7 @@ class Machine:
                 Service(
                     f"worker of {pool}",
                     [*worker, pool, "--name", f"tclora-{pool}"],
-                    self.environment,
+                    _unless_set(_QUERY) | self.environment,
                     partial(_is_online, f"{self.prefect}/api", pool),
                 )
                 for pool in POOLS
@@ -268,6 +269,11 @@ def _ensure_pool(machine: Machine, pool: str, template: Path) -> None:
         _ask(api, {"name": pool, "type": "process", "base_job_template": job})
     if pool == JOBS:
         _ask(f"{api}{pool}", {"concurrency_limit": machine.jobs}, "PATCH")
+
+
+def _unless_set(values: Mapping[str, str]) -> dict[str, str]:
+    """Return variables with the values that they have in this environment, else those given."""
+    return {name: os.environ.get(name, value) for name, value in values.items()}
 
 
 def _log(machine: Machine, service: Service) -> Path:

@@ -39,7 +39,6 @@ def bystander():
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PREFECT_WORKER_QUERY_SECONDS", "2")
     made = Machine(tmp_path / "state", tmp_path / "root", 3, *free_ports(2))
     yield made
     down(made, lambda _: None)
@@ -85,6 +84,16 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     assert bystander.poll() is None
     assert {state for state, _ in status(machine).values()} == {"stopped"}
     assert Machine.of(machine.folder) == machine  # remembered for `tclora up`
+
+
+def test_workers_look_at_their_pools_often_unless_the_user_says_how_often(machine, monkeypatch):
+    name = "PREFECT_WORKER_QUERY_SECONDS"
+    monkeypatch.delenv(name, raising=False)
+    assert [service.environment.get(name) for service in machine.services()] == [
+        None, None, "2", "2"
+    ]  # fmt: skip
+    monkeypatch.setenv(name, "7")
+    assert machine.services()[3].environment[name] == "7"
 
 
 def test_a_port_that_is_taken_is_named_before_anything_starts(machine):

@@ -22,6 +22,7 @@ from flows.pipeline import pipeline
 from tclora.errors import ConfigError, JobError
 from tclora.files import sha256_path
 from tclora.jobs.parcel import Parcel
+from tclora.jobs.records import JobRecords
 from tclora.store.objects import Store
 from tests.flows.sent import executor_of, run_job, send_slow_job
 from tests.flows.test_pipeline import alpaca_rows, write_rows
@@ -223,6 +224,27 @@ def test_a_killed_run_finds_its_job_again(worker, places, tmp_path):
     assert (tmp_path / "target.txt").read_text() == "late"
     (run,) = [run for run in runs_named("slow") if run.id not in before]
     assert run.state.is_completed()
+
+
+def test_a_store_that_does_not_answer_says_nothing_of_the_worker(
+    worker, places, tmp_path, monkeypatch
+):
+    """What a worker has told meanwhile is read when the store answers again."""
+    executor = executor_of(f"file://{places['store']}", tmp_path, retries=0, lost_after=8)
+    read, heard, looks = JobRecords.delivery, [], []
+
+    def delivery(records):
+        if heard:
+            looks.append(time.monotonic())
+            if len(looks) == 2:  # nothing is heard between the last look and this one
+                time.sleep(12)
+        return read(records)
+
+    monkeypatch.setattr(JobRecords, "delivery", delivery)
+    target = tmp_path / "target.txt"
+    assert run_job(executor, "slow", heard.append, target=target, seconds=20) > 0
+    assert looks[2] - looks[1] > 12
+    assert target.read_text() == "late"
 
 
 def test_a_job_without_a_sign_of_life_is_given_up(deployment, places, tmp_path):

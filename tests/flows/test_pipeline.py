@@ -19,6 +19,7 @@ import tclora
 from flows.pipeline import pipeline, step_named
 from tclora.adapter import read_adapter
 from tclora.errors import ConfigError, JobError
+from tclora.evaluate.tables import flat_figures
 from tclora.jobs.run import LocalExecutor
 from tclora.library.manifest import read_manifest, verify
 from tclora.merge import merge
@@ -356,6 +357,23 @@ def test_mlflow_has_nested_runs_linked_to_prefect(finished, library):
     }  # fmt: skip
     artifacts = {entry.path for entry in client.list_artifacts(finished["mlflow_run"])}
     assert {"report.html", "library.json", "config.yaml", "evaluation", "figures"} <= artifacts
+
+
+def test_merges_are_ranked_by_their_figures(finished, library):
+    client = MlflowClient(finished["mlflow_uri"])
+    order = [{"field_name": "metrics.test/nll", "ascending": True}]
+    models = client.search_logged_models(
+        [finished["mlflow_experiment"]], f"source_run_id = '{finished['mlflow_run']}'",
+        order_by=order,
+    )  # fmt: skip
+    ranked = {m.name: {x.key: x.value for x in m.metrics or ()}.get("test/nll") for m in models}
+    measured = {name: value for name, value in ranked.items() if value is not None}
+    merges = ("merged-tc-lora", "merged-tc-lora-unrefitted", "merged-uniform")
+    assert set(measured) == {*merges, "joint", "routed"}
+    assert list(measured.values()) == sorted(measured.values())
+    summary = pd.read_parquet(library / "evaluation" / "summary.parquet")
+    wanted = flat_figures(summary[summary["method"] == "uniform"])["test/nll"]
+    assert measured["merged-uniform"] == pytest.approx(wanted)
 
 
 def test_the_primary_merge_is_registered(finished):

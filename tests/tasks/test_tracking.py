@@ -127,6 +127,21 @@ def test_an_adapter_is_stored_once_per_digest_and_registered(run, tmp_path):
     assert str(run.client.get_model_version_by_alias("trial-x", "current").version) == "1"
 
 
+def test_logged_models_are_ranked_by_their_figures(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = {}
+    for name, value in {"low": 0.2, "high": 0.9, "middle": 0.5}.items():
+        nested = tracking.nested_run(run, name, {})
+        found[name] = log_model_files(nested, tmp_path, f"ranked-{name}", f"d-{name}", "peft-lora")
+        tracking.log_metrics(nested, {"rank/mean": value, "gap": float("nan")}, found[name])
+    order = [{"field_name": "metrics.rank/mean", "ascending": False}]
+    ranked = run.client.search_logged_models(
+        [run.experiment_id], "metrics.`rank/mean` > 0.3", order_by=order
+    )
+    assert [model.model_id for model in ranked] == [found["high"], found["middle"]]
+    assert [(metric.key, metric.value) for metric in ranked[0].metrics] == [("rank/mean", 0.9)]
+
+
 def test_a_registered_adapter_can_be_downloaded(run, tmp_path, monkeypatch):
     import mlflow
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,7 +22,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
 from flows.pipeline import pipeline
@@ -67,6 +67,7 @@ def environment(cache):
         patch.setenv("TCLORA_PLUGINS", "tests.jobs.functions")
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # the loopback: `tasks.ray_tasks`
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         yield
 
@@ -234,11 +235,11 @@ def apart(request, tmp_path_factory):
     own = {
         "HOME": str(home),
         "TMPDIR": str(home / "tmp"),
+        "RAY_TMPDIR": tempfile.gettempdir(),  # paths of sockets must be short
         "TCLORA_CACHE": str(home / "cache"),
     }
     commands, address = COMMANDS[request.param](free_port())
-    with pytest.MonkeyPatch.context() as patch, (home / "log").open("wb") as log:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+    with (home / "log").open("wb") as log:
         started = [
             subprocess.Popen(command, env=os.environ | own, cwd=home, stdout=log, stderr=log)
             for command in commands

@@ -268,6 +268,8 @@ class RemoteExecutor:
                 return Ending(Fate.DONE)
             found = attempt.look(job.heard(attempt.name))
             if isinstance(found, Ending):
+                if self._sent.stopped.is_set():  # by which it has ended
+                    break
                 return found
             news = (found.news, job.heard(attempt.name))
             if news != former:

@@ -185,18 +185,21 @@ def losses(log):
 @both
 def test_a_cluster_of_a_runs_own_listens_on_the_loopback_alone(backend):
     former = signal.getsignal(signal.SIGTERM)
+    before = set(psutil.Process().children(recursive=True))
     with CONNECT[backend](None, "auto", 1) as fleet:
         assert fleet.gpus == 0
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        open_ports = [
-            port.laddr.ip.removeprefix("::ffff:")
-            for process in processes
+        started = set(psutil.Process().children(recursive=True)) - before
+        listening = [
+            (process, port.laddr.ip.removeprefix("::ffff:"))
+            for process in (psutil.Process(), *started)
             for port in process.net_connections("tcp")
             if port.status == psutil.CONN_LISTEN
         ]
-    assert set(open_ports) == {"127.0.0.1"}
+    servers = {process for process, _ in listening} & started
+    assert servers
+    assert {address for _, address in listening} == {"127.0.0.1"}
     assert signal.getsignal(signal.SIGTERM) is former
-    assert eventually(lambda: not [p for p in processes[1:] if p.is_running() and p.ppid() != 1])
+    assert eventually(lambda: not any(process.is_running() for process in servers))
 
 
 def free_port():
@@ -247,6 +250,8 @@ def apart(request, tmp_path_factory):
         tree = []
         try:
             assert eventually(lambda: answers(address)), (home / "log").read_text()
+            if request.param == "dask":
+                await_workers(address, 2)
             yield Apart(request.param, address, home)
         finally:
             for process in started:
@@ -274,6 +279,13 @@ def answers(address):
     with suppress(OSError), socket.create_connection((host, int(port)), 1):
         return True
     return False
+
+
+def await_workers(address, count):
+    from distributed import Client
+
+    with Client(address, set_as_default=False) as client:
+        client.wait_for_workers(count, timeout=60)
 
 
 @pytest.fixture(scope="module")

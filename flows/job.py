@@ -7,14 +7,8 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from tasks.keys import job_source
-from tclora.errors import JobError
-from tclora.jobs.call import Call, Event
-from tclora.jobs.parcel import Parcel
-from tclora.jobs.records import JobRecords, Telling
-from tclora.jobs.remote import check_function, perform
-from tclora.registry import load_plugins
-from tclora.store.objects import Store
+from tasks.attempts import Received
+from tclora.jobs.call import Event
 
 _LOG_PAUSE = 15.0  # s between lines of progress
 
@@ -40,36 +34,17 @@ def job(
     StoreError
         If the store has no such job, or lacks something.
     """
-    load_plugins()
-    records = JobRecords(Store(store), key)
-    parcel = records.parcel()
-    check_function(parcel.function)
-    _check_source(parcel)
-    attempt = str(flow_run.id or "here")
-    with Telling(records, attempt) as telling:
-        perform(records, parcel, attempt, _Shown(telling).add)
-
-
-def _check_source(parcel: Parcel) -> None:
-    own = job_source(Call(function=parcel.function, arguments=parcel.arguments))
-    if own != parcel.source:
-        raise JobError(
-            f"the worker's code must be the run's own, got another version of what "
-            f"{parcel.function} executes (digest {own[:12]}, wanted {parcel.source[:12]}); install "
-            "the same version on both"
-        )
+    Received.of(store, key).perform(str(flow_run.id or "here"), _Shown().add)
 
 
 class _Shown:
-    """Passes events on, and now and then shows one in the log."""
+    """Now and then shows an event in the log."""
 
-    def __init__(self, telling: Telling) -> None:
-        self._telling = telling
+    def __init__(self) -> None:
         self._logged = float("-inf")
 
     def add(self, event: Event) -> None:
         """Take an event."""
-        self._telling.add(event)
         if time.monotonic() - self._logged > _LOG_PAUSE:
             self._logged = time.monotonic()
             get_run_logger().info(", ".join(f"{name} {value}" for name, value in event.items()))

@@ -15,6 +15,7 @@ from tasks.tracking import Run
 from tasks.where import Where
 from tclora.config import Config
 from tclora.jobs.devices import exclusive
+from tclora.jobs.run import Executor
 from tclora.library.layout import Layout
 from tclora.library.places import staging_area
 from tclora.library.staging import begin
@@ -23,10 +24,13 @@ from tclora.preflight import Models
 
 
 @contextmanager
-def opened(config: Config, models: Models, shared: Path | None = None) -> Iterator[Context]:
+def opened(
+    config: Config, models: Models, shared: Path | None = None, around: Executor | None = None
+) -> Iterator[Context]:
     """Open a run on a library that is its own until the block is left.
 
-    `shared` is the folder of records of what it has in common with other runs, if it shares.
+    `shared` is the folder of records of what it has in common with other runs, if it shares, and
+    `around` the executor of the run that it is part of.
 
     A second run on the same folder waits for the first, then finds everything cached. The MLflow
     run is FAILED or KILLED if the block raises, and does not exist before the run begins.
@@ -36,7 +40,7 @@ def opened(config: Config, models: Models, shared: Path | None = None) -> Iterat
     staging = Layout(staging_area(library))
     with (
         exclusive(lock, on_wait=_say_waiting),
-        executing(config, staging) as executor,
+        executing(config, staging, around) as executor,
         _mlflow_run(config) as run,
     ):
         begin(library)

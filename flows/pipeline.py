@@ -118,7 +118,8 @@ def _replicate(context: Context, prepared: Prepared, last: str) -> Artifacts:
     """Run every further training seed up to the same last step; return what each has measured."""
     measured: Artifacts = {}
     for config in context.config.replicas():
-        with opened(config, context.models, context.where.shared) as replica:
+        where = context.where
+        with opened(config, context.models, where.shared, where.executor) as replica:
             root = _run_steps(replica, last, prepared.linked(replica.where.layout.root))
         items = Layout(root).evaluation.items
         if items.exists():  # else nothing is held out

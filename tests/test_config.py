@@ -210,3 +210,30 @@ def test_what_depends_on_the_machine_is_named_where_jobs_run_elsewhere(given):
     elsewhere = {"backend": "deployment", "store": "file:///store"}
     with pytest.raises(ConfigError, match=rf"train\.{key} must be .*, got 'auto'"):
         parse_config({"execution": elsewhere, "train": given})
+
+
+@pytest.mark.parametrize(
+    ("field", "address"),
+    [
+        ("ray_address", "somewhere"),
+        ("ray_address", "tcp://host:1"),
+        ("ray_address", "host:port"),
+        ("dask_address", "ray://host:1"),
+        ("dask_address", "host:1/path"),
+    ],
+)
+def test_a_cluster_address_of_another_form_is_refused(field, address):
+    with pytest.raises(ConfigError, match=f"{field} must be HOST:PORT or .*, got '{address}'"):
+        load_config({"execution": {field: address}})
+
+
+@pytest.mark.parametrize("address", [None, "host:1", "ray://host:1"])
+def test_the_weights_type_is_to_be_named_where_workers_are_not_this_machines(address):
+    values = {"execution": {"backend": "ray", "ray_address": address}}
+    if address is None:
+        assert load_config(values).execution.workers_here
+        return
+    with pytest.raises(ConfigError, match=r"train\.dtype must be bfloat16 or float32"):
+        load_config(values)
+    values["train"] = {"dtype": "float32"}
+    assert load_config(values).execution.address == address

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 _POLL_SECONDS = 0.5
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def visible_gpus() -> list[str]:
@@ -46,7 +47,8 @@ def job_environment(jobs: int, gpu: str | None = None) -> dict[str, str]:
     if gpu is not None:
         return common | {"CUDA_VISIBLE_DEVICES": gpu}
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    return common | {"OMP_NUM_THREADS": str(threads)}
+    # All of them: a Dask worker has set each to 1 for what it runs.
+    return common | dict.fromkeys(_THREADS, str(threads))
 
 
 @contextmanager

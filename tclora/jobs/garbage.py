@@ -9,7 +9,7 @@ from pathlib import Path
 from tclora.jobs.records import JobRecords
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
-from tclora.library.places import is_staging
+from tclora.library.places import is_job_store, is_staging
 from tclora.store.objects import Store
 
 
@@ -36,7 +36,7 @@ class Garbage:
 
 
 def local_garbage(output: Path, cache: Path, before: float) -> Iterator[Garbage]:
-    """Yield checkpoints of interrupted runs and copies in the cache that were last used before.
+    """Yield what interrupted runs have left, and copies in the cache that were last used before.
 
     Parameters
     ----------
@@ -55,6 +55,7 @@ def local_garbage(output: Path, cache: Path, before: float) -> Iterator[Garbage]
     stagings = [path for path in _inside(output) if is_staging(path)]
     checkpoints = [part for path in stagings for part in _inside(Layout(path).checkpoints)]
     yield from _unused("checkpoint", checkpoints, before)
+    yield from _unused("job", filter(is_job_store, _inside(output)), before)
     objects = (path for part in _inside(cache / "objects") for path in _inside(part))
     copies = (path for path in _inside(cache / "fetched") if path.is_dir())
     workspaces = (path for path in _inside(cache / "jobs") if path.is_dir())

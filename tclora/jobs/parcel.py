@@ -128,20 +128,31 @@ class Packed(BaseModel):
         return dict(enumerate(self.paths))
 
     def sent(
-        self, store: Store, scratch: Path, *, source: str, beside: int, timeout: float | None
+        self,
+        store: Store,
+        scratch: Path,
+        *,
+        source: str,
+        beside: int,
+        timeout: float | None,
+        models: bool = True,
     ) -> Parcel:
-        """Store the files that are at the paths, and return what a worker needs to know."""
+        """Store the files that are at the paths, and return what a worker needs to know.
+
+        `models` says whether folders of models travel too; see `Parcel` for the rest.
+        """
         slots = []
         for path in self.paths:
             stays = path.absolute().is_relative_to(scratch.absolute())
             given = None if stays else store.push(path)
             slots.append(Slot(name=path.name, given=given, scratch=stays))
-        models = {digest: store.push(Path(place)) for digest, place in self.models.items()}
+        folders = self.models.items() if models else ()
+        stored = {digest: store.push(Path(place)) for digest, place in folders}
         return Parcel(
             function=self.function,
             arguments=self.arguments,
             slots=slots,
-            models={digest: tree for digest, tree in models.items() if tree},
+            models={digest: tree for digest, tree in stored.items() if tree},
             source=source,
             beside=beside,
             timeout=timeout,

@@ -3,6 +3,7 @@
 ::
 
     jobs/KEY/parcel.json                  written before the job is sent
+    jobs/KEY/begun/ATTEMPT                by an attempt that must not be made twice
     jobs/KEY/told/ATTEMPT/000001.json     events, in parts; a part without events is a heartbeat
     jobs/KEY/delivery.json                written last, when all files are in the store
 
@@ -60,6 +61,13 @@ class JobRecords:
                 "run that wanted it again"
             )
         return Parcel.model_validate_json(found)
+
+    def begin(self, attempt: str) -> bool:
+        """Say that an attempt has begun; return whether it had not before."""
+        name = self._name(f"begun/{attempt}")
+        new = self.store.read(name) is None
+        self.store.write(name, b"")
+        return new
 
     def deliver(self, delivery: Delivery) -> None:
         """Say that a job is done; all its files are in the store."""

@@ -18,7 +18,18 @@ from tclora.store.trees import Tree
 logger = logging.getLogger(__name__)
 
 
-def perform(records: JobRecords, parcel: Parcel, attempt: str, on_event: EventCallback) -> None:
+def local_executor(parcel: Parcel) -> LocalExecutor:
+    """Return what runs a job here: beside as many others as it says, in the time it says."""
+    return LocalExecutor(parcel.beside, parcel.timeout, parcel.beside)
+
+
+def perform(
+    records: JobRecords,
+    parcel: Parcel,
+    attempt: str,
+    on_event: EventCallback,
+    executor: LocalExecutor,
+) -> None:
     """Do a job here, unless it is done, and leave what it has made in the store.
 
     Parameters
@@ -31,6 +42,8 @@ def perform(records: JobRecords, parcel: Parcel, attempt: str, on_event: EventCa
         Which attempt this is.
     on_event : callable
         Called with every progress event.
+    executor : LocalExecutor
+        Runs it; see `local_executor`.
 
     Raises
     ------
@@ -51,7 +64,6 @@ def perform(records: JobRecords, parcel: Parcel, attempt: str, on_event: EventCa
             return
         cache = Cache(home / "objects", records.store)
         places = _lay_out(parcel, workspace, cache)
-        executor = LocalExecutor(parcel.beside, parcel.timeout, parcel.beside)
         name = job_name(parcel.function.partition(":")[2], parcel.arguments)
         result = executor.run_call(parcel.unpacked(places), name, on_event)
         changed = _push_changes(parcel, places, records)

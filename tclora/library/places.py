@@ -12,8 +12,17 @@ def staging_area(root: Path) -> Path:
 
 def is_staging(path: Path) -> bool:
     """Whether a folder is the staging area of a library beside it."""
-    name = path.name.removeprefix(".").removesuffix(".staging")
-    return path.is_dir() and path.name == f".{name}.staging"
+    return _is_beside(path, "staging")
+
+
+def job_store(root: Path) -> Path:
+    """Return the folder through which a run exchanges files with workers that see it too."""
+    return _beside(root, "store")
+
+
+def is_job_store(path: Path) -> bool:
+    """Whether a folder is the job store of a library beside it."""
+    return _is_beside(path, "store")
 
 
 def retired(root: Path) -> Path:
@@ -50,3 +59,8 @@ def heal(root: Path) -> bool:
 def _beside(root: Path, suffix: str) -> Path:
     place = root.resolve()  # a link stays one; what it points to is exchanged
     return place.with_name(f".{place.name}.{suffix}")
+
+
+def _is_beside(path: Path, suffix: str) -> bool:
+    name = path.name.removeprefix(".").removesuffix(f".{suffix}")
+    return path.is_dir() and path.name == f".{name}.{suffix}"

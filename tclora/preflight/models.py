@@ -13,6 +13,7 @@ from tclora.config import Config
 from tclora.errors import ConfigError, DataError, ModelError
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
 from tclora.model.tokens import encode
+from tclora.preflight.execution import execution_problems
 from tclora.preflight.methods import lm_eval_problems, method_problems, variant_problems
 from tclora.train.lora import attach_lora
 
@@ -42,10 +43,12 @@ def check_models(config: Config) -> Models:
     ------
     ConfigError
         With every problem found: unknown models, methods, routers or clusterers, a LoRA target
-        that matches no layer, a missing chat template, missing packages, given embeddings of
+        that matches no layer, a missing chat template, missing packages, a cluster that
+        does not answer, given embeddings of
         another width than those of the model that embeds the prompts to be routed.
     """
     problems = method_problems(config) + lm_eval_problems(config) + variant_problems(config)
+    problems += execution_problems(config)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)

@@ -6,19 +6,22 @@ from pathlib import Path
 from prefect import flow
 
 from tasks.artifact import Artifact
-from tasks.deployed import DeploymentExecutor
+from tasks.deployed import FlowRuns
 from tasks.keys import stage
 from tasks.progress import JobProgress
+from tasks.remote import RemoteExecutor
 from tasks.where import Where
 from tclora.config import ExecutionConfig
 from tclora.jobs.call import EVENTS
 from tclora.library.layout import Layout
+from tclora.store.objects import Store
 from tests.jobs import functions
 
 
-def executor_of(store, folder, **settings):
+def executor_of(store, folder, fleet=None, **settings):
     config = ExecutionConfig(backend="deployment", store=store, **settings)
-    return DeploymentExecutor(config, Path(folder) / "scratch", pause=0.5)
+    fleet = fleet or FlowRuns(config.deployment)
+    return RemoteExecutor(fleet, Store(store), config, Path(folder) / "scratch", 1, pause=0.5)
 
 
 def takes_events(function):

@@ -17,8 +17,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.states import Cancelling, Running
 
-from flows.job import _check_source, job
+from flows.job import job
 from flows.pipeline import pipeline
+from tasks.attempts import check_source
+from tasks.deployed import FlowRuns
 from tclora.errors import ConfigError, JobError
 from tclora.files import sha256_path
 from tclora.jobs.parcel import Parcel
@@ -268,10 +270,9 @@ def test_a_job_without_a_sign_of_life_is_given_up(deployment, places, tmp_path):
         thread.join()
 
 
-def test_a_deployment_that_is_not_there_is_named(prefect_server, tmp_path):
-    executor = executor_of(f"file://{tmp_path}/store", tmp_path, deployment="job/none")
+def test_a_deployment_that_is_not_there_is_named(prefect_server):
     with pytest.raises(ConfigError, match=r"execution.deployment must be known .* 'job/none'"):
-        executor.check()
+        FlowRuns("job/none").check()
 
 
 def test_a_worker_with_other_code_refuses_a_job():
@@ -279,7 +280,7 @@ def test_a_worker_with_other_code_refuses_a_job():
         function="tclora.train.engines:train_adapters", arguments={}, slots=[], source="x"
     )
     with pytest.raises(JobError, match="install the same version on both"):
-        _check_source(parcel)
+        check_source(parcel)
 
 
 def eventually(condition, seconds=60):

@@ -43,6 +43,7 @@ def test_checkpoints_of_interrupted_runs_and_copies_not_used_lately_may_go(tmp_p
     runs, cache = tmp_path / "runs", cache_dir()
     old = written(runs / ".mine.staging" / "work" / "checkpoints" / "c0" / "state").parent
     new = written(runs / ".mine.staging" / "work" / "checkpoints" / "c1" / "state").parent
+    store = written(runs / ".mine.store" / "jobs" / "k1" / "parcel.json").parents[2]
     adapter = written(runs / ".mine.staging" / "adapters" / "c0" / "weights")
     other = written(runs / "mine" / "work" / "checkpoints" / "c0" / "state")
     copy = written(cache / "objects" / "ab" / "abcd")
@@ -52,11 +53,11 @@ def test_checkpoints_of_interrupted_runs_and_copies_not_used_lately_may_go(tmp_p
     aged(tmp_path)
     written(new / "state")
     found = list(local_garbage(runs, cache, time.time() - WEEK))
-    assert places(found) == sorted(map(str, (old, copy, model, job)))
-    assert {part.kind for part in found} == {"checkpoint", "cache"}
+    assert places(found) == sorted(map(str, (old, copy, model, job, store)))
+    assert {part.kind for part in found} == {"checkpoint", "cache", "job"}
     for part in found:
         part.remove()
-    assert not any(path.exists() for path in (old, copy, model, job))
+    assert not any(path.exists() for path in (old, copy, model, job, store))
     assert all(path.exists() for path in (new, adapter, other, embeddings))
 
 

@@ -10,7 +10,7 @@ from tclora.errors import JobError, StoreError
 from tclora.jobs.call import result_type
 from tclora.jobs.parcel import Packed
 from tclora.jobs.records import JobRecords, Telling
-from tclora.jobs.remote import accept, check_function, perform
+from tclora.jobs.remote import accept, check_function, local_executor, perform
 from tclora.model.locate import model_digest
 from tclora.model.place import ModelPlace, fetched_model
 from tclora.store.objects import Store
@@ -33,7 +33,8 @@ def worker(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv("TCLORA_CACHE", str(tmp_path / "worker"))
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
-            perform(records, records.parcel(), attempt, on_event)
+            parcel = records.parcel()
+            perform(records, parcel, attempt, on_event, local_executor(parcel))
 
     monkeypatch.setenv("TCLORA_CACHE", str(tmp_path / "parent"))
     return work

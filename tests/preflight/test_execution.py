@@ -1,0 +1,49 @@
+"""Back ends whose package is missing, or whose cluster does not answer."""
+
+import socket
+import sys
+
+import pytest
+
+from tclora.config import load_config
+from tclora.preflight.execution import execution_problems
+
+PACKAGES = {"ray": "ray", "dask": "distributed"}
+backends = pytest.mark.parametrize("backend", PACKAGES)
+
+
+def config(backend, **execution):
+    settings = {"execution": {"backend": backend, **execution}, "train": {"dtype": "float32"}}
+    return load_config(settings)
+
+
+@backends
+def test_a_missing_package_is_named_with_its_extra(backend, monkeypatch):
+    monkeypatch.setitem(sys.modules, PACKAGES[backend], None)  # as if it were not installed
+    assert execution_problems(config(backend)) == [
+        f"execution.backend: {backend!r} needs {PACKAGES[backend]}: pip install tclora[{backend}]"
+    ]
+
+
+@backends
+def test_an_address_where_nobody_answers_is_named(backend):
+    def problems(address):
+        found = execution_problems(config(backend, **{f"{backend}_address": address}))
+        return [problem for problem in found if "address" in problem]
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # it does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (problem,) = problems(address)
+        assert problem.startswith(
+            f"execution.{backend}_address must be reachable from here, got {address!r} ("
+        )
+        assert "start the cluster, correct the address, or leave it out" in problem
+        taken.listen()
+        assert problems(address) == []
+
+
+@pytest.mark.parametrize("backend", ["local", "deployment"])
+def test_other_back_ends_need_no_cluster(backend):
+    given = config(backend, store="file:///mnt/store", ray_address="127.0.0.1:1")
+    assert execution_problems(given) == []

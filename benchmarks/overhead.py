@@ -138,12 +138,7 @@ def main() -> None:
         pd.DataFrame(measure(given.rounds, settings)),
         f"configs/demo.yaml with {', '.join(settings) or 'nothing changed'}, on {os.cpu_count()} "
         "cores. Plain: the same flows and stages, Prefect's decorators taken off and nothing "
-<<<<<<< HEAD
         "logged to MLflow. Added: the difference; imports of both do not count to the plain run.",
-=======
-        "logged to MLflow. Added: the difference, the imports of both not counted to the plain "
-        "run.",
->>>>>>> drill
     )
 
 

@@ -25,7 +25,7 @@ def train(context: Context, prepared: Prepared) -> Trained:
     apart = cfg.train.init == "independent"
     seeds = {name: cfg.of_training + number * apart for number, name in enumerate(sorted(rows))}
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
-    planned = _plan(context, prepared, sizes) if cfg.execution.backend == "local" else None
+    planned = _plan(context, prepared, sizes) if cfg.execution.workers_here else None
     engine = planned.engine if planned else cfg.train.engine
     groups = engines[engine].divide(sizes, context.where.executor.slots)
     where = context.where.shared_by(len(groups))

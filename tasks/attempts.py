@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tasks.keys import job_source
 from tclora.errors import JobError, TcloraError
-from tclora.jobs.call import Call, Event, EventCallback
+from tclora.jobs.call import Call, EventCallback
 from tclora.jobs.parcel import Parcel
-from tclora.jobs.records import JobRecords, Telling
+from tclora.jobs.records import JobRecords
 from tclora.jobs.remote import check_function, local_executor, perform
 from tclora.jobs.run import LocalExecutor
 from tclora.registry import load_plugins
@@ -52,14 +52,8 @@ class Received:
         return cls(records, parcel, local_executor(parcel))
 
     def perform(self, attempt: str, on_event: EventCallback = lambda _: None) -> None:
-        """Do the job and tell of it; see `tclora.jobs.remote.perform`."""
-        with Telling(self.records, attempt) as telling:
-
-            def tell(event: Event) -> None:
-                telling.add(event)
-                on_event(event)
-
-            perform(self.records, self.parcel, attempt, tell, self.executor)
+        """Do the job; see `tclora.jobs.remote.perform`."""
+        perform(self.records, self.parcel, attempt, on_event, self.executor)
 
 
 def do_job(

@@ -144,7 +144,8 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     ConfigError
         If a port is taken by another process.
     JobError
-        If a part does not become healthy; what was started goes on, for `down` or another `up`.
+        If a part does not become healthy, nor when it is started anew; others that were started go
+        on, for `down` or another `up`.
     """
     machine.folder.mkdir(parents=True, exist_ok=True)
     machine.root.mkdir(parents=True, exist_ok=True)
@@ -187,18 +188,21 @@ def status(machine: Machine) -> dict[str, tuple[str, str]]:
 
 def _ensure(machine: Machine, service: Service, say: Callable[[str], None]) -> None:
     ledger, log = Ledger.read(machine.ledger), _log(machine, service)
-    started = ledger.started.get(service.name)
-    if started is None or started.process is None:
-        started = start(service.command, service.environment, machine.root, log)
-        ledger.started[service.name] = started
-        ledger.settings = _settings(machine)
-        ledger.write(machine.ledger)
-    if not wait_until(service.healthy, started, _LIMIT):
-        raise JobError(
-            f"{service.name} must become healthy within {_LIMIT:.0f} s, but did not; see {log}, "
-            f"which ends with:\n{last_lines(log)}"
-        )
-    say(f"{service.name:<20}healthy")
+    for _ in range(2):  # one that hangs is started anew
+        started = ledger.started.get(service.name)
+        if started is None or started.process is None:
+            started = start(service.command, service.environment, machine.root, log)
+            ledger.started[service.name] = started
+            ledger.settings = _settings(machine)
+            ledger.write(machine.ledger)
+        if wait_until(service.healthy, started, _LIMIT):
+            say(f"{service.name:<20}healthy")
+            return
+        started.end()
+    raise JobError(
+        f"{service.name} must become healthy within {_LIMIT:.0f} s, but did not; see {log}, "
+        f"which ends with:\n{last_lines(log)}"
+    )
 
 
 def _settings(machine: Machine) -> dict[str, str]:

@@ -137,6 +137,10 @@ class Telling:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Tell what is left, and no more: whoever sees the job's end then finds all events."""
         self._ended.set()
         self._thread.join()
 

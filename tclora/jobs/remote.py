@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from tclora.errors import JobError
-from tclora.jobs.call import EventCallback
+from tclora.jobs.call import Event, EventCallback
 from tclora.jobs.devices import exclusive
 from tclora.jobs.parcel import Delivery, Parcel, packed_result
-from tclora.jobs.records import JobRecords
+from tclora.jobs.records import JobRecords, Telling
 from tclora.jobs.run import LocalExecutor, job_name
 from tclora.model.place import cache_dir, fetched_model
 from tclora.registry import VARIABLE, plugin_modules
@@ -41,7 +41,7 @@ def perform(
     attempt : str
         Which attempt this is.
     on_event : callable
-        Called with every progress event.
+        Called with every progress event; the attempt tells of them in the store too.
     executor : LocalExecutor
         Runs it; see `local_executor`.
 
@@ -59,15 +59,21 @@ def perform(
     """
     home = cache_dir()
     workspace = home / "jobs" / records.key
-    with exclusive(workspace.with_suffix(".lock")):
+    with Telling(records, attempt) as telling, exclusive(workspace.with_suffix(".lock")):
+
+        def tell(event: Event) -> None:
+            telling.add(event)
+            on_event(event)
+
         if records.delivery() is not None:
             return
         cache = Cache(home / "objects", records.store)
         places = _lay_out(parcel, workspace, cache)
         name = job_name(parcel.function.partition(":")[2], parcel.arguments)
-        result = executor.run_call(parcel.unpacked(places), name, on_event)
+        result = executor.run_call(parcel.unpacked(places), name, tell)
         changed = _push_changes(parcel, places, records)
         packed = packed_result(result, places)
+        telling.end()
         records.deliver(Delivery(attempt=attempt, result=packed, changed=changed))
         shutil.rmtree(workspace)
 

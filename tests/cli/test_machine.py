@@ -156,6 +156,22 @@ def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
         machines._ensure(machine, broken, lambda _: None)
 
 
+def test_a_service_that_hangs_is_started_anew(machine, monkeypatch):
+    flag, well = machine.root / "tried", machine.root / "well"
+    code = (
+        "import pathlib, sys, time; flag, well = map(pathlib.Path, sys.argv[1:]); "
+        "again = flag.exists(); flag.touch(); again and well.touch(); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(flag), str(well)]
+    monkeypatch.setattr(machines, "_LIMIT", 5.0)
+    machine.root.mkdir()
+    said = []
+    machines._ensure(machine, machines.Service("mlflow", command, {}, well.exists), said.append)
+    started = Ledger.read(machine.ledger).started["mlflow"]
+    assert started.process
+    assert said == [f"{'mlflow':<20}healthy"]
+
+
 def test_a_folder_where_nothing_was_started_is_named(tmp_path):
     result = CliRunner().invoke(app, ["status", "--folder", str(tmp_path)])
     assert isinstance(result.exception, ConfigError)

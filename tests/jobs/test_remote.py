@@ -167,6 +167,20 @@ def test_events_are_left_in_parts_and_a_part_without_is_a_sign_of_life(records):
     assert records.told("2", 0) is None
 
 
+def test_whoever_finds_a_delivery_finds_all_that_was_told(records, worker, tmp_path, monkeypatch):
+    deliver, told = JobRecords.deliver, []
+
+    def seen(of, delivery):
+        told.extend(records.told("1", 0))
+        deliver(of, delivery)
+
+    monkeypatch.setattr(JobRecords, "deliver", seen)
+    target = tmp_path / "target.txt"
+    send(records, functions.slow, tmp_path, target=target, seconds=0.1, on_event=None)
+    worker(records)
+    assert told
+
+
 def test_events_that_the_store_did_not_take_are_told_later(records, monkeypatch, caplog):
     tell, failures = JobRecords.tell, [OSError("503")]
 

@@ -17,6 +17,7 @@ from typing import Any
 from fleet import Fleet
 
 from tclora_cli.machine import JOBS
+from tclora_cli.processes import start
 
 _HIDDEN = 'while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done; shift; exec "$@"'
 
@@ -70,12 +71,8 @@ def _host(site: Fleet, home: Path, others: list[Path]) -> Iterator[None]:
         hidden = [site.machine.root, Path(os.environ["TCLORA_CACHE"]), *others]
         inside = ["sh", "-ec", _HIDDEN, "sh", *map(str, hidden), "--", *command]
         command = ["/usr/bin/unshare", "--mount", *inside]
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | own, cwd=home, stdout=log, stderr=log, start_new_session=True
-        )
+    started = start(command, own, home, home / "log")
     try:
         yield
     finally:
-        process.terminate()
-        process.wait(60)
+        started.end()

@@ -61,6 +61,7 @@ def settings(name: str, rows: Path, seed: int, epochs: float) -> dict[str, Any]:
         },
         "factorise": {"ranks": [4, 8, 16, 32]},
         "merge": {"methods": ["tc-lora"]},
+        "route": {"calibration_rows": 0},  # benchmarks of routers calibrate their own
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from flows.context import Context
 from tasks import tracking
 from tasks.executing import executing
 from tasks.progress import JobProgress
+from tasks.system_metrics import watching
 from tasks.tracking import Run
 from tasks.where import Where
 from tclora.config import Config
@@ -42,10 +43,11 @@ def opened(
         exclusive(lock, on_wait=_say_waiting),
         executing(config, staging, around) as executor,
         _mlflow_run(config) as run,
+        watching(run, executor) as watched,
     ):
         begin(library)
         steps = config.train.checkpoint_steps
-        where = Where(staging, run, executor, JobProgress(), steps, shared)
+        where = Where(staging, run, watched, JobProgress(), steps, shared)
         yield Context(_settled(config), models, where)
 
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tclora.config import Config
 from tclora.jobs.devices import exclusive
+from tclora.jobs.usage import SAMPLE, Sample
 
 _BATCH = 500  # metrics per call; MLflow allows 1000
 _PARAM_LENGTH = 6000
@@ -185,6 +186,7 @@ class StepLogger:
         self.run = run
         self._interval = interval
         self._buffer: list[Metric] = []
+        self._samples = 0
         self._sent = time.monotonic()
 
     def add(self, record: Record) -> None:
@@ -197,6 +199,14 @@ class StepLogger:
         ]
         if time.monotonic() - self._sent > self._interval:
             self.flush()
+
+    def add_sample(self, sample: Sample, job: str = "") -> None:
+        """Take what a process uses; the UI shows it under System metrics, each job by itself."""
+        prefix = metric_name(f"{SAMPLE}/{job}/" if job else f"{SAMPLE}/")
+        self.add(
+            {f"{prefix}{name}": value for name, value in sample.items()} | {"step": self._samples}
+        )
+        self._samples += 1
 
     def flush(self) -> None:
         """Send what is buffered; a store that fails now is tried again at the next flush."""
@@ -231,7 +241,7 @@ def log_metrics(run: Run, metrics: Mapping[str, float], model: str | None = None
     """
     stamp = int(time.time() * 1000)
     entries = [
-        Metric(_metric_name(name), float(value), stamp, 0, model_id=model, run_id=run.run_id)
+        Metric(metric_name(name), float(value), stamp, 0, model_id=model, run_id=run.run_id)
         for name, value in metrics.items()
         if not pd.isna(value)
     ]
@@ -272,7 +282,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _metric_name(name: str) -> str:
+def metric_name(name: str) -> str:
+    """Return a name with underscores for characters that MLflow refuses."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
 
 

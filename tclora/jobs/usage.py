@@ -25,7 +25,7 @@ _MEGABYTE = 1e6
 def sorted_out(
     on_event: EventCallback | None, on_sample: Callable[[Sample], None] | None
 ) -> EventCallback:
-    """Return a callback that hands on samples to one, other events to another; either may be None."""
+    """Return a callback that hands samples to one and other events to another, or to nobody."""
 
     def hear(event: Event) -> None:
         if SAMPLE not in event:

@@ -1,9 +1,9 @@
 """The routed library as an MLflow pyfunc model; MLflow stores this file and runs it when it loads.
 
 Input: a column ``prompt``. Output: ``completion``, ``known``, ``belonging`` (the share of the
-clusters' gates, 0 to 1) and one weight per cluster. Calls are traced (`tasks.traces`). The serving environment needs tclora; base and
-embedding model are found by the library's own record, or where $TCLORA_BASE_MODEL and
-$TCLORA_EMBEDDER say.
+clusters' gates, 0 to 1) and one weight per cluster. A call is a trace (`tasks.traces`). The serving
+environment needs tclora; base and embedding model are found by the library's own record, or where
+$TCLORA_BASE_MODEL and $TCLORA_EMBEDDER say.
 """
 
 import os

@@ -9,7 +9,8 @@ import tclora
 from tasks.routed_model import save_pyfunc
 from tasks.traces import log_served, trace_into
 from tclora.serve import Engine, create_app
-from tests.route.conftest import FAR, PROMPTS, embedder, gated, library, router  # noqa: F401
+from tests.route.conftest import *  # noqa: F403
+from tests.route.conftest import FAR, PROMPTS
 
 KNOWN = PROMPTS["cluster-1"][1]
 
@@ -28,7 +29,7 @@ def store(tmp_path_factory):
 def traced(store):
     mlflow.set_tracking_uri(store)
     trace_into("traces")
-    yield lambda: _found()
+    yield _found
     mlflow.set_tracking_uri(None)
 
 
@@ -38,7 +39,7 @@ def _found():
 
 
 @pytest.fixture
-def served(library, tmp_path):  # noqa: F811
+def served(library, tmp_path):
     save_pyfunc(library, tmp_path / "model", "m-of-the-test")
     return mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
@@ -81,12 +82,12 @@ def test_tracing_can_be_turned_off(served, traced):
         mlflow.tracing.enable()
 
 
-def test_the_server_logs_every_answer_with_its_own_times(library, traced):  # noqa: F811
+def test_the_server_logs_every_answer_with_its_own_times(library, traced):
     engine = Engine(tclora.load(library))
     body = {"messages": [{"role": "user", "content": KNOWN}], "max_tokens": 4}
     with TestClient(create_app(engine, "mine", on_end=log_served)) as client:
         found = client.post("/v1/chat/completions", json=body).json()
-        list(client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}).gen)
+        client.post("/v1/chat/completions", json=body | {"stream": True}).read()
     engine.close()
     streamed, trace = traced()[:2]
     root, route, generate = trace.data.spans

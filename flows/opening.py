@@ -42,7 +42,7 @@ def opened(
     with (
         exclusive(lock, on_wait=_say_waiting),
         executing(config, staging, around) as executor,
-        _mlflow_run(config) as run,
+        _mlflow_run(config, models) as run,
         watching(run, executor) as watched,
     ):
         begin(library)
@@ -65,9 +65,11 @@ def _say_waiting(holder: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _mlflow_run(config: Config) -> Iterator[Run]:
-    """Open the parent MLflow run, linked to this flow run."""
+def _mlflow_run(config: Config, models: Models) -> Iterator[Run]:
+    """Open the parent MLflow run, linked to this flow run and naming models by their digests."""
     tags = {
+        "tclora.base_model_digest": models.base_digest,
+        "tclora.embedding_model_digest": models.embedder_digest,
         "prefect.flow_run_id": flow_run.id or "",
         "prefect.flow_run_name": flow_run.name or "",
     }

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 from mlflow.entities import DatasetInput
 from prefect import task
-from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
@@ -250,16 +249,3 @@ def _shares(recovered: pd.DataFrame) -> dict[str, float]:
         for row in recovered.to_dict("records")
         for end, column in columns.items()
     }
-
-
-@task(name="link", cache_policy=NO_CACHE)
-def link(run: Run, config: Config) -> None:
-    """Show the MLflow run among Prefect's artifacts."""
-    key = "".join(c if c.isalnum() else "-" for c in config.name.lower())
-    # A store without a server is looked at with `tclora ui`.
-    server = run.uri if run.uri.startswith("http") else "http://127.0.0.1:5000"
-    create_link_artifact(
-        link=f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}",
-        link_text=f"MLflow run {run.run_id}",
-        key=f"mlflow-{key}",
-    )

@@ -138,7 +138,7 @@ def predict_with(model: PyFuncModel, max_new_tokens: int = 64) -> Callable[[str]
 
     def predict(prompt: str) -> str:
         frame = pd.DataFrame({"prompt": [prompt]})
-        answered = model.predict(frame, params={"max_new_tokens": max_new_tokens})
+        answered: Any = model.predict(frame, params={"max_new_tokens": max_new_tokens})
         return str(answered["completion"].iloc[0])
 
     return predict

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 from mlflow.entities import SpanStatusCode, SpanType
-from mlflow.entities.span import LiveSpan, NoOpSpan
+from mlflow.entities.span import NoOpSpan
 from mlflow.tracing.constant import SpanAttributeKey
 from mlflow.tracking import is_tracking_uri_set
 
@@ -50,9 +50,11 @@ def _answer_batch(
     return answers
 
 
-def _span(name: str, kind: str) -> AbstractContextManager[LiveSpan | NoOpSpan]:
-    wanted = is_tracking_uri_set() or mlflow.get_current_active_span() is not None
-    return mlflow.start_span(name, kind) if wanted else nullcontext(NoOpSpan())
+def _span(name: str, kind: str) -> AbstractContextManager[Any]:
+    named: bool = is_tracking_uri_set()  # type: ignore[no-untyped-call]
+    if named or mlflow.get_current_active_span() is not None:
+        return mlflow.start_span(name, kind)
+    return nullcontext(NoOpSpan())  # type: ignore[no-untyped-call]
 
 
 def trace_into(experiment: str) -> None:

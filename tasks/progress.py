@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -96,7 +97,8 @@ class _Artifact:
         share, text = 100 * min(1.0, done / of), f"{self._name}: {done} of {of}, {note}"
         try:
             if self._id is None:
-                self._id = create_progress_artifact(share, description=text)
+                made: Any = create_progress_artifact(share, description=text)
+                self._id = made
             else:
                 update_progress_artifact(self._id, share, description=text)
         except (PrefectException, httpx.HTTPError) as error:  # the job is worth more than its bar

@@ -92,6 +92,8 @@ def _traces(experiment: str) -> "Callable[[Served], None] | None":
     """Return what logs every answer as a trace, where the user has named an MLflow store."""
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return None
+    # They are logged in a thread beside the requests already; a queue would be lost at the end.
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     from tasks.traces import log_served, trace_into
 
     trace_into(experiment)

@@ -7,6 +7,7 @@ Nothing is traced, and no store is made, where the user has named none (``MLFLOW
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # MLflow reads the model's file, and so this one, before it l
     from tclora.route.model import Completion, RoutedModel
     from tclora.serve.answer import Served
 
+_SQLITE = "sqlite:///"
 _USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")  # of OpenAI
 _MLFLOW_USAGE = ("input_tokens", "output_tokens", "total_tokens")
 
@@ -58,9 +60,17 @@ def _span(name: str, kind: str) -> AbstractContextManager[Any]:
 
 
 def trace_into(experiment: str) -> None:
-    """Let traces go to an experiment of the store; the user's ``MLFLOW_EXPERIMENT_...`` win."""
-    if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
-        mlflow.set_experiment(experiment)
+    """Let traces go to an experiment of the store; the user's ``MLFLOW_EXPERIMENT_...`` win.
+
+    One that is new keeps its files beside a local store, as those of runs do.
+    """
+    if {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & set(os.environ):
+        return
+    store = mlflow.get_tracking_uri()
+    if store.startswith(_SQLITE) and mlflow.get_experiment_by_name(experiment) is None:
+        files = Path(store.removeprefix(_SQLITE)).absolute().with_name("mlartifacts")
+        mlflow.create_experiment(experiment, artifact_location=files.as_uri())
+    mlflow.set_experiment(experiment)
 
 
 def log_served(served: "Served") -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tasks.genai import evaluation_rows, predict_with, scorer_named, scorer_of_rows
 from tasks.routed_model import save_pyfunc
+from tasks.traces import trace_into
 from tclora.errors import ConfigError
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import PROMPTS
@@ -17,7 +18,7 @@ from tests.route.conftest import PROMPTS
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "2")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    mlflow.set_experiment("judged")
+    trace_into("judged")
     yield
     mlflow.flush_trace_async_logging()
     mlflow.set_tracking_uri(None)

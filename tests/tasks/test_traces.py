@@ -1,5 +1,7 @@
 """Traces of a routed model's answers in a real MLflow store."""
 
+from pathlib import Path
+
 import mlflow
 import pandas as pd
 import pytest
@@ -18,11 +20,7 @@ KNOWN = PROMPTS["cluster-1"][1]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A store for the module; making one takes seconds."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment("traces")
-    mlflow.set_tracking_uri(None)
-    return uri
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
 
 
 @pytest.fixture
@@ -31,6 +29,7 @@ def traced(store):
     trace_into("traces")
     yield _found
     mlflow.set_tracking_uri(None)
+    assert not Path("mlruns").exists()
 
 
 def _found():

@@ -8,20 +8,9 @@ import pytest
 
 from tasks.genai import evaluation_rows, predict_with, scorer_named, scorer_of_rows
 from tasks.routed_model import save_pyfunc
-from tasks.traces import trace_into
 from tclora.errors import ConfigError
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import PROMPTS
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "2")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    trace_into("judged")
-    yield
-    mlflow.flush_trace_async_logging()
-    mlflow.set_tracking_uri(None)
 
 
 def write(folder, rows, name="sums"):
@@ -31,7 +20,8 @@ def write(folder, rows, name="sums"):
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own, on pandas 3
-def test_the_routed_model_is_evaluated_without_a_judge(store, library, tmp_path):
+def test_the_routed_model_is_evaluated_without_a_judge(traced, library, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "2")
     save_pyfunc(library, tmp_path / "model")
     model = mlflow.pyfunc.load_model(str(tmp_path / "model"))
     predict = predict_with(model, max_new_tokens=4)

@@ -1,7 +1,5 @@
 """Traces of a routed model's answers in a real MLflow store."""
 
-from pathlib import Path
-
 import mlflow
 import pandas as pd
 import pytest
@@ -9,7 +7,7 @@ from fastapi.testclient import TestClient
 
 import tclora
 from tasks.routed_model import save_pyfunc
-from tasks.traces import log_served, trace_into
+from tasks.traces import log_served
 from tclora.serve import Engine, create_app
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import FAR, PROMPTS
@@ -17,22 +15,7 @@ from tests.route.conftest import FAR, PROMPTS
 KNOWN = PROMPTS["cluster-1"][1]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store for the module; making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-
-
-@pytest.fixture
-def traced(store):
-    mlflow.set_tracking_uri(store)
-    trace_into("traces")
-    yield _found
-    mlflow.set_tracking_uri(None)
-    assert not Path("mlruns").exists()
-
-
-def _found():
+def found_traces():
     mlflow.flush_trace_async_logging()
     return mlflow.search_traces(return_type="list", order_by=["timestamp_ms DESC"])
 
@@ -49,7 +32,7 @@ def ask(served, prompts):
 
 def test_a_call_of_the_model_is_a_trace_of_route_and_generate(served, traced):
     answers = ask(served, [KNOWN, FAR])
-    trace = traced()[0]
+    trace = found_traces()[0]
     root, route, generate = trace.data.spans
     assert [root.name, route.name, generate.name] == ["answer", "route", "generate"]
     assert route.parent_id == generate.parent_id == root.span_id
@@ -72,11 +55,11 @@ def test_nothing_is_traced_and_no_store_made_where_none_is_named(served, tmp_pat
 
 
 def test_tracing_can_be_turned_off(served, traced):
-    before = len(traced())
+    before = len(found_traces())
     mlflow.tracing.disable()
     try:
         ask(served, [KNOWN])
-        assert len(traced()) == before
+        assert len(found_traces()) == before
     finally:
         mlflow.tracing.enable()
 
@@ -88,7 +71,7 @@ def test_the_server_logs_every_answer_with_its_own_times(library, traced):
         found = client.post("/v1/chat/completions", json=body).json()
         client.post("/v1/chat/completions", json=body | {"stream": True}).read()
     engine.close()
-    streamed, trace = traced()[:2]
+    streamed, trace = found_traces()[:2]
     root, route, generate = trace.data.spans
     assert [root.name, route.name, generate.name] == ["chat", "route", "generate"]
     assert root.inputs["messages"] == body["messages"]

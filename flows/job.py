@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tasks.attempts import Received
 from tclora.jobs.call import Event
+from tclora.jobs.usage import SAMPLE
 
 _LOG_PAUSE = 15.0  # s between lines of progress
 
@@ -45,6 +46,8 @@ class _Shown:
 
     def add(self, event: Event) -> None:
         """Take an event."""
+        if SAMPLE in event:
+            return
         if time.monotonic() - self._logged > _LOG_PAUSE:
             self._logged = time.monotonic()
             get_run_logger().info(", ".join(f"{name} {value}" for name, value in event.items()))

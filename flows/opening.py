@@ -11,6 +11,7 @@ from flows.context import Context
 from tasks import tracking
 from tasks.executing import executing
 from tasks.progress import JobProgress
+from tasks.system_metrics import watching
 from tasks.tracking import Run
 from tasks.where import Where
 from tclora.config import Config
@@ -41,11 +42,12 @@ def opened(
     with (
         exclusive(lock, on_wait=_say_waiting),
         executing(config, staging, around) as executor,
-        _mlflow_run(config) as run,
+        _mlflow_run(config, models) as run,
+        watching(run, executor) as watched,
     ):
         begin(library)
         steps = config.train.checkpoint_steps
-        where = Where(staging, run, executor, JobProgress(), steps, shared)
+        where = Where(staging, run, watched, JobProgress(), steps, shared)
         yield Context(_settled(config), models, where)
 
 
@@ -63,9 +65,11 @@ def _say_waiting(holder: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _mlflow_run(config: Config) -> Iterator[Run]:
-    """Open the parent MLflow run, linked to this flow run."""
+def _mlflow_run(config: Config, models: Models) -> Iterator[Run]:
+    """Open the parent MLflow run, linked to this flow run and naming models by their digests."""
     tags = {
+        "tclora.base_model_digest": models.base_digest,
+        "tclora.embedding_model_digest": models.embedder_digest,
         "prefect.flow_run_id": flow_run.id or "",
         "prefect.flow_run_name": flow_run.name or "",
     }

@@ -20,6 +20,7 @@ def prepare(context: Context) -> Prepared:
     """Read, embed and cluster the examples, and divide them among adapters."""
     cfg, models, where = context.config, context.models, context.where
     digest = source_digest(cfg.data)
+    where.run.client.set_tag(where.run.run_id, "tclora.data_sha256", digest)
     seed = cfg.seed if cfg.data.seed is None else cfg.data.seed
     examples = read(cfg.data, digest, models.base, cfg.train.max_tokens, seed, where)
     announce("read", examples.metrics)

@@ -5,7 +5,8 @@ from prefect.runtime import flow_run
 
 from flows.context import Context, Merged, Prepared, Trained
 from tasks.artifact import Artifact
-from tasks.publishing import Parts, link, log_library, write_library
+from tasks.publishing import Parts, log_library, write_library
+from tasks.showing import show
 
 
 @flow(name="publish", validate_parameters=False)
@@ -16,7 +17,7 @@ def publish(
     merged: Merged,
     evaluated: Artifact | None,
 ) -> None:
-    """Write manifest and report, put the library in its place, log everything to MLflow."""
+    """Write manifest and report, put the library in its place, log and show everything."""
     cfg, run = context.config, context.where.run
     parts = Parts(
         examples=prepared.examples,
@@ -34,4 +35,4 @@ def publish(
     links = {"mlflow_run": run.run_id, "prefect_flow_run": str(flow_run.parent_flow_run_id or "")}
     library = write_library(cfg, context.models, parts, links, context.where)
     log_library(run, cfg, parts, library)
-    link(run, cfg)
+    show(run, cfg, library)

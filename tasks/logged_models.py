@@ -15,7 +15,10 @@ def log_model_files(run: Run, folder: Path, name: str, digest: str, kind: str) -
     str
         The logged model's id.
     """
-    model_id = stored_model(run, name, digest) or store_model(run, folder, name, digest, kind)
+    model_id = stored_model(run, name, digest)
+    if model_id is None:
+        model_id = begin_model(run, name, digest, kind)
+        store_model(run, folder, model_id)
     record_model(run, model_id)
     return model_id
 
@@ -30,19 +33,22 @@ def stored_model(run: Run, name: str, digest: str) -> str | None:
     return next((m.model_id for m in same if m.status == LoggedModelStatus.READY), None)
 
 
-def store_model(run: Run, folder: Path, name: str, digest: str, kind: str) -> str:
-    """Store a directory as a logged model, and return its id."""
-    client = run.client
-    model = client.create_logged_model(
+def begin_model(run: Run, name: str, digest: str, kind: str) -> str:
+    """Create a logged model that has no files yet, and return its id."""
+    model = run.client.create_logged_model(
         run.experiment_id,
         name=name,
         source_run_id=run.run_id,
         tags={"tclora.sha256": digest},
         params={"format": kind},
     )
-    client.log_model_artifacts(model.model_id, str(folder))
-    client.finalize_logged_model(model.model_id, "READY")
-    return model.model_id
+    return str(model.model_id)
+
+
+def store_model(run: Run, folder: Path, model_id: str) -> None:
+    """Store a directory as the files of a logged model."""
+    run.client.log_model_artifacts(model_id, str(folder))
+    run.client.finalize_logged_model(model_id, "READY")
 
 
 def record_model(run: Run, model_id: str) -> None:

@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from mlflow.entities import DatasetInput
 from prefect import task
-from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
 from tasks.artifact import Artifact, Artifacts
+from tasks.datasets import dataset_of
 from tasks.logged_models import log_model_files, register_model
 from tasks.routed_model import log_routed
 from tasks.tracking import Run
@@ -39,6 +40,7 @@ from tclora.library.staging import publish
 from tclora.preflight import Models
 from tclora.report import figures, write_report
 
+_RECOVERED = "test"  # the split that recovery is measured on
 _TOTALS = {
     *(f"test/{kind}{end}" for kind in ("nll", "accuracy") for end in ENDS),
     *(f"recovery/{group}{end}" for group in ("mean", "worst") for end in ENDS),
@@ -143,9 +145,16 @@ def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
     for name, figure in figures(library).items():
         run.client.log_figure(run.run_id, figure, f"figures/{name}.png")
     examples = pd.read_parquet(here.examples)
-    for split, rows in examples.groupby("split", sort=True):
-        context = "training" if split == "train" else "evaluation"
-        tracking.log_dataset(run, rows, config.data.path, f"{config.name}-{split}", context)
+    datasets = {
+        str(split): dataset_of(
+            rows,
+            config.data.path,
+            f"{config.name}-{split}",
+            "training" if split == "train" else "evaluation",
+        )
+        for split, rows in examples.groupby("split", sort=True)
+    }
+    run.client.log_inputs(run.run_id, datasets=list(datasets.values()))
     models = {}
     for name, part in parts.trained.items():
         _log_training(run, name, part, here)
@@ -156,7 +165,8 @@ def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
         digest = next(iter(parts.routed.files.values()))
         models[ROUTED] = log_routed(run, here.routed.folder, digest, config)
     if parts.evaluation:
-        _log_methods(run, parts.merges, models, here)
+        held_out = {split: rows for split, rows in datasets.items() if split != "train"}
+        _log_methods(run, parts.merges, models, held_out, here)
 
 
 def _log_files(run: Run, parts: Parts, here: Layout) -> None:
@@ -191,9 +201,16 @@ def _register(run: Run, config: Config, name: str, folder: Path, part: Artifact)
 
 
 def _log_methods(
-    run: Run, merges: Mapping[str, Artifact], models: Mapping[str, str], here: Layout
+    run: Run,
+    merges: Mapping[str, Artifact],
+    models: Mapping[str, str],
+    datasets: Mapping[str, DatasetInput],
+    here: Layout,
 ) -> None:
-    """Log each method's figures to a nested run, and to the logged model where it is one."""
+    """Log each method's figures to a nested run, and to the logged model where it is one.
+
+    `datasets` are the rows of each split; a figure names those that it was measured on.
+    """
     summary = pd.read_parquet(here.evaluation.summary)
     recovered = pd.read_parquet(here.evaluation.recovery)
     totals: dict[str, float] = {}
@@ -205,9 +222,23 @@ def _log_methods(
         metrics |= merges[name].metrics if name in merges else {}
         nested = tracking.nested_run(run, f"evaluate-{name}", {"tclora.kind": "evaluate"})
         tracking.log_params(nested, {"method": name})
-        tracking.log_metrics(nested, metrics, models.get(name))
+        run.client.log_inputs(nested.run_id, datasets=list(datasets.values()))
+        for split, part in _by_split(metrics, datasets):
+            tracking.log_metrics(nested, part, models.get(name), datasets.get(split))
         tracking.close_run(nested, "FINISHED")
     tracking.log_metrics(run, totals)
+
+
+def _by_split(
+    metrics: Mapping[str, float], splits: Iterable[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield the figures of each split, and under "" those that are of none."""
+    parts: dict[str, dict[str, float]] = {split: {} for split in ("", *splits)}
+    for key, value in metrics.items():
+        group = key.partition("/")[0]
+        split = _RECOVERED if group == "recovery" else group
+        parts[split if split in parts else ""][key] = value
+    yield from parts.items()
 
 
 def _shares(recovered: pd.DataFrame) -> dict[str, float]:
@@ -218,16 +249,3 @@ def _shares(recovered: pd.DataFrame) -> dict[str, float]:
         for row in recovered.to_dict("records")
         for end, column in columns.items()
     }
-
-
-@task(name="link", cache_policy=NO_CACHE)
-def link(run: Run, config: Config) -> None:
-    """Show the MLflow run among Prefect's artifacts."""
-    key = "".join(c if c.isalnum() else "-" for c in config.name.lower())
-    # A store without a server is looked at with `tclora ui`.
-    server = run.uri if run.uri.startswith("http") else "http://127.0.0.1:5000"
-    create_link_artifact(
-        link=f"{server}/#/experiments/{run.experiment_id}/runs/{run.run_id}",
-        link_text=f"MLflow run {run.run_id}",
-        key=f"mlflow-{key}",
-    )

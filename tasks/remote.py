@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -24,7 +25,8 @@ from tclora.jobs.call import EVENTS, Call, EventCallback, result_type
 from tclora.jobs.parcel import Delivery, Packed
 from tclora.jobs.records import JobRecords
 from tclora.jobs.remote import accept
-from tclora.jobs.run import job_name
+from tclora.jobs.run import SampleCallback, job_name
+from tclora.jobs.usage import sorted_out
 from tclora.store.objects import Store
 
 P = ParamSpec("P")
@@ -107,7 +109,7 @@ class Fleet(Protocol):
 class SentJob:
     """A job that is waited for, and how much of what its attempts tell was heard."""
 
-    def __init__(self, name: str, records: JobRecords, on_event: EventCallback | None) -> None:
+    def __init__(self, name: str, records: JobRecords, on_event: EventCallback) -> None:
         self.name = name
         self.records = records
         self._on_event = on_event
@@ -122,8 +124,7 @@ class SentJob:
         while (events := self.records.told(attempt, self.heard(attempt))) is not None:
             self._parts[attempt] = self.heard(attempt) + 1
             for event in events:
-                if self._on_event:
-                    self._on_event(event)
+                self._on_event(event)
 
 
 @dataclass
@@ -157,6 +158,8 @@ class RemoteExecutor:
         Time between two looks at a job (s).
     beside : int or None
         Jobs that share this machine's cores, where the workers are this machine's.
+    on_sample : callable or None
+        Called with a job's name and a sample of what it uses where it runs.
     """
 
     fleet: Fleet
@@ -167,6 +170,7 @@ class RemoteExecutor:
     timeout: float | None = None
     pause: float = 2.0
     beside: int | None = None
+    on_sample: SampleCallback | None = None
     _sent: _Sent = field(default_factory=_Sent, repr=False)
 
     def shared_by(self, jobs: int) -> "RemoteExecutor":
@@ -177,6 +181,10 @@ class RemoteExecutor:
         if self.beside is None:
             return self
         return replace(self, beside=max(1, min(jobs, self.slots)))
+
+    def watched_by(self, on_sample: SampleCallback) -> "RemoteExecutor":
+        """Return the executor with a callback for samples of what its jobs use."""
+        return replace(self, on_sample=on_sample)
 
     def run_isolated(self, function: Callable[P, R], /, *args: P.args, **arguments: P.kwargs) -> R:
         """Run a function on a worker; see `tclora.jobs.run.LocalExecutor`.
@@ -196,7 +204,8 @@ class RemoteExecutor:
         paths = [str(path) for path in packed.paths]
         key = sha256_json([current_key(), packed.function, packed.arguments, paths])
         name = job_name(function.__name__, arguments)
-        job = SentJob(name, JobRecords(self.store, key), on_event)
+        on_sample = self.on_sample and partial(self.on_sample, name)
+        job = SentJob(name, JobRecords(self.store, key), sorted_out(on_event, on_sample))
         self._sent.keys.add(key)
         delivery = job.records.delivery()
         if delivery is None:

@@ -4,11 +4,17 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import tclora
-from tasks.logged_models import record_model, register_model, store_model, stored_model
+from tasks.logged_models import (
+    begin_model,
+    record_model,
+    register_model,
+    store_model,
+    stored_model,
+)
 from tasks.tracking import Run
 from tclora.config import Config
 
@@ -30,15 +36,16 @@ def log_routed(run: Run, library: Path, digest: str, config: Config) -> str:
     if model_id is None:
         with tempfile.TemporaryDirectory(prefix="tclora-pyfunc-") as scratch:
             folder = Path(scratch) / "model"
-            save_pyfunc(library, folder)
-            model_id = store_model(run, folder, "routed", digest, "tclora-routed")
+            model_id = begin_model(run, "routed", digest, "tclora-routed")
+            save_pyfunc(library, folder, model_id)
+            store_model(run, folder, model_id)
     record_model(run, model_id)
     register_model(run, model_id, f"{config.name}-routed")
     return model_id
 
 
-def save_pyfunc(library: Path, target: Path) -> None:
-    """Write a routed library as an MLflow pyfunc model directory."""
+def save_pyfunc(library: Path, target: Path, model_id: str | None = None) -> None:
+    """Write a routed library as an MLflow pyfunc model directory; its traces name the model."""
     with warnings.catch_warnings():  # of type hints, MLflow's own ones among them
         warnings.simplefilter("ignore", UserWarning)
         import mlflow.pyfunc
@@ -48,5 +55,6 @@ def save_pyfunc(library: Path, target: Path) -> None:
             python_model=str(Path(__file__).with_name("routed_pyfunc.py")),
             artifacts={"library": str(library)},
             signature=_SIGNATURE,
+            mlflow_model=Model(model_id=model_id),
             pip_requirements=[f"tclora=={tclora.__version__}"],
         )

@@ -1,9 +1,9 @@
 """The routed library as an MLflow pyfunc model; MLflow stores this file and runs it when it loads.
 
 Input: a column ``prompt``. Output: ``completion``, ``known``, ``belonging`` (the share of the
-clusters' gates, 0 to 1) and one weight per cluster. The serving environment needs tclora; base and
-embedding model are found by the library's own record, or where $TCLORA_BASE_MODEL and
-$TCLORA_EMBEDDER say.
+clusters' gates, 0 to 1) and one weight per cluster. A call is a trace (`tasks.traces`). The serving
+environment needs tclora; base and embedding model are found by the library's own record, or where
+$TCLORA_BASE_MODEL and $TCLORA_EMBEDDER say.
 """
 
 import os
@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from tasks.traces import answer
 
 BATCH = 16  # prompts answered together
 
@@ -38,11 +40,7 @@ class RoutedPyfunc(PythonModel):
         """Answer the prompts of a frame, in its order."""
         prompts = model_input["prompt"].tolist()
         limit = int((params or {}).get("max_new_tokens", 64))
-        answers = [
-            answer
-            for start in range(0, len(prompts), BATCH)
-            for answer in self._model.generate(prompts[start : start + BATCH], max_new_tokens=limit)
-        ]
+        answers = answer(self._model, prompts, limit, BATCH)
         rows = [
             {"completion": a.text, "known": a.known, "belonging": a.belonging} | a.weights
             for a in answers

@@ -13,20 +13,15 @@ from typing import Any
 
 import pandas as pd
 from mlflow import MlflowClient
-from mlflow.data.code_dataset_source import CodeDatasetSource
-from mlflow.data.pandas_dataset import from_pandas
-from mlflow.entities import (
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-)
+from mlflow.entities import DatasetInput, Metric, Param
 from mlflow.exceptions import MlflowException
 from prefect import get_run_logger
 from pydantic import BaseModel, ConfigDict
 
+from tasks.provenance import code_tags, environment
 from tclora.config import Config
 from tclora.jobs.devices import exclusive
+from tclora.jobs.usage import SAMPLE, Sample
 
 _BATCH = 500  # metrics per call; MLflow allows 1000
 _PARAM_LENGTH = 6000
@@ -71,11 +66,12 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
     uri, experiment_id = _open_experiment(config.output, config.name)
     client = MlflowClient(uri)
     _close_abandoned(client, experiment_id, str(config.library_dir))
-    tags = {**tags, _LIBRARY: str(config.library_dir)}
+    tags = {**code_tags(), **tags, _LIBRARY: str(config.library_dir)}
     created = client.create_run(experiment_id, run_name=run_name, tags=tags)
     run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
     log_params(run, _flatten(config.model_dump(mode="json")))
     client.log_dict(run.run_id, config.model_dump(mode="json"), "config.yaml")
+    client.log_dict(run.run_id, environment(), "environment.yaml")
     return run
 
 
@@ -85,6 +81,7 @@ def log_evaluation(
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
     files: Iterable[Path],
+    rows: Iterable[DatasetInput] = (),
 ) -> Run:
     """Log an evaluation outside of a pipeline as a run of its own.
 
@@ -94,7 +91,7 @@ def log_evaluation(
         Folder of the MLflow store, unless ``$MLFLOW_TRACKING_URI`` names one.
     name : str
         Of the experiment, that of the library's runs.
-    params, metrics, files
+    params, metrics, files, rows
         What to log.
 
     Returns
@@ -104,13 +101,15 @@ def log_evaluation(
     """
     uri, experiment_id = _open_experiment(output, name)
     created = MlflowClient(uri).create_run(
-        experiment_id, run_name="evaluation", tags={"tclora.kind": "evaluation"}
+        experiment_id, run_name="evaluation", tags=code_tags() | {"tclora.kind": "evaluation"}
     )
     run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
+    run.client.log_dict(run.run_id, environment(), "environment.yaml")
     log_params(run, params)
     log_metrics(run, metrics)
     for file in files:
         run.client.log_artifact(run.run_id, str(file))
+    run.client.log_inputs(run.run_id, datasets=list(rows))
     close_run(run, "FINISHED")
     return run
 
@@ -185,6 +184,7 @@ class StepLogger:
         self.run = run
         self._interval = interval
         self._buffer: list[Metric] = []
+        self._samples = 0
         self._sent = time.monotonic()
 
     def add(self, record: Record) -> None:
@@ -197,6 +197,14 @@ class StepLogger:
         ]
         if time.monotonic() - self._sent > self._interval:
             self.flush()
+
+    def add_sample(self, sample: Sample, job: str = "") -> None:
+        """Take what a process uses; the UI shows it under System metrics, each job by itself."""
+        prefix = metric_name(f"{SAMPLE}/{job}/" if job else f"{SAMPLE}/")
+        self.add(
+            {f"{prefix}{name}": value for name, value in sample.items()} | {"step": self._samples}
+        )
+        self._samples += 1
 
     def flush(self) -> None:
         """Send what is buffered; a store that fails now is tried again at the next flush."""
@@ -217,7 +225,12 @@ def log_history(run: Run, history: Iterable[Record]) -> None:
     logger.flush()
 
 
-def log_metrics(run: Run, metrics: Mapping[str, float], model: str | None = None) -> None:
+def log_metrics(
+    run: Run,
+    metrics: Mapping[str, float],
+    model: str | None = None,
+    rows: DatasetInput | None = None,
+) -> None:
     """Log final figures; characters MLflow refuses in names become underscores.
 
     Parameters
@@ -228,11 +241,23 @@ def log_metrics(run: Run, metrics: Mapping[str, float], model: str | None = None
         The figures; those that are not a number are left out.
     model : str, optional
         Id of the logged model that they are of: models can be ranked by them.
+    rows : DatasetInput, optional
+        What they were measured on; see `tasks.datasets`.
     """
+    name, digest = (rows.dataset.name, rows.dataset.digest) if rows else (None, None)
     stamp = int(time.time() * 1000)
     entries = [
-        Metric(_metric_name(name), float(value), stamp, 0, model_id=model, run_id=run.run_id)
-        for name, value in metrics.items()
+        Metric(
+            metric_name(key),
+            float(value),
+            stamp,
+            0,
+            model_id=model,
+            dataset_name=name,
+            dataset_digest=digest,
+            run_id=run.run_id,
+        )
+        for key, value in metrics.items()
         if not pd.isna(value)
     ]
     for start in range(0, len(entries), _BATCH):
@@ -246,22 +271,6 @@ def log_params(run: Run, params: Mapping[str, Any]) -> None:
         run.client.log_batch(run.run_id, params=entries[start : start + 100])
 
 
-def log_dataset(run: Run, frame: pd.DataFrame, source: str, name: str, context: str) -> None:
-    """Record which rows a run used: digest, schema and source, not the rows."""
-    texts = frame[["prompt", "response"]].astype("string")
-    origin = CodeDatasetSource(tags={"tclora.data": source})
-    dataset = from_pandas(texts, source=origin, name=name)
-    run.client.log_inputs(
-        run.run_id,
-        datasets=[
-            DatasetInput(
-                dataset=dataset._to_mlflow_entity(),
-                tags=[InputTag(key="mlflow.data.context", value=context)],
-            )
-        ],
-    )
-
-
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -272,7 +281,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _metric_name(name: str) -> str:
+def metric_name(name: str) -> str:
+    """Return a name with underscores for characters that MLflow refuses."""
     return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)
 
 

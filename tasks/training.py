@@ -11,6 +11,7 @@ from tasks.where import Where
 from tclora.config import AdapterConfig
 from tclora.files import write_json
 from tclora.jobs.call import Event
+from tclora.jobs.usage import Sample
 from tclora.model.base import Base
 from tclora.train.course import TrainingResult, total_steps
 from tclora.train.engines import AdapterRequest, train_adapters
@@ -58,7 +59,11 @@ def train(
             note = f"loss {record['loss']:.3f}, {record['tokens_per_s']:.0f} tokens/s"
             where.progress.update(adapter, int(record["step"]) + 1, total[adapter], note)
 
-        results = where.executor.run_isolated(
+        def on_sample(_: str, sample: Sample) -> None:
+            for logger in live.values():
+                logger.add_sample(sample)
+
+        results = where.executor.watched_by(on_sample).run_isolated(
             train_adapters,
             engine=engine,
             base=base,

@@ -72,7 +72,7 @@ def run_evaluation(request: EvaluationRequest, console: Console) -> None:
         console.print(_terminal(title, table))
     console.print(f"{'results':<16}{results.root}", highlight=False, soft_wrap=True, markup=False)
     if request.track:
-        _track(request, target, tables, files, console)
+        _track(request, target, plan, tables, files, console)
 
 
 def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan]:
@@ -204,10 +204,12 @@ def _terminal(title: str, frame: pd.DataFrame) -> Table:
 def _track(
     request: EvaluationRequest,
     target: Target,
+    plan: Plan,
     tables: Tables,
     files: Sequence[Path],
     console: Console,
 ) -> None:
+    from tasks.datasets import dataset_of
     from tasks.tracking import log_evaluation
 
     params: dict[str, Any] = {name: str(value) for name, value in vars(request).items()}
@@ -216,5 +218,7 @@ def _track(
         for method, rows in tables.summary.groupby("method", sort=False)
         for name, value in flat_figures(rows).items()
     }
-    run = log_evaluation(request.output.parent.parent, target.name, params, metrics, files)
+    rows = [dataset_of(part, name, name, "evaluation") for name, part in plan.tasks.items()]
+    output = request.output.parent.parent
+    run = log_evaluation(output, target.name, params, metrics, files, rows)
     console.print(f"{'MLflow run':<16}{run.run_id} in {run.uri}", highlight=False, soft_wrap=True)

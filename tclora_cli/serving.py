@@ -1,13 +1,18 @@
 """The command line's use of a routed library: answer prompts, serve them."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from tclora.errors import LibraryError
 from tclora.route.model import Completion, RoutedModel, load
+
+if TYPE_CHECKING:
+    from tclora.serve import Served
 
 Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
 
@@ -78,5 +83,18 @@ def serve_library(
     console.print(
         f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False, soft_wrap=True
     )
-    uvicorn.run(create_app(engine, name, limits), host=host, port=port, log_level="warning")
+    app = create_app(engine, name, limits, _traces(name))
+    uvicorn.run(app, host=host, port=port, log_level="warning")
     engine.close()
+
+
+def _traces(experiment: str) -> "Callable[[Served], None] | None":
+    """Return what logs every answer as a trace, where the user has named an MLflow store."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return None
+    # They are logged in a thread beside the requests already; a queue would be lost at the end.
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
+    from tasks.traces import log_served, trace_into
+
+    trace_into(experiment)
+    return log_served

@@ -14,15 +14,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 
 from tclora.errors import JobError
 from tclora.jobs.call import EVENTS, Call, EventCallback, result_type
 from tclora.jobs.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
+from tclora.jobs.usage import Sample, sorted_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
+SampleCallback = Callable[[str, Sample], None]  # of a job's name and what its process uses
 _LOG_LINES = 15  # of standard error, shown when a job dies
 
 
@@ -44,6 +47,9 @@ class Executor(Protocol):
 
     def shared_by(self, jobs: int) -> "Executor":
         """Return the executor for one of so many jobs that run beside each other."""
+
+    def watched_by(self, on_sample: SampleCallback) -> "Executor":
+        """Return the executor with a callback for samples of what its jobs use."""
 
     def stop(self) -> None:
         """End what runs and start nothing more."""
@@ -69,11 +75,14 @@ class LocalExecutor:
         A job is killed after this time (s).
     parallel : int
         Jobs that share the cores; one alone gets them all.
+    on_sample : callable or None
+        Called with a job's name and a sample of what its process uses; see `tclora.jobs.usage`.
     """
 
     slots: int = 1
     timeout: float | None = None
     parallel: int = 1
+    on_sample: SampleCallback | None = None
     _running: _Running = field(default_factory=_Running, repr=False)
 
     @classmethod
@@ -84,6 +93,10 @@ class LocalExecutor:
     def shared_by(self, jobs: int) -> "LocalExecutor":
         """Return the executor for one of so many jobs that run beside each other."""
         return replace(self, parallel=max(1, min(jobs, self.slots)))
+
+    def watched_by(self, on_sample: SampleCallback) -> "LocalExecutor":
+        """Return the executor with a callback for samples of what its jobs use."""
+        return replace(self, on_sample=on_sample)
 
     def run_isolated(self, function: Callable[P, R], /, *args: P.args, **arguments: P.kwargs) -> R:
         """Run a function in a fresh process and return its result.
@@ -110,13 +123,17 @@ class LocalExecutor:
         if args:
             raise TypeError(f"arguments of {function.__name__} must be given by keyword")
         on_event: Any = arguments.get(EVENTS)
-        call = Call.of(function, arguments)
-        found = self.run_call(call, job_name(function.__name__, arguments), on_event)
+        call, name = Call.of(function, arguments), job_name(function.__name__, arguments)
+        on_sample = self.on_sample and partial(self.on_sample, name)
+        found = self.run_call(call, name, sorted_out(on_event, on_sample))
         result: R = result_type(function).validate_python(found)
         return result
 
     def run_call(self, call: Call, name: str, on_event: EventCallback | None) -> Any:  # noqa: ANN401
-        """Run a call in a fresh process and return its result as JSON; see `run_isolated`."""
+        """Run a call in a fresh process and return its result as JSON; see `run_isolated`.
+
+        Its events come with the samples of what its process uses among them.
+        """
         if self._running.stopped.is_set():
             raise JobError(f"job {name} was not started: the run was interrupted")
         with (

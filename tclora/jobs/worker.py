@@ -1,6 +1,7 @@
 """The process of one job: ``python -m tclora.jobs.worker FILE`` runs the call of a JSON file.
 
-It prints one JSON line per event and ends with the result or the error. It dies with its parent (it
+It prints one JSON line per event, samples of what it uses among them, and ends with the result or
+the error. It dies with its parent (it
 watches standard input), so a killed run leaves nothing behind that could write.
 """
 
@@ -14,17 +15,19 @@ from typing import Any, TextIO
 from tclora.errors import TcloraError
 from tclora.imports import lasting
 from tclora.jobs.call import Call, Event
+from tclora.jobs.usage import SAMPLE, Sampling
 from tclora.registry import load_plugins
 
 
 def main(path: str) -> None:
     """Run the call described by a JSON file."""
     _die_with_parent()
-    stream = _own_output()
+    stream, lock = _own_output(), threading.Lock()
 
     def send(message: dict[str, Any]) -> None:
-        stream.write(json.dumps(message) + "\n")
-        stream.flush()
+        with lock:
+            stream.write(json.dumps(message) + "\n")
+            stream.flush()
 
     def on_event(event: Event) -> None:
         send({"event": dict(event)})
@@ -34,7 +37,9 @@ def main(path: str) -> None:
         call = Call.model_validate_json(Path(path).read_text(encoding="utf-8"))
         with lasting():
             call.load()
-        send({"result": call.run(on_event)})
+        with Sampling(lambda sample: on_event({SAMPLE: sample})):
+            result = call.run(on_event)
+        send({"result": result})
     except (TcloraError, OSError) as error:
         send({"error": f"{type(error).__name__}: {error}"})
 

@@ -117,6 +117,7 @@ class RoutedModel:
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 64,
+        routing: Routing | None = None,
         **options: Any,  # noqa: ANN401
     ) -> list[Completion]:
         """Answer prompts in one batch, each routed by itself.
@@ -127,6 +128,8 @@ class RoutedModel:
             Users' texts; the library's template is put around them.
         max_new_tokens : int
             Longest answer (tokens).
+        routing : Routing, optional
+            Of these prompts, where `route` has been asked already.
         **options
             Of ``transformers``' ``generate``; greedy by default, whatever the checkpoint's
             generation defaults are. One sequence per prompt.
@@ -145,7 +148,7 @@ class RoutedModel:
             raise ValueError("prompts must be at least one, got none")
         if (copies := options.get("num_return_sequences", 1)) != 1:
             raise ValueError(f"num_return_sequences must be 1, got {copies}; repeat the prompts")
-        routing = self.route(prompts)
+        routing = routing or self.route(prompts)
         inputs = self.encode(prompts, room=max_new_tokens)
         generate: Any = self.model.generate
         with self.routed(routing):
@@ -197,14 +200,20 @@ class RoutedModel:
         names = self.library.gated.names
         return dict(zip(names, routing.weights[row].tolist(), strict=True))
 
+    def decision(self, routing: Routing, row: int) -> dict[str, Any]:
+        """Return where one prompt was routed: known, belonging, weights; see `Completion`."""
+        return {
+            "known": bool(routing.known[row]),
+            "belonging": float(routing.shares[row]),
+            "weights": self.weights_of(routing, row),
+        }
+
     def _completion(self, answer: list[int], routing: Routing, row: int) -> Completion:
         ends = [place for place, token in enumerate(answer) if token in self.end_tokens]
         answer = answer[: ends[0] + 1] if ends else answer
         text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
-        known = bool(routing.known[row])
         by_token = routing.by_token is not None
-        weights, belonging = self.weights_of(routing, row), float(routing.shares[row])
-        return Completion(text, tuple(answer), weights, known, by_token, belonging)
+        return Completion(text, tuple(answer), by_token=by_token, **self.decision(routing, row))
 
 
 def load(

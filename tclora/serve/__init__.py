@@ -1,6 +1,7 @@
 """Serving a routed library: batched generation behind an OpenAI-compatible endpoint."""
 
+from tclora.serve.answer import Served
 from tclora.serve.app import Limits, create_app
 from tclora.serve.engine import Engine, Piece, Request
 
-__all__ = ["Engine", "Limits", "Piece", "Request", "create_app"]
+__all__ = ["Engine", "Limits", "Piece", "Request", "Served", "create_app"]

@@ -7,8 +7,7 @@ import asyncio
 import json
 import queue
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tclora.route.model import RoutedModel
 from tclora.route.routing import Routing
+from tclora.serve.answer import Answer, Served
 from tclora.serve.engine import Engine, Piece
 from tclora.serve.engine import Request as Generation
 
@@ -73,32 +73,12 @@ class ChatRequest(BaseModel):
     user: str | None = None
 
 
-class Answer:
-    """One request on its way through the engine, seen from the event loop."""
-
-    def __init__(self, name: str) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.name = name
-        self.pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def put(self, piece: Piece) -> None:
-        """Take a piece from the engine's thread."""
-        self._loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
-
-    def body(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        """Return the common part of a response."""
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.name,
-            "choices": [{"index": 0, **choice}],
-        }
-
-
-def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    on_end: Callable[[Served], None] | None = None,
+) -> FastAPI:
     """Make the application.
 
     Parameters
@@ -109,6 +89,8 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
         Name of the model.
     limits : Limits, optional
         What a request may ask for.
+    on_end : callable, optional
+        Called, beside other requests, with every one that was answered, cancelled or has failed.
 
     Returns
     -------
@@ -140,31 +122,36 @@ def create_app(engine: Engine, name: str, limits: Limits | None = None) -> FastA
     async def chat(asked: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
         if asked.model not in {None, name}:
             raise HTTPException(404, f"model must be {name!r}, got {asked.model!r}")
-        answer = Answer(name)
+        answer = Answer(name, on_end)
         routing = await asyncio.to_thread(_route, engine.model, asked)
         generation = _generation(engine.model, asked, routing, answer, limits)
+        route = {**engine.model.decision(routing, 0), "by_token": routing.by_token is not None}
+        answer.served = served = _served(asked, generation, route, answer.began)
         try:
             engine.submit(generation)
         except queue.Full:
             raise HTTPException(429, "too many requests wait; try again later") from None
         except RuntimeError as error:
             raise HTTPException(503, str(error)) from None
-        route = _routing_body(engine.model, routing)
         if asked.stream:
             events = _stream(answer, generation, route, limits)
             return StreamingResponse(events, media_type="text/event-stream")
-        whole = asyncio.ensure_future(_whole(answer, generation, route, limits))
+        whole = asyncio.ensure_future(_whole(answer, served, generation, limits))
         return JSONResponse(await _unless_gone(request, whole))
 
     return app
 
 
 def _route(model: RoutedModel, asked: ChatRequest) -> Routing:
-    """Route by the last user's turn, the text that the clusters were made of."""
+    return model.route([_prompt(asked)])
+
+
+def _prompt(asked: ChatRequest) -> str:
+    """Return the last user's turn, by which is routed: the clusters were made of such texts."""
     turns = [message.content for message in asked.messages if message.role == "user"]
     if not turns:
         raise HTTPException(400, "messages must have at least one of role 'user'")
-    return model.route(turns[-1:])
+    return turns[-1]
 
 
 def _generation(
@@ -204,13 +191,24 @@ def _tokens(model: RoutedModel, messages: list[Message]) -> tuple[int, ...]:
     return tuple(tokenizer("".join(f"{message.content}\n" for message in messages)).input_ids)
 
 
-def _routing_body(model: RoutedModel, routing: Routing) -> dict[str, Any]:
-    return {
-        "known": bool(routing.known[0]),
-        "belonging": float(routing.shares[0]),
-        "weights": model.weights_of(routing, 0),
-        "by_token": routing.by_token is not None,
-    }
+def _served(
+    asked: ChatRequest, generation: Generation, route: dict[str, Any], began: int
+) -> Served:
+    """Say what is known of a request that is about to be answered."""
+    return Served(
+        messages=[message.model_dump() for message in asked.messages],
+        prompt=_prompt(asked),
+        options={
+            "max_tokens": generation.max_tokens,
+            "temperature": generation.temperature,
+            "top_p": generation.top_p,
+            "stop": list(generation.stop),
+        },
+        route=route,
+        prompt_tokens=len(generation.tokens),
+        began=began,
+        routed=time.time_ns(),
+    )
 
 
 async def _pieces(answer: Answer, generation: Generation, limits: Limits) -> AsyncIterator[Piece]:
@@ -238,25 +236,20 @@ async def _unless_gone(request: Request, whole: "asyncio.Future[dict[str, Any]]"
 
 
 async def _whole(
-    answer: Answer, generation: Generation, route: dict[str, Any], limits: Limits
+    answer: Answer, served: Served, generation: Generation, limits: Limits
 ) -> dict[str, Any]:
-    text, last = "", Piece("", 0)
+    last = Piece("", 0)
     try:
-        async for last in _pieces(answer, generation, limits):
-            text += last.text
+        async for piece in _pieces(answer, generation, limits):
+            last = piece
     except TimeoutError:
         raise HTTPException(504, f"no answer within {limits.timeout:g} s") from None
     if last.error:
         raise HTTPException(500, f"generation failed: {last.error}")
-    message = {"role": "assistant", "content": text}
-    prompt = len(generation.tokens)
+    message = {"role": "assistant", "content": served.text}
     return answer.body("chat.completion", {"message": message, "finish_reason": last.finish}) | {
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": last.tokens,
-            "total_tokens": prompt + last.tokens,
-        },
-        "tclora": route,
+        "usage": served.usage,
+        "tclora": served.route,
     }
 
 

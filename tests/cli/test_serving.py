@@ -1,6 +1,7 @@
 """The command line on a routed library: generate, export, serve."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 import urllib.request
 
 import pytest
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 import tclora
@@ -67,12 +69,20 @@ def test_export_writes_plain_adapters(library, gated, tmp_path):
 
 
 @pytest.mark.slow
-def test_serve_answers_on_loopback(library):
+def test_serve_answers_on_loopback_and_logs_traces(library, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tclora_cli", "serve", str(library), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"MLFLOW_TRACKING_URI": store},
+        cwd=tmp_path,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(server, f"{url}/health")
@@ -84,6 +94,7 @@ def test_serve_answers_on_loopback(library):
         )
         with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310
             found = json.load(response)
+        trace = _first_trace(store, "library")
     finally:
         server.terminate()
         server.wait(30)
@@ -91,6 +102,18 @@ def test_serve_answers_on_loopback(library):
     wanted = tclora.load(library).generate([PROMPT], max_new_tokens=5)[0]
     assert found["choices"][0]["message"]["content"] == wanted.text
     assert found["model"] == "library"
+    assert [span.name for span in trace.data.spans] == ["chat", "route", "generate"]
+    assert trace.data.spans[0].outputs["text"] == wanted.text
+
+
+def _first_trace(store, experiment):
+    client = MlflowClient(store)
+    place = client.get_experiment_by_name(experiment).experiment_id
+    for _ in range(60):
+        if found := client.search_traces(locations=[place]):
+            return found[0]
+        time.sleep(0.5)
+    pytest.fail("the server has logged no trace")
 
 
 def _wait(server, url):

@@ -11,13 +11,17 @@ from urllib.parse import urlparse
 import pandas as pd
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import tclora
 from flows.pipeline import pipeline, step_named
+from tasks.provenance import source_sha256
 from tclora.adapter import read_adapter
+from tclora.config import parse_config
+from tclora.data.readers import source_digest
 from tclora.errors import ConfigError, JobError
 from tclora.evaluate.tables import flat_figures
 from tclora.jobs.run import LocalExecutor
@@ -382,12 +386,82 @@ def test_the_primary_merge_is_registered(finished):
     assert Path(urlparse(version.source).path, "adapter_model.safetensors").is_file()
 
 
-def test_prefect_links_to_mlflow(finished):
+def artifacts_of_prefect():
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as api:
-        found = [a for a in api.read_artifacts() if a.key == "mlflow-mine"]
+        return api.read_artifacts()
+
+
+def test_prefect_links_to_mlflow(finished):
+    found = [a for a in artifacts_of_prefect() if a.key == "mlflow-mine"]
     assert any(finished["mlflow_run"] in a.data for a in found)
+
+
+def test_prefect_shows_methods_sizes_and_places(finished, library):
+    tables = {a.key: json.loads(a.data) for a in artifacts_of_prefect() if a.type == "table"}
+    methods = {row["method"]: row for row in tables["methods-mine"]}
+    assert {"base", "own", "joint", "tc-lora", "uniform", "routed"} <= set(methods)
+    summary = pd.read_parquet(library / "evaluation" / "summary.parquet")
+    wanted = flat_figures(summary[summary["method"] == "uniform"])["test/nll"]
+    assert methods["uniform"]["test NLL"] == pytest.approx(wanted, abs=1e-4)
+    assert methods["base"]["recovery"] is None
+    sizes = {row["what"]: row["bytes"] for row in tables["sizes-mine"]}
+    assert 0 < sizes["merged/uniform"] < sizes["separate adapters"] < sizes["whole library"]
+    places = {row["what"]: row["where"] for row in tables["places-mine"]}
+    assert places["library"] == str(library)
+    assert finished["mlflow_run"] in places["MLflow run"]
+
+
+def test_prefect_shows_the_progress_of_jobs(finished):
+    shown = [a.description for a in artifacts_of_prefect() if a.type == "progress"]
+    assert any(text.startswith("cluster-0: ") for text in shown)
+    assert any(text.startswith("routed: ") for text in shown)
+
+
+def test_from_a_run_of_mlflow_back_to_all_it_was_made_of(finished, library, settings):
+    client = MlflowClient(finished["mlflow_uri"])
+    (nested,) = client.search_runs(
+        [finished["mlflow_experiment"]],
+        f"tags.`mlflow.parentRunId` = '{finished['mlflow_run']}' "
+        "AND attributes.run_name = 'evaluate-uniform'",
+    )
+    # Every run has a parent, which has everything; what a method was measured on is its own.
+    parent = client.get_run(nested.data.tags["mlflow.parentRunId"])
+    tags, manifest = parent.data.tags, read_manifest(library)
+    config = yaml.safe_load(
+        Path(client.download_artifacts(parent.info.run_id, "config.yaml")).read_text()
+    )
+    assert parse_config(config) == parse_config(settings)
+    assert tags["tclora.version"] == tclora.__version__
+    assert tags["tclora.source_sha256"] == source_sha256()
+    assert tags["tclora.data_sha256"] == source_digest(parse_config(settings).data)
+    assert tags["tclora.base_model_digest"] == manifest.base_model.digest
+    assert tags["tclora.embedding_model_digest"] == manifest.embedding_model.digest
+    assert tags["prefect.flow_run_id"]
+    assert "environment.yaml" in {a.path for a in client.list_artifacts(parent.info.run_id)}
+    rows = {entry.dataset.name: entry.dataset.digest for entry in parent.inputs.dataset_inputs}
+    assert set(rows) == {"mine-train", "mine-test"}
+    (held_out,) = nested.inputs.dataset_inputs
+    assert (held_out.dataset.name, held_out.dataset.digest) == ("mine-test", rows["mine-test"])
+    models = client.search_logged_models(
+        [finished["mlflow_experiment"]], "metrics.`test/nll` > 0",
+        datasets=[{"dataset_name": "mine-test", "dataset_digest": rows["mine-test"]}],
+    )  # fmt: skip
+    assert {"merged-uniform", "routed"} <= {model.name for model in models}
+
+
+def test_what_a_run_and_its_jobs_use_is_among_the_system_metrics(finished):
+    client = MlflowClient(finished["mlflow_uri"])
+    parent = client.get_run(finished["mlflow_run"]).data.metrics
+    for place in ("system", "system/evaluate_adapters-uniform"):
+        assert parent[f"{place}/process_memory_usage_megabytes"] > 100
+    (trained,) = client.search_runs(
+        [finished["mlflow_experiment"]],
+        f"tags.`mlflow.parentRunId` = '{finished['mlflow_run']}' "
+        "AND attributes.run_name = 'cluster-1'",
+    )
+    assert trained.data.metrics["system/process_memory_usage_megabytes"] > 100
 
 
 def test_a_second_run_takes_everything_from_the_cache(library, settings):

@@ -11,6 +11,7 @@ from tclora.jobs.call import result_type
 from tclora.jobs.parcel import Packed
 from tclora.jobs.records import JobRecords, Telling
 from tclora.jobs.remote import accept, check_function, local_executor, perform
+from tclora.jobs.usage import SAMPLE
 from tclora.model.locate import model_digest
 from tclora.model.place import ModelPlace, fetched_model
 from tclora.store.objects import Store
@@ -75,7 +76,8 @@ def test_files_travel_there_and_back(records, worker, tmp_path):
     assert (home / "out" / "adapter" / "sub" / "a.txt").read_text() == "seven!!"
     assert (home / "log.txt").read_text() == "done"
     assert not (home / "work").exists()
-    assert events == [{"step": 1}]
+    assert [event for event in events if SAMPLE not in event] == [{"step": 1}]
+    assert events[-1][SAMPLE]["process_memory_usage_megabytes"] > 1
     assert not [p for p in (tmp_path / "worker" / "jobs").iterdir() if p.is_dir()]
 
 

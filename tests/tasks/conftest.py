@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import mlflow
 import pandas as pd
 import pytest
 from prefect.logging import disable_run_logger
 
 from tasks.artifact import Artifact
 from tasks.progress import JobProgress
+from tasks.traces import trace_into
 from tasks.tracking import open_run
 from tasks.where import Where
 from tclora.adapter import write_adapter
@@ -37,6 +39,25 @@ def run(tmp_path_factory):
     return open_run(
         parse_config({"name": "trial", "output": str(tmp_path_factory.mktemp("store"))}), "run", {}
     )
+
+
+@pytest.fixture(scope="session")
+def trace_store(tmp_path_factory):
+    """A store for traces; making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('traces')}/mlflow.db"
+
+
+@pytest.fixture
+def traced(trace_store, monkeypatch):
+    """Traces go to that store; MLflow itself sets the experiment in the environment."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
+    mlflow.set_tracking_uri(trace_store)
+    trace_into("traces")
+    yield
+    mlflow.flush_trace_async_logging()
+    mlflow.set_tracking_uri(None)
+    assert not Path("mlruns").exists()
 
 
 @pytest.fixture

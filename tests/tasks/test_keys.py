@@ -51,10 +51,10 @@ STAGES = {
     for task in vars(module).values()
     if isinstance(task, keys.Task)
 }
-# What receives figures or shows progress, and what finds keys; results do not depend on them.
+# What receives figures or shows progress, finds keys or runs jobs; results do not depend on them.
 ASIDE = (
     "tasks.tracking", "tasks.progress", "tasks.keys", "tasks.closure", "tasks.definitions",
-    "tclora.config.",
+    "tclora.config.", "tclora.jobs.run",
 )  # fmt: skip
 
 

@@ -3,6 +3,9 @@
 import logging
 
 import pytest
+from prefect import flow, task
+from prefect.client.orchestration import get_client
+from prefect.context import TaskRunContext
 from prefect.logging import disable_run_logger
 
 from tasks import progress
@@ -38,3 +41,25 @@ def test_a_second_block_counts_anew(lines):
         with shown.shown():
             shown.update("base", 8, 8, "rows")
     assert lines == ["base: 8 of 8, rows"] * 2
+
+
+def test_prefect_shows_each_jobs_progress(prefect_server):
+    shown = JobProgress()
+
+    @task
+    def job(name):
+        for step in range(1, 101):
+            shown.update(name, step, 100, f"loss {100 - step}")
+        return str(TaskRunContext.get().task_run.id)
+
+    @flow(name="jobs")
+    def jobs():
+        return {name: job(name) for name in ("cluster-0", "cluster-1")}
+
+    runs = jobs()
+    with get_client(sync_client=True) as api:
+        found = {str(a.task_run_id): a for a in api.read_artifacts() if a.type == "progress"}
+    assert set(found) == set(runs.values())
+    for name, run_id in runs.items():
+        assert found[run_id].data == 100.0
+        assert found[run_id].description == f"{name}: 100 of 100, loss 0"

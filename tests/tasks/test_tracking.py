@@ -1,7 +1,13 @@
+import platform
+from pathlib import Path
+
 import pandas as pd
 import pytest
+import yaml
 
+import tclora
 from tasks import tracking
+from tasks.datasets import dataset_of
 from tasks.logged_models import log_model_files, register_model
 from tasks.tracking import Run
 from tclora.config import parse_config
@@ -98,14 +104,13 @@ def test_long_parameters_are_shortened(run):
 def test_rows_are_recorded_by_digest(run):
     nested = tracking.nested_run(run, "rows", {})
     frame = pd.DataFrame({"prompt": ["a", "b"], "response": ["c", "d"], "choices": [None, ["x"]]})
-    tracking.log_dataset(nested, frame, "mine.jsonl", "trial-train", "training")
+    rows = dataset_of(frame, "mine.jsonl", "trial-train", "training")
+    run.client.log_inputs(nested.run_id, datasets=[rows])
     (entry,) = run.client.get_run(nested.run_id).inputs.dataset_inputs
     assert entry.dataset.name == "trial-train"
     assert "mine.jsonl" in entry.dataset.source
     assert entry.tags[0].value == "training"
-    other = tracking.nested_run(run, "rows", {})
-    tracking.log_dataset(other, frame[:1], "mine.jsonl", "trial-train", "training")
-    (changed,) = run.client.get_run(other.run_id).inputs.dataset_inputs
+    changed = dataset_of(frame[:1], "mine.jsonl", "trial-train", "training")
     assert changed.dataset.digest != entry.dataset.digest
 
 
@@ -140,6 +145,38 @@ def test_logged_models_are_ranked_by_their_figures(run, tmp_path):
     )
     assert [model.model_id for model in ranked] == [found["high"], found["middle"]]
     assert [(metric.key, metric.value) for metric in ranked[0].metrics] == [("rank/mean", 0.9)]
+
+
+def test_logged_models_are_found_by_what_they_were_measured_on(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    frame = pd.DataFrame({"prompt": ["a"], "response": ["b"]})
+    found = {}
+    for name in ("here", "there"):
+        nested = tracking.nested_run(run, name, {})
+        rows = dataset_of(frame, "mine.jsonl", f"rows-{name}", "evaluation")
+        found[name] = log_model_files(nested, tmp_path, f"on-{name}", f"on-{name}", "peft-lora")
+        tracking.log_metrics(nested, {"nll": 0.5}, found[name], rows)
+    (model,) = run.client.search_logged_models(
+        [run.experiment_id], "metrics.nll < 1", datasets=[{"dataset_name": "rows-there"}]
+    )
+    assert model.model_id == found["there"]
+    (metric,) = model.metrics
+    assert (metric.dataset_name, metric.dataset_digest) == ("rows-there", rows.dataset.digest)
+
+
+def test_a_run_names_its_code_and_its_environment(config, run):
+    found = run.client.get_run(run.run_id)
+    tags = found.data.tags
+    assert tags["tclora.version"] == tclora.__version__
+    assert len(tags["tclora.source_sha256"]) == 64
+    assert tags["mlflow.user"]
+    assert len(tags.get("mlflow.source.git.commit", "0" * 40)) == 40
+    place = run.client.download_artifacts(run.run_id, "environment.yaml")
+    written = yaml.safe_load(Path(place).read_text())
+    assert written["packages"]["pandas"] == pd.__version__
+    assert written["python"] == platform.python_version()
+    config_file = run.client.download_artifacts(run.run_id, "config.yaml")
+    assert parse_config(yaml.safe_load(Path(config_file).read_text())) == config
 
 
 def test_a_registered_adapter_can_be_downloaded(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The training stage: adapters, curves in the library and in MLflow, checkpoints as asked for."""
 
 import json
+from typing import ClassVar
 
 import pytest
 
@@ -15,8 +16,10 @@ from tests.tasks.conftest import Inline, cluster_row_files
 class Noted(Inline):
     """Notes what a job is given."""
 
+    given: ClassVar[dict] = {}
+
     def run_isolated(self, function, /, **arguments):
-        object.__setattr__(self, "given", arguments)
+        self.given.update(arguments)
         return function(**arguments)
 
 
@@ -69,3 +72,21 @@ def test_a_failing_job_fails_its_run_in_mlflow(logged, base):
     )
     assert found.info.status == "FAILED"
     assert "cluster-2" in found.data.tags["tclora.error"]
+
+
+def test_what_a_training_uses_is_in_its_own_run(logged, base):
+    class Busy(Inline):
+        def run_isolated(self, function, /, **arguments):
+            for share in (50.0, 75.0):
+                self.on_sample("train_adapters", {"cpu_utilization_percentage": share})
+            return function(**arguments)
+
+    where = Where(logged.layout, logged.run, Busy(), JobProgress())
+    train({"cluster-1": cluster_row_files(where)["cluster-1"]}, base, where)
+    client = where.run.client
+    (nested,) = client.search_runs(
+        [where.run.experiment_id],
+        "attributes.run_name = 'cluster-1' AND metrics.`system/cpu_utilization_percentage` > 0",
+    )
+    curve = client.get_metric_history(nested.info.run_id, "system/cpu_utilization_percentage")
+    assert [(point.step, point.value) for point in curve] == [(0, 50.0), (1, 75.0)]

@@ -1,0 +1,132 @@
+"""What a process uses of its machine: a sample now and then, in MLflow's names of system metrics.
+
+Names are those of MLflow's own monitors, which take seconds to import, and two of the process
+itself. GPUs are seen with ``nvidia-ml-py`` alone (``pip install tclora[gpu]``); their numbers are
+NVML's, in the order of the PCI bus.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import copy_context
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from tclora.jobs.call import Event, EventCallback
+
+Sample = Mapping[str, float]
+SAMPLE = "system"  # the only key of an event that is a sample
+_MEGABYTE = 1e6
+
+
+def sorted_out(
+    on_event: EventCallback | None, on_sample: Callable[[Sample], None] | None
+) -> EventCallback:
+    """Return a callback that hands samples to one and other events to another, or to nobody."""
+
+    def hear(event: Event) -> None:
+        if SAMPLE not in event:
+            if on_event:
+                on_event(event)
+        elif on_sample:
+            on_sample(event[SAMPLE])
+
+    return hear
+
+
+class Sampling:
+    """Tells what this process uses while a block runs, from a thread of its own.
+
+    The last sample is told at the end of the block, so that a short one has a sample too.
+
+    Parameters
+    ----------
+    tell : callable
+        Takes a sample.
+    pause : float
+        Time between two samples (s); shares of a processor are means over it.
+    """
+
+    def __init__(self, tell: Callable[[Sample], None], pause: float = 10.0) -> None:
+        self._tell, self._pause = tell, pause
+        self._ended = threading.Event()
+        self._process, self._gpus = psutil.Process(), list(_gpus())
+        # In the caller's context: Prefect's loggers, for one, are found by it.
+        work = copy_context().run
+        self._thread = threading.Thread(target=work, args=(self._work,), daemon=True)
+
+    def __enter__(self) -> "Sampling":
+        psutil.cpu_percent()  # what is measured from here on
+        self._process.cpu_percent()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(self._pause)
+            self._tell(self._sample())
+
+    def _sample(self) -> dict[str, float]:
+        memory = psutil.virtual_memory()
+        sample = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / _MEGABYTE,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "process_cpu_utilization_percentage": self._process.cpu_percent(),  # of one core
+            "process_memory_usage_megabytes": self._process.memory_info().rss / _MEGABYTE,
+        }
+        for gpu in self._gpus:
+            sample |= gpu()
+        return {name: round(value, 1) for name, value in sample.items()}
+
+
+def _gpus() -> Iterator[Callable[[], dict[str, float]]]:
+    """Yield for every GPU that this process may use a function that looks at it."""
+    try:
+        import pynvml
+    except ImportError:
+        return
+    try:
+        pynvml.nvmlInit()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        ids = range(pynvml.nvmlDeviceGetCount()) if named is None else named.split(",")
+        handles = [_handle(pynvml, str(gpu).strip()) for gpu in ids if str(gpu).strip()]
+    except pynvml.NVMLError:  # there is no driver, or no such GPU
+        return
+    for handle in handles:
+        yield partial(_gpu_sample, pynvml, handle)
+
+
+def _handle(nvml: Any, gpu: str) -> Any:  # noqa: ANN401
+    """Return NVML's handle of a GPU, as CUDA_VISIBLE_DEVICES names it."""
+    if gpu.isdecimal():
+        return nvml.nvmlDeviceGetHandleByIndex(int(gpu))
+    return nvml.nvmlDeviceGetHandleByUUID(gpu)
+
+
+def _gpu_sample(nvml: Any, handle: Any) -> dict[str, float]:  # noqa: ANN401
+    """Return what is used of a GPU, as far as it tells: a part of one (MIG) does not tell all."""
+    sample: dict[str, float] = {}
+    try:
+        name = f"gpu_{nvml.nvmlDeviceGetIndex(handle)}"
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        sample[f"{name}_memory_usage_percentage"] = 100 * memory.used / memory.total
+        sample[f"{name}_memory_usage_megabytes"] = memory.used / _MEGABYTE
+        sample[f"{name}_utilization_percentage"] = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+        sample[f"{name}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    except nvml.NVMLError:
+        return sample
+    return sample

@@ -1,0 +1,52 @@
+"""Samples of what processes use: this one, and a job's own."""
+
+import os
+import time
+
+import psutil
+import pytest
+
+from tclora.errors import JobError
+from tclora.jobs.run import LocalExecutor
+from tclora.jobs.usage import Sampling
+from tests.jobs import functions
+
+NAMES = {
+    "cpu_utilization_percentage", "system_memory_usage_megabytes",
+    "system_memory_usage_percentage", "process_cpu_utilization_percentage",
+    "process_memory_usage_megabytes",
+}  # fmt: skip
+
+
+def busy(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_a_block_is_sampled_now_and_then_and_at_its_end():
+    samples = []
+    with Sampling(samples.append, pause=0.2):
+        busy(0.5)
+    assert len(samples) >= 3
+    assert all(set(sample) >= NAMES for sample in samples)
+    assert max(sample["process_cpu_utilization_percentage"] for sample in samples) > 20
+    used = psutil.Process(os.getpid()).memory_info().rss / 1e6
+    assert samples[-1]["process_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
+
+
+def test_a_job_tells_what_its_own_process_uses():
+    samples = []
+    executor = LocalExecutor().watched_by(lambda job, sample: samples.append((job, sample)))
+    assert executor.run_isolated(functions.variable, name="HOME") == os.environ["HOME"]
+    ((job, sample),) = samples
+    assert job == "variable HOME"
+    assert 0 < sample["process_memory_usage_megabytes"] < sample["system_memory_usage_megabytes"]
+
+
+def test_a_job_that_fails_has_told_too():
+    samples = []
+    executor = LocalExecutor().watched_by(lambda job, sample: samples.append(job))
+    with pytest.raises(JobError, match="loss became nan"):
+        executor.run_isolated(functions.fail, name="one")
+    assert samples == ["fail one"]

@@ -1,6 +1,6 @@
 """The base model as the jobs of a run see it: which one it is, and how rows become its tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.model.locate import choose_dtype, default_device, load_base_model, load_tokenizer
 from tclora.model.place import ModelPlace
+from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow, encode_frame
 
 
@@ -54,6 +55,10 @@ class LoadedBase(NamedTuple):
         return encode_frame(
             self.tokenizer, frame, template=self.base.template, max_tokens=self.base.max_tokens
         )
+
+    def rows(self, file: Path) -> Sequence[TokenRow]:
+        """Return the rows of a file in tokens: as they are mapped, or encoded if it holds texts."""
+        return TokenFile(file) if file.suffix == SUFFIX else self.encode(file)
 
 
 def read_rows(file: Path, columns: Iterable[str] = ("prompt", "response")) -> pd.DataFrame:

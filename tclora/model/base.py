@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.model.locate import choose_dtype, default_device, load_base_model, load_tokenizer
 from tclora.model.place import ModelPlace
+from tclora.model.quantised import load_quantised
 from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow, encode_frame
 
@@ -30,10 +31,11 @@ class Base(ModelPlace):
     template: Literal["chat", "plain"]
     max_tokens: int
 
-    def load(self) -> "LoadedBase":
-        """Load model and tokenizer on this process's device."""
+    def load(self, quantisation: Literal["nf4"] | None = None) -> "LoadedBase":
+        """Load model and tokenizer on this process's device; see `tclora.model.quantised`."""
         device = default_device()
-        model = load_base_model(self.here, choose_dtype(self.dtype, device), device)
+        load = load_quantised if quantisation else load_base_model
+        model = load(self.here, choose_dtype(self.dtype, device), device)
         return LoadedBase(self, model, load_tokenizer(self.here))
 
 

@@ -95,7 +95,7 @@ def train_requests(
 
         return send
 
-    loaded = base.load()
+    loaded = base.load(config.quantisation)
     trainees = {
         request.name: Trainee(
             loaded.rows(request.rows),

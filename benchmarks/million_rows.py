@@ -1,4 +1,4 @@
-"""A million rows through read, embed, cluster and divide: time and memory, and how both grow.
+"""A million rows through read, tokenise, embed, cluster and divide: time, memory, their growth.
 
 Rows and embeddings are made here: prompts of some 150 characters from ten kinds of task, with
 vectors around ten directions (D = 384, given through ``embed.vectors``, so that no model embeds).

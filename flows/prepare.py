@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.context import Context, Prepared
 from tasks.artifact import Artifact
-from tasks.prepare import HELD_OUT, cluster, divide, embed, features, read
+from tasks.prepare import HELD_OUT, cluster, divide, embed, features, read, tokenise
 from tasks.tracking import announce
 from tclora.cluster.registry import clusterers
 from tclora.config import AdapterConfig, FeatureConfig
@@ -24,12 +24,14 @@ def prepare(context: Context) -> Prepared:
     seed = cfg.seed if cfg.data.seed is None else cfg.data.seed
     examples = read(cfg.data, digest, models.base, cfg.train.max_tokens, seed, where)
     announce("read", examples.metrics)
+    tokens = tokenise(examples, context.base, where)
+    announce("tokenise", tokens.metrics)
     given = sha256_path(Path(cfg.embed.vectors)) if cfg.embed.vectors else None
     embeddings = embed(examples, cfg.embed, models.embedder, models.embedder_digest, given, where)
     seen = _features(context, examples, embeddings)
     clusters = cluster(examples, embeddings, seen, cfg.cluster, cfg.seed, where)
     announce("cluster", clusters.metrics | {"sizes": clusters.info["sizes"]})
-    rows = divide(examples, clusters, cfg.train.joint, where)
+    rows = divide(examples, tokens, clusters, cfg.train.joint, where)
     joint, held_out = rows.pop(JOINT, None), rows.pop(HELD_OUT, None)
     return Prepared(examples, embeddings, clusters, rows, joint, held_out)
 

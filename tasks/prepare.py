@@ -1,8 +1,12 @@
-"""Stages from the input to the rows of each adapter: read, embed, cluster, divide."""
+"""Stages from the input to the rows of each adapter: read, tokenise, embed, cluster, divide."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from prefect import get_run_logger
 from safetensors.numpy import save_file
 
@@ -18,14 +22,17 @@ from tclora.cluster.table import cluster_examples
 from tclora.cluster.vectors import VectorFile
 from tclora.config import AdapterConfig, ClusterConfig, DataConfig, EmbedConfig, FeatureConfig
 from tclora.data.examples import profile, read_examples
-from tclora.files import atomic_path
+from tclora.files import atomic_path, parquet_batches
 from tclora.jobs.call import Event
 from tclora.library.names import JOINT, cluster_name
 from tclora.model.base import Base
 from tclora.model.locate import devices_of, load_tokenizer
 from tclora.model.place import cache_dir
+from tclora.model.token_file import write_chosen, write_tokens
+from tclora.model.tokens import encode_frame
 
 HELD_OUT = "held-out"  # the rows that methods are measured on, among those of the adapters
+_TOKENISED = 10_000  # rows whose tokens are in memory at once
 
 
 @stage("read")
@@ -46,6 +53,28 @@ def read(
         examples.frame.to_parquet(fresh)
     info = {"skipped": examples.skipped}
     return Artifact.of(where.layout.root, where.layout.examples, metrics=metrics, info=info)
+
+
+@stage("tokenise")
+def tokenise(examples: Artifact, base: Base, where: Where) -> Artifact:
+    """Tokenise the training rows, once for all jobs that train on them."""
+    tokenizer, target = load_tokenizer(base.here), where.layout.tokens
+    blocks = (
+        encode_frame(tokenizer, rows, template=base.template, max_tokens=base.max_tokens)
+        for rows in _training_rows(examples.path)
+    )
+    with atomic_path(target) as fresh:
+        counts = write_tokens(blocks, fresh)
+    metrics = {name: float(count) for name, count in counts._asdict().items()}
+    return Artifact.of(where.layout.root, target, metrics=metrics)
+
+
+def _training_rows(examples: Path) -> Iterator[pd.DataFrame]:
+    with pq.ParquetFile(examples) as table:
+        for batch in parquet_batches(table, _TOKENISED, ["prompt", "response", "split"]):
+            rows = batch.to_pandas().query("split == 'train'")
+            if len(rows):  # a tokenizer refuses to read none
+                yield rows
 
 
 @stage("embed")
@@ -149,11 +178,13 @@ def cluster(
 
 
 @stage("divide")
-def divide(examples: Artifact, clusters: Artifact, joint: bool, where: Where) -> Artifacts:
+def divide(
+    examples: Artifact, tokens: Artifact, clusters: Artifact, joint: bool, where: Where
+) -> Artifacts:
     """Write the rows of every adapter, and those held out, to files of their own.
 
-    A file's digest changes only with its own rows: re-clustering that leaves a cluster as it was
-    leaves its adapter as it was.
+    Those of an adapter are two files: texts, and tokens. A file's digest changes only with its own
+    rows: re-clustering that leaves a cluster as it was leaves its adapter as it was.
     """
     labels = pd.read_parquet(clusters.path, columns=["cluster"])["cluster"].to_numpy()
     training = (pd.read_parquet(examples.path, columns=["split"])["split"] == "train").to_numpy()
@@ -162,7 +193,12 @@ def divide(examples: Artifact, clusters: Artifact, joint: bool, where: Where) ->
         groups[JOINT] = training & (labels != NOISE)
     texts = pd.read_parquet(examples.path, columns=["prompt", "response"])
     written = {
-        name: _write_rows(where, where.layout.rows(name), texts[chosen])
+        name: _write_rows(
+            where,
+            where.layout.rows(name),
+            texts[chosen],
+            _write_tokens(tokens, np.flatnonzero(chosen[training]), where.layout.row_tokens(name)),
+        )
         for name, chosen in groups.items()
     }
     if not training.all():
@@ -172,7 +208,13 @@ def divide(examples: Artifact, clusters: Artifact, joint: bool, where: Where) ->
     return written
 
 
-def _write_rows(where: Where, file: Path, rows: pd.DataFrame) -> Artifact:
+def _write_rows(where: Where, file: Path, rows: pd.DataFrame, *others: Path) -> Artifact:
     with atomic_path(file) as fresh:
         rows.reset_index(drop=True).to_parquet(fresh)
-    return Artifact.of(where.layout.root, file, info={"rows": len(rows)})
+    return Artifact.of(where.layout.root, file, *others, info={"rows": len(rows)})
+
+
+def _write_tokens(tokens: Artifact, places: NDArray[np.int64], file: Path) -> Path:
+    with atomic_path(file) as fresh:
+        write_chosen(tokens.path, places, fresh)
+    return file

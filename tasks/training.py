@@ -32,13 +32,13 @@ def train(
 ) -> Artifacts:
     """Train the adapters of one job; progress goes to the log and to nested MLflow runs.
 
-    `rows` are those of each adapter; `name` is the job's.
+    `rows` are those of each adapter, as `divide` wrote them; `name` is the job's.
     """
     layout, key = where.layout, current_key()
     requests = [
         AdapterRequest(
             name=adapter,
-            rows=part.path,
+            rows=part.paths[1],
             target=layout.adapter(adapter),
             # Named by all that determines it, so a resume never mixes two configurations.
             checkpoint=layout.checkpoint(f"{adapter}-{key[:16]}"),

@@ -178,6 +178,11 @@ class AdapterConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     freeze_a: bool = Field(False, description="train B only (LoRA-FA): averaging becomes exact")
     gradient_checkpointing: bool = Field(False, description="trade compute for memory")
+    quantisation: Literal["nf4"] | None = Field(
+        None,
+        description="nf4: train on a base whose linear layers have 4-bit weights (QLoRA; pip "
+        "install tclora[qlora]); merges and evaluation keep the base as it is",
+    )
     validation_fraction: float = Field(
         0.0,
         ge=0,

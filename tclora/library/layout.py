@@ -147,9 +147,18 @@ class Layout:
         """What the base model says of the training rows, (rows, width)."""
         return self.work / "features.safetensors"
 
+    @property
+    def tokens(self) -> Path:
+        """All training rows in tokens, in the order of the examples."""
+        return self.work / "tokens.arrow"
+
     def rows(self, name: str) -> Path:
         """Training rows of an adapter."""
         return self.work / "rows" / f"{name}.parquet"
+
+    def row_tokens(self, name: str) -> Path:
+        """Training rows of an adapter in tokens."""
+        return self.work / "rows" / f"{name}.arrow"
 
     @property
     def held_out(self) -> Path:

@@ -1,6 +1,6 @@
 """The base model as the jobs of a run see it: which one it is, and how rows become its tokens."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.model.locate import choose_dtype, default_device, load_base_model, load_tokenizer
 from tclora.model.place import ModelPlace
+from tclora.model.quantised import load_quantised
+from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow, encode_frame
 
 
@@ -29,10 +31,11 @@ class Base(ModelPlace):
     template: Literal["chat", "plain"]
     max_tokens: int
 
-    def load(self) -> "LoadedBase":
-        """Load model and tokenizer on this process's device."""
+    def load(self, quantisation: Literal["nf4"] | None = None) -> "LoadedBase":
+        """Load model and tokenizer on this process's device; see `tclora.model.quantised`."""
         device = default_device()
-        model = load_base_model(self.here, choose_dtype(self.dtype, device), device)
+        load = load_quantised if quantisation else load_base_model
+        model = load(self.here, choose_dtype(self.dtype, device), device)
         return LoadedBase(self, model, load_tokenizer(self.here))
 
 
@@ -54,6 +57,10 @@ class LoadedBase(NamedTuple):
         return encode_frame(
             self.tokenizer, frame, template=self.base.template, max_tokens=self.base.max_tokens
         )
+
+    def rows(self, file: Path) -> Sequence[TokenRow]:
+        """Return the rows of a file in tokens: as they are mapped, or encoded if it holds texts."""
+        return TokenFile(file) if file.suffix == SUFFIX else self.encode(file)
 
 
 def read_rows(file: Path, columns: Iterable[str] = ("prompt", "response")) -> pd.DataFrame:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tclora.model.kernels.cross_entropy import linear_cross_entropy
 from tclora.model.tokens import IGNORED, Batch
 
 
@@ -55,6 +57,57 @@ def supervised_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
     logits = _logits(model, batch, lambda hidden: hidden[kept].unsqueeze(0))
     losses = _cross_entropy(logits, labels[kept][None])[0]  # (supervised,)
     return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+
+
+def chunked_nll(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return what `supervised_nll` does, without all of its logits at once.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal LM whose output layer is frozen and of which `plain_head` is true.
+    batch : Batch
+        Left-padded rows (T columns) with labels for the last S columns.
+
+    Returns
+    -------
+    Tensor
+        (rows, S) float32, nats; 0 where no response token stands.
+    """
+    device = model.device
+    labels = batch.labels.to(device)
+    kept = labels != IGNORED
+    hidden = model.get_decoder()(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        position_ids=batch.position_ids.to(device),
+        use_cache=False,
+    ).last_hidden_state[:, -labels.shape[1] :]  # (rows, S, d)
+    head = model.get_output_embeddings()
+    losses = linear_cross_entropy(hidden[kept], head.weight, head.bias, labels[kept])
+    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+
+
+@torch.no_grad()
+def plain_head(model: PreTrainedModel) -> bool:
+    """Return whether logits are a linear layer's outputs for the decoder's last hidden states.
+
+    They are not where a model scales or caps one of them. `model` is one in evaluation mode.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    seen: list[Tensor] = []
+    handle = head.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0], out)))
+    ids = torch.tensor([[5, 9, 7, 8]], device=model.device)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    except (TypeError, AttributeError, RuntimeError, ValueError):  # of another form
+        return False
+    finally:
+        handle.remove()
+    return len(seen) == 2 and torch.equal(seen[0], hidden) and torch.equal(seen[1], logits)
 
 
 def _logits(

@@ -5,7 +5,7 @@ model's own, wherever that gives what the model gives; everywhere else they are 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, cast
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tclora.model.kernels.cross_entropy import linear_cross_entropy
-from tclora.model.loss import response_nll, supervised_nll
+from tclora.model.loss import chunked_nll, plain_head, response_nll, supervised_nll
 from tclora.model.packing import Pack, pack, packs
 from tclora.model.substitutes import substituted
 from tclora.model.tokens import Batch, TokenRow, batches, collate
 
 logger = logging.getLogger(__name__)
+_Nll = Callable[[PreTrainedModel, Batch], Tensor]
 _TRIED = (TokenRow((5, 9, 7), (8, 6)), TokenRow((6, 8), (7, 5, 9, 4, 6)))
 
 
@@ -77,13 +78,12 @@ class Padded:
     ----------
     model : PreTrainedModel
         A causal LM; see `tclora.model.loss`.
-    whole_rows : bool
-        Whether the output layer must see whole rows, as one with an adapter of its own does.
+    nll : callable
+        Computes the losses of a batch.
     """
 
-    def __init__(self, model: PreTrainedModel, *, whole_rows: bool = False) -> None:
-        self._model = model
-        self._nll = response_nll if whole_rows else supervised_nll
+    def __init__(self, model: PreTrainedModel, nll: _Nll = supervised_nll) -> None:
+        self._model, self._nll = model, nll
 
     def ready(self) -> AbstractContextManager[None]:
         """Change nothing."""
@@ -163,9 +163,11 @@ def reading(model: PreTrainedModel, longest: int, *, head_trained: bool = False)
     head_trained : bool
         Whether the output layer has an adapter of its own.
     """
-    if not head_trained and model.device.type == "cpu" and _readable(model, longest):
+    if head_trained:  # its adapter must see whole rows
+        return Padded(model, response_nll)
+    if model.device.type == "cpu" and _readable(model, longest):
         return Packed(model)
-    return Padded(model, whole_rows=head_trained)
+    return Padded(model, chunked_nll if plain_head(model) else supervised_nll)
 
 
 def _readable(model: PreTrainedModel, longest: int) -> bool:

@@ -93,6 +93,8 @@ def _gated(module: nn.Module) -> tuple[_Forward, Tensor] | None:
     if not all(isinstance(part, nn.Linear) for part in parts):
         return None
     gate, up, down = parts
+    if not gate.weight.is_floating_point():  # type: ignore[union-attr]
+        return None  # of packed weights neither width nor type can be read off
     return lambda x: down(silu_gate(gate(x), up(x))), gate.weight  # type: ignore[misc,union-attr]
 
 

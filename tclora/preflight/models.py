@@ -12,6 +12,7 @@ from tclora.cluster.given import given_width
 from tclora.config import Config
 from tclora.errors import ConfigError, DataError, ModelError
 from tclora.model.locate import load_tokenizer, locate_base_model, locate_embedder, model_digest
+from tclora.model.quantised import NEEDED, installed
 from tclora.model.tokens import encode
 from tclora.preflight.execution import execution_problems
 from tclora.preflight.methods import lm_eval_problems, method_problems, variant_problems
@@ -49,6 +50,8 @@ def check_models(config: Config) -> Models:
     """
     problems = method_problems(config) + lm_eval_problems(config) + variant_problems(config)
     problems += execution_problems(config)
+    if config.train.quantisation and config.execution.workers_here and not installed():
+        problems.append(NEEDED)
     base = embedder = ""
     try:
         base = locate_base_model(config.base_model)

@@ -34,6 +34,7 @@ import torch
 
 from tclora.config import AdapterConfig
 from tclora.jobs.devices import visible_gpus
+from tclora.model.quantised import NF4_BYTES
 from tclora.preflight.rates import Rates
 from tclora.preflight.sizes import BaseSize
 from tclora.train.course import total_steps
@@ -212,7 +213,10 @@ def job_memory(
         activations += itemsize * tokens * base.width * base.layers
     own = adapters * base.trained * (_ADAPTER_BYTES + itemsize)
     logits = tokens * lengths.response / lengths.row * base.vocabulary * (itemsize + 4)
-    return base.parameters * itemsize + own + activations + logits
+    weights = float(base.parameters * itemsize)
+    if config.quantisation:
+        weights -= base.linear * (itemsize - NF4_BYTES)
+    return weights + own + activations + logits
 
 
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:

@@ -9,11 +9,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +26,6 @@ from tclora.train.optimiser import AdapterOptimiser
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 StepCallback = Callable[[dict[str, float]], None]
 _VALIDATIONS = 10  # per training, unless configured otherwise
 
@@ -279,12 +277,12 @@ def total_steps(n_rows: int, config: AdapterConfig) -> int:
     return _steps(n_rows - _held_out(n_rows, config.validation_fraction), config)
 
 
-def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+def hold_out(n_rows: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Divide rows into those to train on and those to watch the loss on, at random.
 
     Parameters
     ----------
-    rows : sequence of n rows
+    n_rows : int
         At least one; one row alone is not held out.
     fraction : float
         Share held out (0 to 1), rounded to at least one row; 0: none.
@@ -294,13 +292,11 @@ def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], li
     Returns
     -------
     tuple of list
-        Rows in their order: to train on, held out.
+        Numbers of rows, ascending: to train on, held out.
     """
-    count = _held_out(len(rows), fraction)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    watched = set(order[:count])
-    kept = [row for place, row in enumerate(rows) if place not in watched]
-    return kept, [rows[place] for place in sorted(watched)]
+    count = _held_out(n_rows, fraction)
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    return order[count:].sort().values.tolist(), order[:count].sort().values.tolist()
 
 
 def peak_memory() -> int:

@@ -126,6 +126,7 @@ def _weights(
 class _Member(NamedTuple):
     name: str
     rows: Sequence[TokenRow]
+    trained_on: Sequence[int]  # which of the rows
     course: Course
 
 
@@ -147,16 +148,18 @@ class _Place(NamedTuple):
 
     def member(self, owner: int, name: str, trainee: Trainee, weights: Weights) -> _Member:
         """Begin or resume the course of one adapter."""
-        rows, watched = hold_out(trainee.rows, self.config.validation_fraction, trainee.seed)
+        rows = trainee.rows
+        kept, held = hold_out(len(rows), self.config.validation_fraction, trainee.seed)
+        watched = [rows[place] for place in held]
         course = Course(
             weights,
-            len(rows),
+            len(kept),
             self.config,
             seed=trainee.seed,
             destination=trainee.destination,
             validate=partial(self._validate, owner, watched) if watched else None,
         )
-        return _Member(name, rows, course)
+        return _Member(name, rows, kept, course)
 
     def _validate(self, owner: int, rows: Sequence[TokenRow]) -> float:
         """Return the mean loss on rows held out, nats per response token."""
@@ -201,7 +204,7 @@ class _Job(NamedTuple):
                 if member.name not in results and course.done and len(course.history) <= step:
                     results[member.name] = course.finish()
             rows = [
-                _Row(owner, member.rows[index])
+                _Row(owner, member.rows[member.trained_on[index]])
                 for owner, (member, order) in enumerate(zip(self.members, orders, strict=True))
                 if owner not in failed
                 for index in next(order, ())

@@ -46,6 +46,8 @@ def fresh_weights(
 ) -> dict[str, nn.Parameter]:
     """Return the weights `attach_lora` would place, by PEFT's names; the model stays plain.
 
+    PEFT leaves those on 4-bit weights in single precision; here they have the type of the products.
+
     Raises
     ------
     ModelError
@@ -54,6 +56,8 @@ def fresh_weights(
     peft_model = attach_lora(model, config, seed)
     weights = {name: w for name, w in peft_model.named_parameters() if w.requires_grad}
     peft_model.unload()
+    if getattr(model, "is_loaded_in_4bit", False):
+        return {name: nn.Parameter(w.detach().to(model.dtype)) for name, w in weights.items()}
     return weights
 
 

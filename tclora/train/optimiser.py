@@ -49,8 +49,13 @@ class AdapterOptimiser:
         self.best: dict[str, Tensor] | None = None
         for name, weight in weights.items():
             weight.requires_grad_(name in self.params)
+        fused = all(master.is_cuda for master in self.masters.values())
         self.optimiser = torch.optim.AdamW(
-            self._groups(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
+            self._groups(),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            foreach=not fused,
+            fused=fused,
         )
         self.scheduler = get_scheduler(
             config.schedule,

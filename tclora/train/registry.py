@@ -26,7 +26,8 @@ class AdapterRequest(BaseModel):
     name : str
         What events and results call it.
     rows : Path
-        Parquet file of its examples (columns prompt, response).
+        Its rows in tokens (`tclora.model.token_file`), or a Parquet file of examples (columns
+        prompt, response).
     target : Path
         Directory of the finished adapter.
     checkpoint : Path
@@ -94,10 +95,10 @@ def train_requests(
 
         return send
 
-    loaded = base.load()
+    loaded = base.load(config.quantisation)
     trainees = {
         request.name: Trainee(
-            loaded.encode(request.rows),
+            loaded.rows(request.rows),
             request.seed,
             request.init_seed,
             Destination(

@@ -15,7 +15,8 @@ FILES = (
     "library.json", "report.html", "clusters.parquet", "centroids.safetensors",
     "factors.safetensors", "explained_variance.parquet", "routing.parquet", "routed.json",
     "gates.safetensors", "router.safetensors", "examples.parquet", "embeddings.safetensors",
-    "rank.json", "items.parquet", "summary.parquet", "recovery.parquet", "lm_eval.parquet",
+    "tokens.arrow", "rank.json", "items.parquet", "summary.parquet", "recovery.parquet",
+    "lm_eval.parquet",
 )  # fmt: skip
 FOLDERS = (
     "adapters", "training", "merged", "routed", "evaluation", "work", "rows", "statistics",
@@ -41,8 +42,9 @@ def test_no_two_things_have_one_place(tmp_path):
     layout = Layout(tmp_path)
     values = [getattr(layout, name) for name in vars(Layout) if name[0] != "_"]
     paths = [value for value in values if isinstance(value, Path)]
-    for make in (layout.adapter, layout.training, layout.merged, layout.rows, layout.statistics,
-                 layout.scale, layout.items, layout.lm_eval, layout.checkpoint):  # fmt: skip
+    for make in (layout.adapter, layout.training, layout.merged, layout.rows, layout.row_tokens,
+                 layout.statistics, layout.scale, layout.items, layout.lm_eval,
+                 layout.checkpoint):  # fmt: skip
         paths.append(make("x"))
     routed, tables = layout.routed, layout.evaluation
     paths += [routed.folder, routed.info, routed.gates, routed.router]

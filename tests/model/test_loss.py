@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tclora.model.loss import response_nll, supervised_nll
+from tclora.model.loss import chunked_nll, response_nll, supervised_nll
 from tclora.model.tokens import TokenRow, batches
 
 ROWS = [
@@ -11,10 +11,11 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("way", [supervised_nll, chunked_nll])
 @pytest.mark.parametrize("budget", [1, 1000])
-def test_logits_at_supervised_positions_alone_give_the_same(tiny_model, budget):
+def test_logits_at_supervised_positions_alone_give_the_same(tiny_model, budget, way):
     for batch in batches(ROWS, pad_id=0, token_budget=budget):
-        wanted, found = (f(tiny_model, batch) for f in (response_nll, supervised_nll))
+        wanted, found = (f(tiny_model, batch) for f in (response_nll, way))
         assert found.shape == wanted.shape
         assert torch.allclose(found, wanted, atol=1e-5)
         assert (found != 0).sum() == batch.supervised

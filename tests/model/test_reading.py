@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 
+from tclora.model.loss import chunked_nll, plain_head, supervised_nll
 from tclora.model.reading import Packed, Padded, reading
 from tclora.model.tokens import TokenRow
 
@@ -85,6 +86,25 @@ def test_what_packed_rows_would_change_is_padded(name, settings):
     model = make(name, **settings)
     assert isinstance(reading(model, longest=64), Padded)
     assert not model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "plain"),
+    [
+        ("gpt2", GPT2, True),
+        ("mistral", LLAMA | {"sliding_window": 32}, True),
+        ("gemma2", LLAMA | {"head_dim": 8}, False),
+        ("granite", LLAMA | {"logits_scaling": 2.0}, False),
+    ],
+)
+def test_padded_rows_have_a_few_logits_at_once_where_these_are_plain(name, settings, plain):
+    model = make(name, **settings)
+    read = reading(model, longest=64)
+    assert plain_head(model) is plain
+    assert read._nll is (chunked_nll if plain else supervised_nll)
+    wanted, found = (losses_and_gradients(model, way) for way in (Padded(model), read))
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trained_output_layer_sees_whole_rows(tiny_model):

@@ -41,6 +41,15 @@ def test_given_embeddings_are_of_the_width_of_the_model_that_routes(tiny_model_d
     check_models(configuration(tiny_model_dir, embed={"vectors": file}, route={"enabled": False}))
 
 
+def test_a_4_bit_base_needs_its_package_where_jobs_run_here(tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("tclora.preflight.models.installed", lambda: False)
+    train = {"template": "plain", "quantisation": "nf4", "dtype": "float32", "engine": "separate"}
+    with pytest.raises(ConfigError, match=r"train\.quantisation: .* pip install tclora\[qlora\]$"):
+        check_models(configuration(tiny_model_dir, train=train))
+    elsewhere = {"backend": "deployment", "store": "file:///nowhere"}
+    check_models(configuration(tiny_model_dir, train=train, execution=elsewhere))
+
+
 def test_tasks_lm_eval_does_not_know_or_cannot_answer_are_refused_before_training(tiny_model_dir):
     pytest.importorskip("lm_eval")
     config = configuration(tiny_model_dir, evaluate={"lm_eval": ["arc_eazy", "wikitext"]})

@@ -8,11 +8,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tasks.artifact import Artifact
-from tasks.prepare import HELD_OUT, cluster, divide, embed, read
+from tasks.prepare import HELD_OUT, cluster, divide, embed, read, tokenise
 from tclora.config import ClusterConfig, DataConfig, EmbedConfig
 from tclora.errors import DataError
 from tclora.library.names import JOINT
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder
+from tclora.model.token_file import TokenFile
 
 
 def data(tmp_path, rows, **values):
@@ -90,9 +91,24 @@ def test_training_rows_are_clustered_and_the_others_assigned(where, examples, em
     assert load_file(where.layout.centroids)["centroids"].shape == (2, 4)
 
 
-def test_a_clusters_file_changes_only_with_its_own_rows(where, examples, embeddings):
+def test_the_tokens_of_an_adapters_rows_are_those_its_texts_give(
+    where, examples, embeddings, base, monkeypatch
+):
+    monkeypatch.setattr("tasks.prepare._TOKENISED", 3)
     clusters = cluster.fn(examples, embeddings, None, ClusterConfig(k=2, min_rows=2), 0, where)
-    first = divide.fn(examples, clusters, True, where)
+    tokens = tokenise.fn(examples, base, where)
+    loaded = base.load()
+    for name, part in divide.fn(examples, tokens, clusters, True, where).items():
+        if name != HELD_OUT:
+            texts, own = part.paths
+            assert list(TokenFile(own)) == loaded.encode(texts)
+    assert tokens.metrics["rows"] == 8
+    assert tokens.metrics["tokens"] == sum(map(len, loaded.rows(where.layout.row_tokens(JOINT))))
+
+
+def test_a_clusters_file_changes_only_with_its_own_rows(where, examples, embeddings, base):
+    clusters = cluster.fn(examples, embeddings, None, ClusterConfig(k=2, min_rows=2), 0, where)
+    first = divide.fn(examples, tokenise.fn(examples, base, where), clusters, True, where)
     assert set(first) == {"cluster-0", "cluster-1", JOINT, HELD_OUT}
     assert [first[n].info["rows"] for n in ("cluster-0", "cluster-1", JOINT, HELD_OUT)] == [
         4, 4, 8, 2,
@@ -102,7 +118,7 @@ def test_a_clusters_file_changes_only_with_its_own_rows(where, examples, embeddi
     frame.loc[own.idxmax(), "response"] = "another"
     frame.to_parquet(where.layout.examples)
     changed = Artifact.of(where.layout.root, where.layout.examples)
-    again = divide.fn(changed, clusters, False, where)
+    again = divide.fn(changed, tokenise.fn(changed, base, where), clusters, False, where)
     assert JOINT not in again
     assert again["cluster-0"].digest != first["cluster-0"].digest
     assert again["cluster-1"].digest == first["cluster-1"].digest

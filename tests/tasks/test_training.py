@@ -6,10 +6,12 @@ from typing import ClassVar
 import pytest
 
 from tasks import training
+from tasks.artifact import Artifact
 from tasks.progress import JobProgress
 from tasks.where import Where
 from tclora.adapter import read_adapter
 from tclora.config import AdapterConfig
+from tclora.model.token_file import SUFFIX, write_tokens
 from tests.tasks.conftest import Inline, cluster_row_files
 
 
@@ -29,7 +31,15 @@ def logged(where, run, monkeypatch):
     return Where(where.layout, run, Noted(), JobProgress(), checkpoint_steps=3)
 
 
+def tokenised(part, base, where):
+    """Rows as `divide` writes them: texts, and tokens."""
+    file = part.path.with_suffix(SUFFIX)
+    write_tokens([base.load().encode(part.path)], file)
+    return Artifact.of(where.layout.root, part.path, file, info=part.info)
+
+
 def train(rows, base, where, **values):
+    rows = {name: tokenised(part, base, where) for name, part in rows.items()}
     config = AdapterConfig(r=2, batch_size=2, epochs=2, target_modules=("q_proj",), **values)
     seeds = dict.fromkeys(rows, 0)
     return training.train.fn("both", rows, seeds, "separate", config, base, 0, where)
@@ -58,6 +68,7 @@ def test_checkpoints_come_as_often_as_the_run_wants(logged, base):
     train({"cluster-0": cluster_row_files(logged)["cluster-0"]}, base, logged)
     assert logged.executor.given["checkpoint_steps"] == 3
     (request,) = logged.executor.given["requests"]
+    assert request.rows == logged.layout.row_tokens("cluster-0")
     assert request.checkpoint == logged.layout.checkpoint("cluster-0-" + "0" * 16)
 
 

@@ -295,8 +295,12 @@ def test_warm_up_and_decay(train):
 WATCHED = {"validation_fraction": 0.34, "validation_steps": 2}
 
 
+def held_out(rows, fraction):
+    return tuple([rows[place] for place in part] for part in hold_out(len(rows), fraction, 0))
+
+
 def test_the_adapter_of_the_lowest_validation_loss_is_kept(train, tiny_model_dir, rows):
-    kept, watched = hold_out(rows, 0.34, 0)
+    kept, watched = held_out(rows, 0.34)
     assert (len(kept), len(watched)) == (4, 2)
     result, target = train(epochs=12, **WATCHED)
     seen = {r["step"]: r["validation_nll"] for r in result.history if "validation_nll" in r}
@@ -310,7 +314,7 @@ def test_the_adapter_of_the_lowest_validation_loss_is_kept(train, tiny_model_dir
 
 
 def test_rows_held_out_are_not_trained_on(train, rows):
-    kept, _ = hold_out(rows, 0.34, 0)
+    kept, _ = held_out(rows, 0.34)
     watched, alone = train("a", **WATCHED), train("b", on=kept)
     losses = [[record["loss"] for record in result.history] for result, _ in (watched, alone)]
     assert losses[0] == losses[1]
@@ -386,10 +390,10 @@ def test_patience_needs_rows_to_watch():
         AdapterConfig(patience=2)
 
 
-def test_one_row_is_never_held_out(rows):
-    assert hold_out(rows[:1], 0.5, 0) == (rows[:1], [])
-    assert hold_out(rows, 0, 0) == (rows, [])
-    assert [len(part) for part in hold_out(rows, 0.99, 0)] == [1, 5]
+def test_one_row_is_never_held_out():
+    assert hold_out(1, 0.5, 0) == ([0], [])
+    assert hold_out(6, 0, 0) == ([0, 1, 2, 3, 4, 5], [])
+    assert [len(part) for part in hold_out(6, 0.99, 0)] == [1, 5]
 
 
 def test_b_learns_at_its_own_rate(train):

@@ -16,6 +16,7 @@ from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.jobs.run import LocalExecutor
 from tclora.model.base import Base
+from tclora.model.token_file import SUFFIX, write_tokens
 from tclora.train.engines import AdapterRequest, engines, train_adapters
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
@@ -55,10 +56,11 @@ def train(base, rows, tmp_path):
         events = []
         target = tmp_path / folder
         inits, model = changes.pop("inits", {}), changes.pop("on", base)
+        suffix = changes.pop("suffix", "")
         requests = [
             AdapterRequest(
                 name=name,
-                rows=rows / name,
+                rows=rows / f"{name}{suffix}",
                 target=target / name,
                 checkpoint=target / "checkpoints" / name,
                 seed=3,
@@ -260,6 +262,17 @@ def test_a_finished_training_is_written_again_from_its_checkpoints(train, tokeni
     assert not any(seen)
     assert digests(folder) == wanted
     assert histories(again) == histories(whole)
+
+
+@pytest.mark.parametrize("engine", ["separate", "together"])
+def test_rows_in_tokens_give_the_bytes_that_their_texts_give(train, base, rows, engine):
+    watched = {"validation_fraction": 0.3, "epochs": 3}
+    _, _, texts = train(engine, "texts", **watched)
+    loaded = base.load()
+    for name in ROWS:
+        write_tokens([loaded.encode(rows / name)], rows / f"{name}{SUFFIX}")
+    _, _, tokens = train(engine, "tokens", suffix=SUFFIX, **watched)
+    assert digests(tokens) == digests(texts)
 
 
 def test_a_checkpoint_is_the_same_engines_alike(train):

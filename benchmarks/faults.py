@@ -109,7 +109,8 @@ def disk_full(ground: Ground, run: str) -> str:
     wait_for("the end of the run", lambda: ground.fleet.run(run)["state_type"] in FINAL)
     message = str(ground.fleet.run(run)["state"]["message"])
     filler.unlink()
-    return f"the run said: {message.splitlines()[-1].partition(": '/")[0].strip(' -')}, and where"
+    said = message.splitlines()[-1].partition(": '/")[0].strip(" -")
+    return f"the run said: {said}, and where"
 
 
 @fault

@@ -4,28 +4,20 @@
 with the nearest known one, and all problems are reported together.
 """
 
+from tclora.config.evaluation import EvaluateConfig, IntervalConfig, LmEvalConfig, MeasureConfig
+from tclora.config.execution import ExecutionConfig, ResourceConfig
 from tclora.config.loading import config_keys, load_config, parse_config
-from tclora.config.sections import (
-    AdapterConfig,
-    ClusterConfig,
-    Config,
-    DataConfig,
-    EmbedConfig,
-    EvaluateConfig,
-    ExecutionConfig,
+from tclora.config.merging import (
     FactoriseConfig,
-    FeatureConfig,
     GateConfig,
-    IntervalConfig,
-    LmEvalConfig,
-    MeasureConfig,
     MergeConfig,
-    ResourceConfig,
     RouteConfig,
     RouterConfig,
     SolverConfig,
-    TrainConfig,
 )
+from tclora.config.preparation import ClusterConfig, DataConfig, EmbedConfig, FeatureConfig
+from tclora.config.run import Config
+from tclora.config.training import AdapterConfig, TrainConfig
 
 __all__ = [
     "AdapterConfig",

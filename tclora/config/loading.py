@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tclora.config.sections import Config, Section
+from tclora.config.run import Config
+from tclora.config.section import Section
 from tclora.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,75 @@
+"""A whole run: its sections, and what they must be together."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from tclora.config.evaluation import EvaluateConfig
+from tclora.config.execution import ExecutionConfig, ResourceConfig
+from tclora.config.merging import FactoriseConfig, MergeConfig, RouteConfig
+from tclora.config.preparation import ClusterConfig, DataConfig, EmbedConfig
+from tclora.config.section import Positive, Section
+from tclora.config.training import TrainConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder and label"
+    )
+    output: Path = Field(Path("runs"), description="folder of libraries, MLflow store and caches")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+    training_seed: int | None = Field(
+        None, ge=0, description="seed of training and of what follows, in place of seed"
+    )
+    seeds: Positive = Field(
+        1,
+        description="training seeds, counted from training_seed: with several, NAME-seedN is the "
+        "library of every further one, on the same rows and clusters, and the evaluation of NAME "
+        "is over all of them",
+    )
+    base_model: str = Field(
+        "smollm2-135m-instruct",
+        description="'smollm2-135m-instruct' (built in), a local folder or a Hugging Face id",
+    )
+    data: DataConfig = DataConfig()
+    embed: EmbedConfig = EmbedConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    train: TrainConfig = TrainConfig()
+    factorise: FactoriseConfig = FactoriseConfig()
+    merge: MergeConfig = MergeConfig()
+    route: RouteConfig = RouteConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resources: ResourceConfig = ResourceConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check_machines(self) -> "Config":
+        wanted = {"dtype": "bfloat16 or float32", "engine": "a registered engine"}
+        for name, values in wanted.items():
+            if not self.execution.workers_here and getattr(self.train, name) == "auto":
+                raise ValueError(
+                    f"train.{name} must be {values} with execution.backend "
+                    f"{self.execution.backend!r}, got 'auto': the workers' machines are not known"
+                )
+        return self
+
+    @property
+    def of_training(self) -> int:
+        """Seed of training and of what follows it."""
+        return self.seed if self.training_seed is None else self.training_seed
+
+    def replicas(self) -> "list[Config]":
+        """Return the configurations of the further training seeds, each on its own."""
+        return [
+            self.model_copy(
+                update={"name": f"{self.name}-seed{seed}", "training_seed": seed, "seeds": 1}
+            )
+            for seed in range(self.of_training + 1, self.of_training + self.seeds)
+        ]
+
+    @property
+    def library_dir(self) -> Path:
+        """Absolute folder of the run's library."""
+        return (self.output / self.name).absolute()

@@ -1,7 +1,7 @@
 """The tables of `merges.py`: recovery with paired intervals, out of domain, time and bytes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,28 @@ _TITLES = {
 
 
 def write_tables(stores: Sequence[Path]) -> None:
-    """Write ``benchmarks/results/merges.md`` from everything that has been measured."""
+    """Write ``benchmarks/results/merges.md`` from everything that has been measured.
+
+    First of the first library alone, then, of methods that were measured on all, over all.
+    """
     items = pd.concat([_items(store, n) for n, store in enumerate(stores)], ignore_index=True)
-    seeds = items.groupby("method")["store"].nunique()
-    figures = _figures(items)
-    parts = []
-    for (variant, rank), title in _TITLES.items():
-        keys = [k for k in figures.index if k.startswith((f"{variant}@{rank}@", "reference@"))]
-        if len(keys) > len(_references(keys)):
-            parts.append(f"## {title}\n\n{_table(items, figures, keys, seeds, stores[0])}")
+    parts = list(_parts(items[items["store"] == stores[0].name], stores[0]))
+    if len(stores) > 1:
+        counts = items.groupby("method")["store"].nunique()
+        everywhere = items[items["method"].map(counts) == len(stores)]
+        parts += _parts(everywhere, stores[0], f", {len(stores)} training seeds")
     text = "\n\n".join([_head(items, stores), *parts]) + "\n"
     (RESULTS / "merges.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def _parts(items: pd.DataFrame, store: Path, of: str = "") -> Iterator[str]:
+    """Yield a table for every kind of merge."""
+    figures = _figures(items)
+    for (variant, rank), title in _TITLES.items():
+        keys = [k for k in figures.index if k.startswith((f"{variant}@{rank}@", "reference@"))]
+        if len(keys) > len(_references(keys)):
+            yield f"## {title}{of}\n\n{_table(items, figures, keys, store)}"
 
 
 def _items(store: Path, number: int) -> pd.DataFrame:
@@ -84,9 +94,7 @@ def _references(keys: Sequence[str]) -> list[str]:
     return [key for key in keys if key.startswith("reference@")]
 
 
-def _table(
-    items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], seeds: pd.Series, store: Path
-) -> str:
+def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], store: Path) -> str:
     keys = [*keys, BASE, OWN]
     merges = [k for k in keys if "@" in k and not k.startswith("reference@")]
     rivals = [k for k in merges if not any(own in k for own in ("tc-lora", "(ours)", "few-step"))]
@@ -109,7 +117,6 @@ def _table(
             "accuracy": f"{f['ood accuracy']:.3f}",
             "merge (CPU s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
             "MB": f"{_bytes(kept) / 1e6:.1f}" if kept.exists() else "",
-            "seeds": str(seeds[key]),
         })  # fmt: skip
     return markdown(pd.DataFrame(rows))
 
@@ -141,19 +148,20 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
     tasks = base.groupby("split")["task"].unique()
     return (
         "# Merge methods on adapters of real tasks\n\n"
-        f"SmolLM2-135M-Instruct, {len(stores)} training seed(s) of `real_library.py`: eight tasks "
-        f"({', '.join(sorted(tasks['test']))}) in eight text clusters, 300 training rows a task, "
-        "rank r = 16 on all linear layers. Measured on "
+        "SmolLM2-135M-Instruct, libraries of `real_library.py`, one training seed unless a title "
+        f"says otherwise ({len(stores)} of them, each with rows and clusters of its own): eight "
+        f"tasks ({', '.join(sorted(tasks['test']))}) in eight text clusters, 300 training rows a "
+        "task, rank r = 16 on all linear layers. Measured on "
         f"{counts['test']} held-out rows of these tasks and {counts['ood']} rows of eight others "
         f"({', '.join(sorted(tasks['ood']))}) per seed by `benchmarks/merges.py`.\n\n"
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "
-        "the mean over clusters (of all seeds it was measured on); intervals are 95 % bootstraps "
+        "the mean over clusters; intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
         "reference. Rivals are methods of others. Accuracy on other tasks: the likeliest choice "
         "where there are choices, else exact match. Time is of one merge from the adapters on, "
         "factorisation included, without tuning and statistics (those of a merge layer by layer "
         "are part of it); of refits and libraries it is that of what is added, of the few-step "
-        "LoRA that of the chosen rate. "
+        "LoRA that of the chosen rate, all on the first library. "
         "Sample rows per cluster: "
         f"{', '.join(f'{n} for {use}' for use, n in SAMPLE_ROWS.items())}. "
         "Scales are the defaults, or tuned on the sample rows with every cluster "

@@ -60,7 +60,11 @@ def _rounded(value: float | None) -> float | None:
 def _sizes(library: Path) -> Iterator[Row]:
     manifest = read_manifest(library)
     stored: Mapping[str, int | None] = manifest.storage.model_dump()
-    merges = {f"merged/{name}": merge.bytes for name, merge in manifest.merges.items()}
+    here = Layout(library)
+    merges = {
+        here.merged(name).relative_to(library).as_posix(): merge.bytes
+        for name, merge in manifest.merges.items()
+    }
     whole = {"whole library": size(library)}
     for what, n_bytes in {**stored, **merges, **whole}.items():
         if n_bytes is not None:

@@ -554,8 +554,8 @@ def test_a_run_can_stop_early(settings, tmp_path):
     assert not (tmp_path / "mine").exists()
     names = {path.stem for path in Path(outcome["library"]).rglob("*") if path.is_file()}
     assert names == {
-        "examples", "embeddings", "clusters", "centroids", "cluster-0", "cluster-1", "joint",
-        "evaluation",
+        "examples", "tokens", "embeddings", "clusters", "centroids", "cluster-0", "cluster-1",
+        "joint", "evaluation",
     }  # fmt: skip
 
 

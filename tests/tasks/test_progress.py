@@ -58,8 +58,9 @@ def test_prefect_shows_each_jobs_progress(prefect_server):
 
     runs = jobs()
     with get_client(sync_client=True) as api:
-        found = {str(a.task_run_id): a for a in api.read_artifacts() if a.type == "progress"}
-    assert set(found) == set(runs.values())
+        artifacts = {str(a.task_run_id): a for a in api.read_artifacts() if a.type == "progress"}
+    found = {run_id: artifacts[run_id] for run_id in runs.values()}  # a server may have others
+    assert len(found) == 2
     for name, run_id in runs.items():
         assert found[run_id].data == 100.0
         assert found[run_id].description == f"{name}: 100 of 100, loss 0"

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from tclora.jobs.devices import exclusive
 from tclora_cli.processes import Health, Ledger, last_lines, start, wait_until
 
 RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has its own
+_BUSY = (1, 2, 4, 8, 16)  # s between attempts at a server whose database is busy
 _LIMIT = 180.0  # s that a service has to become healthy
 # s between a worker's looks at its pool: until then a slot that a job has left is idle.
 _QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
@@ -102,7 +104,10 @@ class Machine:
             Service(
                 "prefect",
                 [*server, str(self.prefect_port)],
-                {"PREFECT_HOME": str(self.folder / "prefect"), "PREFECT_UI_API_URL": ""},
+                {
+                    "PREFECT_HOME": str(self.folder / "prefect"),
+                    "PREFECT_UI_API_URL": f"{self.prefect}/api",
+                },
                 partial(_answers, f"{self.prefect}/api/health"),
                 self.prefect_port,
             ),
@@ -308,6 +313,13 @@ def _ask(url: str, body: Any = None, method: str | None = None) -> Any:  # noqa:
         headers["Authorization"] = f"Basic {base64.b64encode(given.encode()).decode()}"
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-        text = response.read()
+    for pause in (*_BUSY, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+                text = response.read()
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or not pause:
+                raise
+            time.sleep(pause)
     return json.loads(text) if text else None

@@ -99,6 +99,7 @@ class Machine:
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
         }
+        leases = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # in memory, a restart ends all runs
         worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
         return [
             Service(
@@ -107,6 +108,7 @@ class Machine:
                 {
                     "PREFECT_HOME": str(self.folder / "prefect"),
                     "PREFECT_UI_API_URL": f"{self.prefect}/api",
+                    leases: "prefect.server.concurrency.lease_storage.filesystem",
                 },
                 partial(_answers, f"{self.prefect}/api/health"),
                 self.prefect_port,

@@ -46,9 +46,11 @@ def machine(tmp_path, monkeypatch):
     down(made, lambda _: None)
 
 
-def read(url):
-    with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310
-        return json.load(response)
+def read(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+        return json.loads(response.read() or "null")
 
 
 @pytest.mark.slow
@@ -67,6 +69,10 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     assert read(f"{machine.prefect}/ui-settings")["api_url"] == f"{machine.prefect}/api"
     command = ["status", "--folder", str(machine.folder)]
     assert CliRunner().invoke(app, command).exit_code == 0
+    limits = f"{machine.prefect}/api/v2/concurrency_limits"
+    read(f"{limits}/", {"name": "runs", "limit": 1})
+    taken = {"names": ["runs"], "slots": 1, "mode": "concurrency", "lease_duration": 600}
+    lease = read(f"{limits}/increment-with-lease", taken)["lease_id"]
     # Both servers are killed, as by a machine that is switched off; state is in the folder.
     servers = [psutil.Process(first[name].pid) for name in NAMES[:2]]
     for server in servers:
@@ -81,6 +87,7 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     assert {name for name in NAMES if first[name] == second[name]} == set(NAMES[2:])
     assert read(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]
     assert {state for state, _ in status(machine).values()} == {"healthy"}
+    read(f"{limits}/leases/{lease}/renew", {"lease_duration": 600})  # 410 if it were forgotten
     family = [p for s in second.values() for p in [s.process, *s.process.children(recursive=True)]]
     down(machine, said.append)
     assert not any(process.is_running() for process in family)

@@ -6,29 +6,23 @@ loses nothing. Databases elsewhere are named in the environment as the servers r
 password.
 """
 
-import base64
-import json
 import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import flows
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import exclusive
+from tclora_cli.prefect_api import ensure_pool, is_online
 from tclora_cli.processes import Health, Ledger, last_lines, start, wait_until
 
 RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has its own
-_BUSY = (1, 2, 4, 8, 16)  # s between attempts at a server whose database is busy
 _LIMIT = 180.0  # s that a service has to become healthy
 # s between a worker's looks at its pool: until then a slot that a job has left is idle.
 _QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
@@ -125,7 +119,7 @@ class Machine:
                     f"worker of {pool}",
                     [*worker, pool, "--name", f"tclora-{pool}"],
                     _unless_set(_QUERY) | self.environment,
-                    partial(_is_online, f"{self.prefect}/api", pool),
+                    partial(is_online, f"{self.prefect}/api", pool, f"tclora-{pool}"),
                 )
                 for pool in POOLS
             ),
@@ -252,7 +246,8 @@ def _prepare(machine: Machine, say: Callable[[str], None]) -> None:
             "the repository (pip install --editable)"
         )
     for pool in POOLS:
-        _ensure_pool(machine, pool, here / "pools" / "process.json")
+        limit = machine.jobs if pool == JOBS else None
+        ensure_pool(f"{machine.prefect}/api", pool, here / "pools" / "process.json", limit)
     command = ["deploy", "--all", "--prefect-file", str(here / "prefect.yaml")]
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", *command],
@@ -266,20 +261,6 @@ def _prepare(machine: Machine, say: Callable[[str], None]) -> None:
         reason = (done.stderr or done.stdout).strip()[-500:]
         raise JobError(f"prefect deploy must succeed, but: {reason}")
     say(f"{'pools, deployments':<20}ready")
-
-
-def _ensure_pool(machine: Machine, pool: str, template: Path) -> None:
-    """Make a pool that is not there; one that is keeps its template, and gets the limit of jobs."""
-    api = f"{machine.prefect}/api/work_pools/"
-    try:
-        _ask(f"{api}{pool}")
-    except urllib.error.HTTPError as error:
-        if error.code != HTTPStatus.NOT_FOUND:
-            raise
-        job = json.loads(template.read_text(encoding="utf-8"))
-        _ask(api, {"name": pool, "type": "process", "base_job_template": job})
-    if pool == JOBS:
-        _ask(f"{api}{pool}", {"concurrency_limit": machine.jobs}, "PATCH")
 
 
 def _unless_set(values: Mapping[str, str]) -> dict[str, str]:
@@ -297,31 +278,3 @@ def _answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-def _is_online(api: str, pool: str) -> bool:
-    """Whether our worker of a pool has reported lately."""
-    try:
-        workers = _ask(f"{api}/work_pools/{pool}/workers/filter", {})
-    except OSError:
-        return False
-    return any(w["name"] == f"tclora-{pool}" and w["status"] == "ONLINE" for w in workers)
-
-
-def _ask(url: str, body: Any = None, method: str | None = None) -> Any:  # noqa: ANN401
-    """Ask the Prefect server; what is sent and what comes back is JSON."""
-    headers = {"Content-Type": "application/json"}
-    if given := os.environ.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(given.encode()).decode()}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310
-    for pause in (*_BUSY, 0):
-        try:
-            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-                text = response.read()
-            break
-        except urllib.error.HTTPError as error:
-            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or not pause:
-                raise
-            time.sleep(pause)
-    return json.loads(text) if text else None

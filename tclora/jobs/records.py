@@ -16,12 +16,12 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tclora.errors import StoreError
 from tclora.jobs.call import Event
 from tclora.jobs.parcel import Delivery, Parcel
+from tclora.jobs.repeating import Repeating
 from tclora.store.objects import Store
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class JobRecords:
         return f"jobs/{self.key}/{name}".rstrip("/")
 
 
-class Telling:
+class Telling(Repeating):
     """Leaves events of an attempt in the store while it works, at most one record in a while.
 
     Parameters
@@ -121,44 +121,25 @@ class Telling:
     """
 
     def __init__(self, records: JobRecords, attempt: str, pause: float = 5.0) -> None:
-        self._records, self._attempt, self._pause = records, attempt, pause
+        super().__init__(self._tell, pause)
+        self._records, self._attempt = records, attempt
         self._waiting: list[Mapping[str, Any]] = []
         self._part = 0
-        self._lock, self._ended = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> "Telling":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
-
-    def end(self) -> None:
-        """Tell what is left, and no more: whoever sees the job's end then finds all events."""
-        self._ended.set()
-        self._thread.join()
+        self._lock = threading.Lock()
 
     def add(self, event: Event) -> None:
         """Take an event."""
         with self._lock:
             self._waiting.append(dict(event))
 
-    def _work(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._ended.wait(self._pause)
+    def _tell(self) -> None:
+        with self._lock:
+            events, self._waiting = self._waiting, []
+        try:
+            self._records.tell(self._attempt, self._part, events)
+        except Exception as error:  # the job is worth more than its curve
+            logger.warning("the store did not take %d events: %s", len(events), error)
             with self._lock:
-                events, self._waiting = self._waiting, []
-            try:
-                self._records.tell(self._attempt, self._part, events)
-            except Exception as error:  # the job is worth more than its curve
-                logger.warning("the store did not take %d events: %s", len(events), error)
                 self._waiting[:0] = events
-            else:
-                self._part += 1
+        else:
+            self._part += 1

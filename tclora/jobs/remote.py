@@ -73,7 +73,7 @@ def perform(
         result = executor.run_call(parcel.unpacked(places), name, tell)
         changed = _push_changes(parcel, places, records)
         packed = packed_result(result, places)
-        telling.end()
+        telling.end()  # whoever finds the delivery then finds all that was told
         records.deliver(Delivery(attempt=attempt, result=packed, changed=changed))
         shutil.rmtree(workspace)
 

@@ -6,16 +6,14 @@ NVML's, in the order of the PCI bus.
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import copy_context
 from functools import partial
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
 from tclora.jobs.call import Event, EventCallback
+from tclora.jobs.repeating import Repeating
 
 Sample = Mapping[str, float]
 SAMPLE = "system"  # the only key of an event that is a sample
@@ -37,8 +35,8 @@ def sorted_out(
     return hear
 
 
-class Sampling:
-    """Tells what this process uses while a block runs, from a thread of its own.
+class Sampling(Repeating):
+    """Tells what this process uses while a block runs.
 
     The last sample is told at the end of the block, so that a short one has a sample too.
 
@@ -51,33 +49,13 @@ class Sampling:
     """
 
     def __init__(self, tell: Callable[[Sample], None], pause: float = 10.0) -> None:
-        self._tell, self._pause = tell, pause
-        self._ended = threading.Event()
+        super().__init__(lambda: tell(self._sample()), pause)
         self._process, self._gpus = psutil.Process(), list(_gpus())
-        # In the caller's context: Prefect's loggers, for one, are found by it.
-        work = copy_context().run
-        self._thread = threading.Thread(target=work, args=(self._work,), daemon=True)
 
-    def __enter__(self) -> "Sampling":
+    def __enter__(self) -> Self:
         psutil.cpu_percent()  # what is measured from here on
         self._process.cpu_percent()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        ended = False
-        while not ended:
-            ended = self._ended.wait(self._pause)
-            self._tell(self._sample())
+        return super().__enter__()
 
     def _sample(self) -> dict[str, float]:
         memory = psutil.virtual_memory()

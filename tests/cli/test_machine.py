@@ -4,10 +4,8 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
@@ -180,23 +178,6 @@ def test_a_service_that_hangs_is_started_anew(machine, monkeypatch):
     started = Ledger.read(machine.ledger).started["mlflow"]
     assert started.process
     assert said == [f"{'mlflow':<20}healthy"]
-
-
-def test_a_busy_server_is_asked_again(monkeypatch):
-    class Busy(BaseHTTPRequestHandler):
-        answers = iter([503, 503, 200])
-
-        def do_GET(self):
-            self.send_response(next(self.answers))
-            self.end_headers()
-            self.wfile.write(b"[7]")
-
-    monkeypatch.setattr(machines, "_BUSY", (0.01, 0.01))
-    with HTTPServer(("127.0.0.1", 0), Busy) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        assert machines._ask(f"http://127.0.0.1:{server.server_port}/") == [7]
-        server.shutdown()
 
 
 def test_a_folder_where_nothing_was_started_is_named(tmp_path):

@@ -1,0 +1,67 @@
+"""What `tclora up` asks of a Prefect server; its own client takes seconds to import."""
+
+import base64
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+_BUSY = (1, 2, 4, 8, 16)  # s between attempts at a server whose database is busy
+
+
+def ensure_pool(api: str, pool: str, template: Path, limit: int | None) -> None:
+    """Make a process pool that is not there; one that is keeps its template.
+
+    Parameters
+    ----------
+    api : str
+        Address of the server's API.
+    pool : str
+        Its name.
+    template : Path
+        Base job template of a new one, JSON.
+    limit : int or None
+        Jobs at once; None leaves it as it is.
+    """
+    place = f"{api}/work_pools/{pool}"
+    try:
+        ask(place)
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.NOT_FOUND:
+            raise
+        job = json.loads(template.read_text(encoding="utf-8"))
+        ask(f"{api}/work_pools/", {"name": pool, "type": "process", "base_job_template": job})
+    if limit is not None:
+        ask(place, {"concurrency_limit": limit}, "PATCH")
+
+
+def is_online(api: str, pool: str, worker: str) -> bool:
+    """Return whether a worker of a pool has reported lately."""
+    try:
+        workers = ask(f"{api}/work_pools/{pool}/workers/filter", {})
+    except OSError:
+        return False
+    return any(w["name"] == worker and w["status"] == "ONLINE" for w in workers)
+
+
+def ask(url: str, body: Any = None, method: str | None = None) -> Any:  # noqa: ANN401
+    """Ask the Prefect server; what is sent and what comes back is JSON."""
+    headers = {"Content-Type": "application/json"}
+    if given := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(given.encode()).decode()}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310
+    for pause in (*_BUSY, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
+                text = response.read()
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or not pause:
+                raise
+            time.sleep(pause)
+    return json.loads(text) if text else None

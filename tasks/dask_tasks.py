@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.attempts import do_job
-from tasks.remote import Ending, Fate, SentJob, Sign
+from tasks.fleet import Ending, Fate, SentJob, Sign
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import visible_gpus
 from tclora.jobs.records import JobRecords

@@ -18,7 +18,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling, Crashed
 
-from tasks.remote import Ending, Fate, SentJob, Sign
+from tasks.fleet import Ending, Fate, SentJob, Sign
 from tclora.errors import ConfigError, StoreError
 
 R = TypeVar("R")

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from tasks.dask_tasks import dask_tasks
 from tasks.deployed import FlowRuns
+from tasks.fleet import Fleet
 from tasks.ray_tasks import ray_tasks
-from tasks.remote import Fleet, RemoteExecutor
+from tasks.remote import RemoteExecutor
 from tclora.config import Config
 from tclora.jobs.devices import parallel_jobs
 from tclora.jobs.run import Executor, LocalExecutor

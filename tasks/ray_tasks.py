@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.attempts import do_job
-from tasks.remote import Ending, Fate, SentJob, Sign
+from tasks.fleet import Ending, Fate, SentJob, Sign
 from tclora.errors import ConfigError
 from tclora.jobs.devices import visible_gpus
 

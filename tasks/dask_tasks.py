@@ -70,7 +70,7 @@ class DaskTasks:
 class _Attempt:
     """A Dask task."""
 
-    def __init__(self, name: str, job: str, future: "Future") -> None:
+    def __init__(self, name: str, job: str, future: "Future[str | None]") -> None:
         self.name = name
         self._job = job
         self._future = future

@@ -6,25 +6,24 @@ A run that was killed and is started again also finds the flow run that is under
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import httpx
 from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelling, Crashed
 
 from tasks.fleet import Ending, Fate, SentJob, Sign
+from tasks.lost_runs import PATIENCE, LostRuns
 from tclora.errors import ConfigError, StoreError
 
 R = TypeVar("R")
 _PATIENCE = 600.0  # s without a Prefect server
-# Times `lost_after` without news; a worker may take long to start a job: images are pulled.
-_LIMITS = {StateType.RUNNING: 1.0, StateType.PENDING: 3.0}
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,20 @@ class FlowRuns:
     ----------
     deployment : str
         Its flow and name.
+    lost_after : float
+        Silence (s) after which the worker of another run's job is taken for lost, if it keeps a
+        slot from a job of ours.
     name : str
         What messages call it.
     """
 
     deployment: str
+    lost_after: float
     name: str = "Prefect"
+    _lost: LostRuns = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_lost", LostRuns(self.lost_after))
 
     def check(self) -> None:
         """Check that the deployment is known to the server.
@@ -65,7 +72,7 @@ class FlowRuns:
     def attempt(self, job: SentJob) -> Iterator["_Attempt"]:
         """Start a flow run for a job, or find the one that is under way."""
         with get_client(sync_client=True) as client:
-            yield _Attempt(client, _patiently(lambda: self._flow_run(client, job)))
+            yield _Attempt(client, _patiently(lambda: self._flow_run(client, job)), self._lost)
 
     def _flow_run(self, client: SyncPrefectClient, job: SentJob) -> FlowRun:
         tag = f"job-{job.records.key[:20]}"
@@ -91,17 +98,23 @@ class FlowRuns:
 class _Attempt:
     """A flow run."""
 
-    def __init__(self, client: SyncPrefectClient, run: FlowRun) -> None:
+    def __init__(self, client: SyncPrefectClient, run: FlowRun, lost: LostRuns) -> None:
         self._client = client
         self._run = run.id
+        self._lost = lost
         self.name = str(run.id)
 
     def look(self, heard: int) -> Ending | Sign:
         """Ask the server for the run's state."""
-        state = _patiently(lambda: self._client.read_flow_run(self._run)).state
+        run = _patiently(lambda: self._client.read_flow_run(self._run))
+        state = run.state
         if state is None or state.is_final():
             return _ending(state)
-        return Sign((state.type, state.timestamp), _LIMITS.get(state.type, float("inf")))
+        news = (state.type, state.timestamp)
+        deployment = run.deployment_id
+        if state.is_scheduled() and deployment:  # what it waits for may be lost
+            _patiently(lambda: self._lost.end(self._client, deployment))
+        return Sign(news, PATIENCE.get(state.type, float("inf")))
 
     def cancel(self) -> None:
         """Cancel the run."""

@@ -81,6 +81,6 @@ def _fleet(config: Config, workers: int, around: Executor | None) -> Iterator[Fl
         with dask_tasks(execution.dask_address, execution.gpus_per_job, workers) as dask:
             yield dask
     else:
-        flow_runs = FlowRuns(execution.deployment)
+        flow_runs = FlowRuns(execution.deployment, execution.lost_after)
         flow_runs.check()
         yield flow_runs

@@ -87,6 +87,10 @@ class JobRecords:
         found = self.store.read(self._told(attempt, part))
         return None if found is None else list(json.loads(found))
 
+    def parts(self, attempt: str) -> int:
+        """Return how many parts an attempt has told."""
+        return sum(1 for _ in self.store.names(self._name(f"told/{attempt}")))
+
     def digests(self) -> set[str]:
         """Return the digests of all objects that the records name."""
         parcel, delivery = self.store.read(self._name("parcel.json")), self.delivery()

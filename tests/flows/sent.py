@@ -20,7 +20,7 @@ from tests.jobs import functions
 
 def executor_of(store, folder, fleet=None, **settings):
     config = ExecutionConfig(backend="deployment", store=store, **settings)
-    fleet = fleet or FlowRuns(config.deployment)
+    fleet = fleet or FlowRuns(config.deployment, config.lost_after)
     return RemoteExecutor(fleet, Store(store), config, Path(folder) / "scratch", 1, pause=0.5)
 
 

@@ -270,9 +270,48 @@ def test_a_job_without_a_sign_of_life_is_given_up(deployment, places, tmp_path):
         thread.join()
 
 
+@pytest.fixture
+def one_slot(deployment):
+    with get_client(sync_client=True) as client:
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
+        yield
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=None))
+
+
+def test_a_run_that_nobody_works_on_gives_its_slot_to_others(worker, one_slot, places, tmp_path):
+    """Whoever sent it has ended, and its worker's machine was switched off."""
+    store = f"file://{places['store']}"
+    with get_client(sync_client=True) as client:
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
+        found = client.read_deployment_by_name("job/job")
+        lost = client.create_flow_run_from_deployment(
+            found.id, parameters={"store": store, "key": "a" * 64}, name="lost"
+        )
+        client.set_flow_run_state(lost.id, Running(), force=True)
+        client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
+    assert run_job(executor_of(store, tmp_path, lost_after=2), "own_pid") > 0
+    (run,) = runs_named("lost")
+    assert run.state.type.value == "CRASHED"
+    assert "kept a slot from others" in run.state.message
+
+
+def test_a_run_that_works_keeps_its_slot(worker, one_slot, places, tmp_path):
+    store = f"file://{places['store']}"
+    before = {run.id for run in runs_named("slow")}
+    sender = threading.Thread(target=send_slow_job, args=(store, str(tmp_path / "other")))
+    (tmp_path / "other").mkdir()
+    sender.start()
+    while not [r for r in runs_named("slow") if r.id not in before and r.state.is_running()]:
+        time.sleep(0.5)
+    assert run_job(executor_of(store, tmp_path, lost_after=8), "own_pid") > 0
+    sender.join()
+    (run,) = [run for run in runs_named("slow") if run.id not in before]
+    assert run.state.is_completed()
+
+
 def test_a_deployment_that_is_not_there_is_named(prefect_server):
     with pytest.raises(ConfigError, match=r"execution.deployment must be known .* 'job/none'"):
-        FlowRuns("job/none").check()
+        FlowRuns("job/none", 60).check()
 
 
 def test_a_worker_with_other_code_refuses_a_job():

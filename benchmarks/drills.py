@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
+import yaml
 from faults import VICTIMS, Fault, Ground, faults, killed
 from fleet import FINAL, Fleet, contents, fleet, wait_for
 from fleet_services import has_postgres, has_s3, postgres, s3_store
@@ -30,12 +32,15 @@ from hosts import hosts, jobs_done, run_by_command
 from mlflow import MlflowClient
 from tables import report
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 STARTS = 4  # times that a run is started at most
 WHOLE = 50.0  # s of an undisturbed run, in which the moments of the kills lie
 IDLE = 20.0  # s after which a run without a process is taken for lost
-TWO_HOSTS, ON_S3, ON_POSTGRES, ON_DISK = "two-hosts", "s3", "postgres", "disk"
+TWO_HOSTS, DEMO = "two-hosts", "two-hosts-demo"
+ON_S3, ON_POSTGRES, ON_DISK = "s3", "postgres", "disk"
 _PLACES = {
-    "store-503": ON_S3, TWO_HOSTS: ON_S3, "postgres-restarted": ON_POSTGRES, "disk-full": ON_DISK,
+    "store-503": ON_S3, TWO_HOSTS: ON_S3, DEMO: ON_S3, "postgres-restarted": ON_POSTGRES,
+    "disk-full": ON_DISK,
 }  # fmt: skip
 
 
@@ -81,19 +86,26 @@ def disturbed(ground: Ground, name: str, harm: Fault, *, training: bool = True) 
     )
 
 
-def two_hosts(ground: Ground) -> Record:
+def two_hosts(ground: Ground, name: str) -> Record:
     """Run by `prefect deployment run` with jobs, measurements too, on two hosts."""
     site, begin, since = ground.fleet, time.monotonic(), time.time()
-    data = {"path": "rows.jsonl", "test_fraction": 0.2}
+    changes = _demo() if name == DEMO else {"data": {"path": "rows.jsonl", "test_fraction": 0.2}}
     with hosts(site, 2) as homes:
-        run_by_command(site, "tc-lora/demo", {**site.settings, "name": TWO_HOSTS, "data": data})
+        run_by_command(site, "tc-lora/demo", {**site.settings, **changes, "name": name})
     seconds = time.monotonic() - begin
-    plain = f"{TWO_HOSTS}-plain"
-    site.finish(site.send(plain, data=data, execution={"backend": "local"}))
-    library = _compared(site.library(plain), site.library(TWO_HOSTS))
+    plain = f"{name}-plain"
+    site.finish(site.send(plain, **{**changes, "execution": {"backend": "local"}}), limit=3600)
+    library = _compared(site.library(plain), site.library(name))
     trained, twice = [jobs_done(home) for home in homes], _finished_twice(site, since)
     note = f"{trained[0]} jobs on one, {trained[1]} on the other, none on the run's own"
-    return Record(TWO_HOSTS, library, 1, twice, _curves(site, TWO_HOSTS), seconds, note)
+    return Record(name, library, 1, twice, _curves(site, name), seconds, note)
+
+
+def _demo() -> dict[str, Any]:
+    """Return the embedded demo's settings, for the same arithmetic on every host."""
+    settings: dict[str, Any] = yaml.safe_load((CONFIGS / "demo.yaml").read_text(encoding="utf-8"))
+    train = {**settings["train"], "dtype": "float32"}
+    return {**settings, "train": train, "resources": {"jobs": 2}, "route": {}}
 
 
 def kill_at_random(ground: Ground, kills: int, keep: Callable[[Record], None]) -> None:
@@ -239,7 +251,7 @@ def _show(file: Path, skipped: dict[str, str]) -> None:
 
 def main() -> None:
     """Run drills, keep their records and show all of them."""
-    names = [*faults, TWO_HOSTS]
+    names = [*faults, TWO_HOSTS, DEMO]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--kills", type=int, default=0, help="random kills, those done counted")
@@ -265,8 +277,8 @@ def main() -> None:
             continue
         with _ground(place, folder) as ground:
             for name in here:
-                two = name == TWO_HOSTS
-                keep(two_hosts(ground) if two else disturbed(ground, name, faults[name]))
+                two = name in (TWO_HOSTS, DEMO)
+                keep(two_hosts(ground, name) if two else disturbed(ground, name, faults[name]))
             kill_at_random(ground, kills, keep)
     _show(file, skipped)
 

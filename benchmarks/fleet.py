@@ -86,15 +86,15 @@ class Fleet:
         self._sent.add(run)
         return run
 
-    def finish(self, run: str, wanted: str = "COMPLETED") -> None:
-        """Wait for the end of a run.
+    def finish(self, run: str, wanted: str = "COMPLETED", limit: float = WAIT) -> None:
+        """Wait for the end of a run, so long (s) at most.
 
         Raises
         ------
         RuntimeError
             If it ends in another state.
         """
-        wait_for(f"the end of run {run}", lambda: self.run(run)["state_type"] in FINAL)
+        wait_for(f"the end of run {run}", lambda: self.run(run)["state_type"] in FINAL, limit)
         state = self.run(run)["state"]
         if state["type"] != wanted:
             raise RuntimeError(f"run {run} must end {wanted}, but: {state}")

@@ -19,8 +19,8 @@ from pathlib import Path
 import flows
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import exclusive
-from tclora_cli.prefect_api import ensure_pool, is_online
-from tclora_cli.processes import Health, Ledger, last_lines, start, wait_until
+from tclora_cli.prefect_api import end_lost_runs, ensure_pool, is_online
+from tclora_cli.processes import Health, Ledger, flow_runs_here, last_lines, start, wait_until
 
 RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has its own
 _LIMIT = 180.0  # s that a service has to become healthy
@@ -158,6 +158,8 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
         for service in servers:
             _ensure(machine, service, say)
         _prepare(machine, say)
+        if lost := end_lost_runs(f"{machine.prefect}/api", POOLS, flow_runs_here):
+            say(f"{'lost runs':<20}{lost} ended")
         for service in workers:
             _ensure(machine, service, say)
 

@@ -6,6 +6,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Collection, Iterable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,43 @@ def is_online(api: str, pool: str, worker: str) -> bool:
     except OSError:
         return False
     return any(w["name"] == worker and w["status"] == "ONLINE" for w in workers)
+
+
+def end_lost_runs(api: str, pools: Iterable[str], living: Callable[[], Collection[str]]) -> int:
+    """Say of runs of this machine's pools, and their subflows, whose process has gone, so.
+
+    Parameters
+    ----------
+    api : str
+        Address of the server's API.
+    pools : iterable of str
+        Pools all of whose workers are on this machine.
+    living : callable
+        Returns the ids of flow runs that have a process now.
+
+    Returns
+    -------
+    int
+        How many there were, subflows not counted.
+    """
+    found = _running(api, {"work_pools": {"name": {"any_": list(pools)}}})
+    alive = living()  # after that, or one that began between would seem lost
+    lost = [run["id"] for run in found if run["id"] not in alive]
+    family = list(lost)
+    for parent in family:  # grows
+        wanted = {"flow_runs": {"parent_flow_run_id": {"any_": [parent]}}}
+        family += [r["id"] for r in _running(api, wanted) if r["deployment_id"] is None]
+    state = {"type": "CRASHED", "name": "Crashed", "message": "its process has ended"}
+    for run in family:  # not by force: one that has ended meanwhile stays as it is
+        ask(f"{api}/flow_runs/{run}/set_state", {"state": state})
+    return len(lost)
+
+
+def _running(api: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    state = {"state": {"type": {"any_": ["RUNNING"]}}}
+    runs = {**wanted.get("flow_runs", {}), **state}
+    found: list[dict[str, Any]] = ask(f"{api}/flow_runs/filter", {**wanted, "flow_runs": runs})
+    return found
 
 
 def ask(url: str, body: Any = None, method: str | None = None) -> Any:  # noqa: ANN401

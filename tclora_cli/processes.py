@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -95,6 +96,16 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
         )
     _DETACHED.append(process)
     return Started.of(process.pid)
+
+
+def flow_runs_here() -> set[str]:
+    """Return the ids of the flow runs that have a process on this machine."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process.environ().get("PREFECT__FLOW_RUN_ID", ""))
+    return found
 
 
 def last_lines(log: Path, count: int = 10) -> str:

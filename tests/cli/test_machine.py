@@ -1,6 +1,7 @@
 """A whole machine on the loopback: started, damaged, healed, stopped."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def read(url, body=None):
         return json.loads(response.read() or "null")
 
 
+def running_flow_runs(machine):
+    """Two runs in a pool that are said to run, and a subflow of the first one."""
+    api, state = f"{machine.prefect}/api", {"state": {"type": "RUNNING"}}
+    job = read(f"{api}/deployments/name/job/job")["id"]
+    given = {"parameters": {"store": "file:///nowhere", "key": "a" * 64}, **state}
+    first, second = (
+        read(f"{api}/deployments/{job}/create_flow_run", given)["id"] for _ in range(2)
+    )
+    task = read(f"{api}/task_runs/", {"flow_run_id": first, "task_key": "t", "dynamic_key": "0"})
+    flow = read(f"{api}/flows/", {"name": "below"})["id"]
+    below = read(f"{api}/flow_runs/", {"flow_id": flow, "parent_task_run_id": task["id"], **state})
+    return first, below["id"], second
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tmp_path):
@@ -71,6 +86,7 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     read(f"{limits}/", {"name": "runs", "limit": 1})
     taken = {"names": ["runs"], "slots": 1, "mode": "concurrency", "lease_duration": 600}
     lease = read(f"{limits}/increment-with-lease", taken)["lease_id"]
+    lost, subflow, living = running_flow_runs(machine)
     # Both servers are killed, as by a machine that is switched off; state is in the folder.
     servers = [psutil.Process(first[name].pid) for name in NAMES[:2]]
     for server in servers:
@@ -80,7 +96,16 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "mlflow              stopped" in result.output
-    up(machine, said.append)
+    said.clear()
+    with subprocess.Popen(
+        ["/bin/sleep", "600"], env=os.environ | {"PREFECT__FLOW_RUN_ID": living}
+    ) as process:
+        up(machine, said.append)
+        process.kill()
+    assert "lost runs           1 ended" in said
+    states = [read(f"{machine.prefect}/api/flow_runs/{run}") for run in (lost, subflow, living)]
+    assert [state["state_type"] for state in states] == ["CRASHED", "CRASHED", "RUNNING"]
+    assert states[0]["state"]["message"] == "its process has ended"
     second = Ledger.read(machine.ledger).started
     assert {name for name in NAMES if first[name] == second[name]} == set(NAMES[2:])
     assert read(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]

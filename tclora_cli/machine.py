@@ -158,7 +158,9 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
         for service in servers:
             _ensure(machine, service, say)
         _prepare(machine, say)
-        if lost := end_lost_runs(f"{machine.prefect}/api", POOLS, flow_runs_here):
+        ledger = Ledger.read(machine.ledger)
+        works = {pool: ledger.runs(f"worker of {pool}") for pool in POOLS}
+        if lost := end_lost_runs(f"{machine.prefect}/api", works, flow_runs_here):
             say(f"{'lost runs':<20}{lost} ended")
         for service in workers:
             _ensure(machine, service, say)

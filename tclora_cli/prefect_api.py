@@ -6,7 +6,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,18 @@ def is_online(api: str, pool: str, worker: str) -> bool:
     return any(w["name"] == worker and w["status"] == "ONLINE" for w in workers)
 
 
-def end_lost_runs(api: str, pools: Iterable[str], living: Callable[[], Collection[str]]) -> int:
+def end_lost_runs(
+    api: str, pools: Mapping[str, bool], living: Callable[[], Collection[str]]
+) -> int:
     """Say of runs of this machine's pools, and their subflows, whose process has gone, so.
 
     Parameters
     ----------
     api : str
         Address of the server's API.
-    pools : iterable of str
-        Pools all of whose workers are on this machine.
+    pools : mapping of str to bool
+        Pools all of whose workers are on this machine, and whether one works; if not, runs that
+        were about to start are lost too.
     living : callable
         Returns the ids of flow runs that have a process now.
 
@@ -66,21 +69,30 @@ def end_lost_runs(api: str, pools: Iterable[str], living: Callable[[], Collectio
     int
         How many there were, subflows not counted.
     """
-    found = _running(api, {"work_pools": {"name": {"any_": list(pools)}}})
+    found = [
+        run
+        for pool, works in pools.items()
+        for run in _active(
+            api,
+            ["RUNNING"] if works else ["RUNNING", "PENDING"],
+            {"work_pools": {"name": {"any_": [pool]}}},
+        )
+    ]
     alive = living()  # after that, or one that began between would seem lost
     lost = [run["id"] for run in found if run["id"] not in alive]
     family = list(lost)
     for parent in family:  # grows
         wanted = {"flow_runs": {"parent_flow_run_id": {"any_": [parent]}}}
-        family += [r["id"] for r in _running(api, wanted) if r["deployment_id"] is None]
+        below = _active(api, ["RUNNING", "PENDING"], wanted)
+        family += [run["id"] for run in below if run["deployment_id"] is None]
     state = {"type": "CRASHED", "name": "Crashed", "message": "its process has ended"}
     for run in family:  # not by force: one that has ended meanwhile stays as it is
         ask(f"{api}/flow_runs/{run}/set_state", {"state": state})
     return len(lost)
 
 
-def _running(api: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    state = {"state": {"type": {"any_": ["RUNNING"]}}}
+def _active(api: str, states: list[str], wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    state = {"state": {"type": {"any_": states}}}
     runs = {**wanted.get("flow_runs", {}), **state}
     found: list[dict[str, Any]] = ask(f"{api}/flow_runs/filter", {**wanted, "flow_runs": runs})
     return found

@@ -76,6 +76,11 @@ class Ledger(BaseModel):
         """Read it; empty where there is none."""
         return cls.model_validate_json(file.read_bytes()) if file.exists() else cls()
 
+    def runs(self, name: str) -> bool:
+        """Return whether what was started under a name runs."""
+        started = self.started.get(name)
+        return started is not None and started.process is not None
+
     def write(self, file: Path) -> None:
         """Write it whole."""
         write_text(file, self.model_dump_json(indent=2) + "\n")

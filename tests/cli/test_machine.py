@@ -111,6 +111,13 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     assert read(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]
     assert {state for state, _ in status(machine).values()} == {"healthy"}
     read(f"{limits}/leases/{lease}/renew", {"lease_duration": 600})  # 410 if it were forgotten
+    # So is a run that was about to start when its worker was lost.
+    second["worker of gpu-pool"].end()
+    state = {"state": {"type": "PENDING"}, "force": True}
+    read(f"{machine.prefect}/api/flow_runs/{living}/set_state", state)
+    up(machine, said.append)
+    assert read(f"{machine.prefect}/api/flow_runs/{living}")["state_type"] == "CRASHED"
+    second = Ledger.read(machine.ledger).started
     family = [p for s in second.values() for p in [s.process, *s.process.children(recursive=True)]]
     down(machine, said.append)
     assert not any(process.is_running() for process in family)

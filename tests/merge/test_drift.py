@@ -45,13 +45,41 @@ def regmean(adapters):
     return (X @ grams).sum(0) @ torch.linalg.inv(grams.sum(0)), grams.sum(0)
 
 
+def damped(adapters):
+    """Shared output directions scaled down as Pico does, the mean norm of the updates kept."""
+    K = len(adapters)
+    U, S, _ = torch.linalg.svd(torch.cat([a.modules[MODULE].B for a in adapters], dim=1))
+    c = torch.zeros(D_OUT).double()
+    c[: len(S)] = S.square() / S.square().sum()
+    D = U / (1 + (K - 1) * c) @ U.mT
+    before = sum(a.modules[MODULE].delta().norm() for a in adapters)
+    gain = before / sum((D @ a.modules[MODULE].delta()).norm() for a in adapters)
+    return [
+        Adapter(a.name, {MODULE: LoraFactors(gain * D @ a.modules[MODULE].B, a.modules[MODULE].A)})
+        for a in adapters
+    ]
+
+
 def test_the_regression_mean_in_the_drifts_metric(adapters):
     expected, _ = regmean(adapters)
-    torch.testing.assert_close(merged(adapters, "regmean-drift"), expected, rtol=1e-6, atol=1e-6)
+    found = merged(adapters, "regmean-drift", damping=0)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_crowded_output_directions_are_damped_before(adapters):
+    expected, _ = regmean(damped(adapters))
+    found = merged(adapters, "regmean-drift")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert (found - merged(adapters, "regmean-drift", damping=0)).norm() > 0.05 * found.norm()
+
+
+def test_a_damping_that_raises_is_refused(adapters):
+    with pytest.raises(ValueError, match="damping must be at least 0, got -1"):
+        merged(adapters, "regmean-drift", damping=-1)
 
 
 def test_truncation_is_optimal_in_the_drifts_metric(adapters):
-    full, metric = regmean(adapters)
+    full, metric = regmean(damped(adapters))
     values, vectors = torch.linalg.eigh(metric)
     root = vectors * values.sqrt() @ vectors.mT
     U, S, Vh = torch.linalg.svd(full @ root, full_matrices=False)
@@ -61,7 +89,7 @@ def test_truncation_is_optimal_in_the_drifts_metric(adapters):
 
 
 def test_the_joint_cp_lies_between_the_best_of_its_rank_and_the_mean(adapters):
-    full, metric = regmean(adapters)
+    full, metric = regmean(damped(adapters))
 
     def error(method):
         delta = full - merged(adapters, method, rank=4)

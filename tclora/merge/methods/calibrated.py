@@ -3,7 +3,7 @@
 Symbols: K adapters, d_out × d_in a module, m × n the core that holds all updates, R a rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -69,16 +69,41 @@ def pico(
     if rule not in _RULES:
         raise ValueError(f"rule must be one of {sorted(_RULES)}, got {rule!r}")
     factors = _in_gauge(stack, gauge)
-    left, coordinates = orthonormal_basis(torch.cat([f.B for f in factors], dim=1))
-    U, S, _ = torch.linalg.svd(coordinates, full_matrices=False)
-    energy = S.square().sum()
-    shares = S.square() / torch.where(energy > 0, energy, 1)
-    damping = 1 / (1 + (len(factors) - 1) * shares)
-    basis = left @ U
-    calm = [LoraFactors(basis * damping @ (basis.mT @ f.B), f.A) for f in factors]
+    calm = damped(factors, stack.weights.new_full(stack.weights.shape, 1 / len(factors)))
     merged = _RULES[rule](replace(stack, factors=calm))
     norms = [product_energy(*f) ** 0.5 for f in factors]
     return _at_norm(merged, scale * sum(norms) / len(norms))
+
+
+def damped(
+    factors: Sequence[LoraFactors], weights: Tensor, strength: float = 1.0
+) -> list[LoraFactors]:
+    """Scale the output directions down that many updates share.
+
+    Parameters
+    ----------
+    factors : sequence of K LoraFactors
+        The updates; how they are split into B and A matters.
+    weights : Tensor, shape (K,)
+        How much each counts, with sum 1.
+    strength : float
+        Exponent of the damping; 1 is Pico's, 0 leaves everything as it is.
+
+    Returns
+    -------
+    list of K LoraFactors
+        U diag(1 / (1 + (K − 1) c))^strength Uᵀ Δ_k, with U and c the left singular vectors of
+        [√w_1 B_1 … √w_K B_K] and their shares of the energy; K is 1 / Σ w².
+    """
+    weighted = [f.B * weight.sqrt() for f, weight in zip(factors, weights, strict=True)]
+    left, coordinates = orthonormal_basis(torch.cat(weighted, dim=1))
+    U, S, _ = torch.linalg.svd(coordinates, full_matrices=False)
+    energy = S.square().sum()
+    shares = S.square() / torch.where(energy > 0, energy, 1)
+    damping = (1 + (1 / weights.square().sum() - 1) * shares) ** -strength
+    basis = left @ U
+    # Directions outside of the basis, of weights of zero, are not damped.
+    return [LoraFactors(f.B + basis * (damping - 1) @ (basis.mT @ f.B), f.A) for f in factors]
 
 
 _RULES: dict[str, Callable[[ModuleStack], LoraFactors | Tensor]] = {

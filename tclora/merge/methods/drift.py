@@ -6,7 +6,11 @@ such a sum, and its Gram matrix stands in for that of cluster k's inputs, which 
 `tc-lora-activation` take from sample rows. Adapters that share no start are taken to have inputs
 of equal variance in every direction, which makes of RegMean the plain mean.
 
-The metric depends on how an update was split into B and A: it is read from adapters as trained.
+What a cluster's inputs do not share with the others' is kept; of the output directions that most
+updates write to, each would bring its own there all the same. So these are scaled down before, by
+Pico's rule for crowded B, and every module gets back the norm that its updates have lost.
+
+Metric and damping depend on how an update was split into B and A: adapters are read as trained.
 
 Symbols: K adapters, d_out × d_in a module, A_k (r, d_in), F_k = A_k − mean_j A_j,
 q = min(d_in, Σ r_k).
@@ -21,12 +25,14 @@ from torch import Tensor
 from tclora.activations.metric import InputMetric
 from tclora.adapter import LoraFactors
 from tclora.merge.methods.activation import tc_lora_activation
+from tclora.merge.methods.calibrated import damped
 from tclora.merge.methods.cp import PAPER
 from tclora.merge.methods.leastsquares import regmean, truncate_in_metric
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
 from tclora.merge.truncate import Truncated
 from tclora.tensor.compress import orthonormal_basis
+from tclora.tensor.lowrank import product_energy
 
 # Variance of the inputs that is equal in all directions, relative to what the drift shows.
 _ISOTROPIC = 0.01
@@ -90,6 +96,24 @@ def _gram(A: Tensor, drift: Tensor, d_in: int) -> Tensor:
     return drift.mT @ drift / (energy + least) + (1 + _ISOTROPIC - share) * equal
 
 
+def _calm(stack: ModuleStack, damping: float) -> ModuleStack:
+    """Return the stack with shared output directions damped, the mean norm of its updates kept.
+
+    Nothing is damped where the adapters share no start: their merge is the mean.
+    """
+    if damping < 0:
+        raise ValueError(f"damping must be at least 0, got {damping!r}")
+    if not any(F.any() for F in drifts(stack.As)):
+        return stack
+    calm = damped(stack.factors, stack.weights, damping)
+    before, after = (
+        sum(float(w) * product_energy(*f) ** 0.5 for w, f in zip(stack.weights, many, strict=True))
+        for many in (stack.factors, calm)
+    )
+    gain = before / after if after else 1.0
+    return replace(stack, factors=[LoraFactors(f.B * gain, f.A) for f in calm])
+
+
 def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack) -> Truncated:
     """Truncate in the metric of the drift."""
     if not isinstance(update, LoraFactors):
@@ -102,13 +126,18 @@ def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack
 @register(
     "regmean-drift",
     summary="regression mean in the metric of the adapters' drift from a shared start; no data",
-    paper="RegMean, arXiv 2212.09849, its statistics read from the adapters (this project)",
+    paper="RegMean, arXiv 2212.09849, its statistics read from the adapters (this project); damping "
+    "of Pico, arXiv 2604.16826",
     weighted=True,
     truncation=_truncate,
 )
-def regmean_drift(stack: ModuleStack) -> LoraFactors:
-    """Return Σ_k Δ_k G_k (Σ_j G_j)⁻¹ with G_k = F_kᵀ F_k / ‖F_k‖² + 0.01 I / d_in, nearly."""
-    reduced, basis = _in_drift_metric(stack)
+def regmean_drift(stack: ModuleStack, *, damping: float = 1.0) -> LoraFactors:
+    """Return Σ_k γ D Δ_k G_k (Σ_j G_j)⁻¹ with G_k = F_kᵀ F_k / ‖F_k‖² + 0.01 I / d_in, nearly.
+
+    D scales the output directions of many updates down, to the power `damping` (0: not at all), and
+    γ gives the updates their mean norm back.
+    """
+    reduced, basis = _in_drift_metric(_calm(stack, damping))
     found = regmean(reduced)
     return LoraFactors(found.B, found.A @ basis.mT)
 
@@ -121,9 +150,9 @@ def regmean_drift(stack: ModuleStack) -> LoraFactors:
     weighted=True,
     truncation=_truncate,
 )
-def tc_lora_drift(stack: ModuleStack) -> LoraFactors:
-    """Return `tc_lora_activation` with G_k as of `regmean_drift`."""
-    reduced, basis = _in_drift_metric(stack)
+def tc_lora_drift(stack: ModuleStack, *, damping: float = 1.0) -> LoraFactors:
+    """Return `tc_lora_activation` with G_k, D and γ as of `regmean_drift`."""
+    reduced, basis = _in_drift_metric(_calm(stack, damping))
     found = tc_lora_activation(reduced)
     return LoraFactors(found.B, found.A @ basis.mT)
 

@@ -69,18 +69,26 @@ def send(site: Fleet, folder: Path, jobs: int, seconds: float, megabytes: int) -
 
     from flows.context import Context
     from flows.parallel import collect, parallel_flow
-    from tasks.deployed import DeploymentExecutor
+    from tasks.deployed import FlowRuns
+    from tasks.executing import SLOTS
     from tasks.progress import JobProgress
+    from tasks.remote import RemoteExecutor
     from tasks.where import Where
     from tclora.config import ExecutionConfig
     from tclora.library.layout import Layout
+    from tclora.store.objects import Store
 
     execution = {
         **site.settings["execution"],
         "lost_after": 600,
         "jobs_per_host": site.machine.jobs,
     }
-    executor = DeploymentExecutor(ExecutionConfig(**execution), folder / "scratch")
+    config = ExecutionConfig(**execution)
+    if config.store is None:
+        raise RuntimeError("the fleet's jobs must have a store")
+    fleet = FlowRuns(config.deployment, config.lost_after)
+    scratch = folder / "scratch"
+    executor = RemoteExecutor(fleet, Store(config.store), config, scratch, SLOTS)
     where = Where(Layout(folder / "library"), None, executor, JobProgress())
 
     @parallel_flow("growth")

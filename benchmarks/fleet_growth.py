@@ -1,10 +1,12 @@
 """Many jobs on many worker slots: how busy the slots are, and what a job costs those who send it.
 
-Jobs sleep and write a file; everything else is real: flow runs of a deployment, a process worker, a
-store, files by their digests, and the executor of `execution.backend: deployment`. A flow run has a
-process of its own that imports Prefect, some seconds of a core: let jobs sleep so long that the
-cores of this machine are not what is measured (slots x those seconds / cores, and some more).
-Usage: ``python benchmarks/fleet_growth.py [--jobs 500] [--slots 16] [--seconds 120]``.
+Jobs sleep and write a file; everything else is real: flow runs of a deployment and a process
+worker, or a Dask scheduler and a worker per slot; a store, files by their digests, and the executor
+of `execution.backend`. A flow run has processes of its own that import Prefect, some eight seconds
+of a core, a Dask task only the job's: let jobs sleep so long that the cores of this machine are not
+what is measured (slots x those seconds / cores, and some more).
+Usage: ``python benchmarks/fleet_growth.py [--backend deployment|dask] [--jobs 500] [--slots 16]
+[--seconds 120]``.
 """
 
 import argparse
@@ -16,11 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import psutil
 from fleet import Fleet, fleet
 from tables import report
+
+if TYPE_CHECKING:
+    from tasks.fleet import Fleet as FleetOfJobs
+    from tclora.config import ExecutionConfig
 
 _BETWEEN = 2.0  # s between two looks at memory
 
@@ -63,13 +70,12 @@ def _seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def send(site: Fleet, folder: Path, jobs: int, seconds: float, megabytes: int) -> pd.DataFrame:
-    """Run so many jobs as a run does; return when each began and ended."""
-    from simulated import simulate  # imports Prefect, which reads the environment
+def send(site: Fleet, folder: Path, given: argparse.Namespace) -> pd.DataFrame:
+    """Run the jobs as a run does; return when each began and ended."""
+    from simulated_stage import simulate  # imports Prefect, which reads the environment
 
     from flows.context import Context
     from flows.parallel import collect, parallel_flow
-    from tasks.deployed import FlowRuns
     from tasks.executing import SLOTS
     from tasks.progress import JobProgress
     from tasks.remote import RemoteExecutor
@@ -78,31 +84,45 @@ def send(site: Fleet, folder: Path, jobs: int, seconds: float, megabytes: int) -
     from tclora.library.layout import Layout
     from tclora.store.objects import Store
 
-    execution = {
-        **site.settings["execution"],
-        "lost_after": 600,
-        "jobs_per_host": site.machine.jobs,
-    }
-    config = ExecutionConfig(**execution)
+    config = ExecutionConfig(
+        **site.settings["execution"]
+        | {"backend": given.backend, "lost_after": 600, "jobs_per_host": given.slots}
+    )
     if config.store is None:
         raise RuntimeError("the fleet's jobs must have a store")
-    fleet = FlowRuns(config.deployment, config.lost_after)
-    scratch = folder / "scratch"
-    executor = RemoteExecutor(fleet, Store(config.store), config, scratch, SLOTS)
-    where = Where(Layout(folder / "library"), None, executor, JobProgress())
 
     @parallel_flow("growth")
     def growth(context: Context) -> list[dict[str, float]]:
-        names = [f"job-{number:03d}" for number in range(jobs)]
-        futures = {n: simulate.submit(n, seconds, megabytes, context.where) for n in names}
+        names = [f"job-{number:03d}" for number in range(given.jobs)]
+        futures = {
+            name: simulate.submit(name, given.seconds, given.megabytes, context.where)
+            for name in names
+        }
         return [dict(part.info) for part in collect("simulate", futures, context).values()]
 
-    return pd.DataFrame(growth(Context(None, None, where)))
+    with _fleet(config, given.slots) as fleet_of_jobs:
+        store, scratch = Store(config.store), folder / "scratch"
+        executor = RemoteExecutor(fleet_of_jobs, store, config, scratch, SLOTS)
+        where = Where(Layout(folder / "library"), None, executor, JobProgress())
+        return pd.DataFrame(growth(Context(None, None, where)))
+
+
+@contextmanager
+def _fleet(config: "ExecutionConfig", slots: int) -> "Iterator[FleetOfJobs]":
+    from tasks.dask_tasks import dask_tasks
+    from tasks.deployed import FlowRuns
+
+    if config.backend == "dask":
+        with dask_tasks(None, "auto", slots) as tasks:
+            yield tasks
+    else:
+        yield FlowRuns(config.deployment, config.lost_after)
 
 
 def main() -> None:
     """Send the jobs, measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=("deployment", "dask"), default="deployment")
     parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--slots", type=int, default=16, help="jobs at once")
     parser.add_argument("--seconds", type=float, default=120, help="that a job sleeps")
@@ -117,12 +137,13 @@ def main() -> None:
         os.environ |= site.machine.environment
         with sampled(site) as found:
             begin = time.monotonic()
-            done = send(site, Path(scratch), given.jobs, given.seconds, given.megabytes)
+            done = send(site, Path(scratch), given)
             whole = time.monotonic() - begin
     busy = (done["end"] - done["begin"]).sum()
     span = done["end"].max() - done["begin"].min()
     tenth = max(1, len(found.memory) // 10)
     row = {
+        "backend": given.backend,
         "jobs": given.jobs,
         "slots": given.slots,
         "seconds each": given.seconds,
@@ -141,7 +162,7 @@ def main() -> None:
         pd.DataFrame([row]),
         "Utilisation: time inside of jobs' functions over slots times the time from the first "
         f"function's begin to the last one's end. All on one machine of {os.cpu_count()} cores, "
-        "which also run servers, worker and a process per flow run.",
+        "which also run servers, workers and the jobs' processes.",
     )
 
 

@@ -104,6 +104,7 @@ def two_hosts(ground: Ground, name: str) -> Record:
 def _demo() -> dict[str, Any]:
     """Return the embedded demo's settings, for the same arithmetic on every host."""
     settings: dict[str, Any] = yaml.safe_load((CONFIGS / "demo.yaml").read_text(encoding="utf-8"))
+    del settings["name"]
     train = {**settings["train"], "dtype": "float32"}
     return {**settings, "train": train, "resources": {"jobs": 2}, "route": {}}
 

@@ -21,6 +21,7 @@ from prefect.states import Cancelling, Crashed
 from tasks.fleet import Ending, Fate, SentJob, Sign
 from tasks.lost_runs import PATIENCE, LostRuns
 from tclora.errors import ConfigError, StoreError
+from tclora.jobs.records import JobRecords
 
 R = TypeVar("R")
 _PATIENCE = 600.0  # s without a Prefect server
@@ -35,8 +36,8 @@ class FlowRuns:
     deployment : str
         Its flow and name.
     lost_after : float
-        Silence (s) after which the worker of another run's job is taken for lost, if it keeps a
-        slot from a job of ours.
+        Silence (s) after which the worker of a job that was forgotten is taken for lost, if it
+        keeps a slot from a job of ours.
     name : str
         What messages call it.
     """
@@ -72,7 +73,8 @@ class FlowRuns:
     def attempt(self, job: SentJob) -> Iterator["_Attempt"]:
         """Start a flow run for a job, or find the one that is under way."""
         with get_client(sync_client=True) as client:
-            yield _Attempt(client, _patiently(lambda: self._flow_run(client, job)), self._lost)
+            run = _patiently(lambda: self._flow_run(client, job))
+            yield _Attempt(client, run, self._lost, job.records)
 
     def _flow_run(self, client: SyncPrefectClient, job: SentJob) -> FlowRun:
         tag = f"job-{job.records.key[:20]}"
@@ -98,10 +100,13 @@ class FlowRuns:
 class _Attempt:
     """A flow run."""
 
-    def __init__(self, client: SyncPrefectClient, run: FlowRun, lost: LostRuns) -> None:
+    def __init__(
+        self, client: SyncPrefectClient, run: FlowRun, lost: LostRuns, records: JobRecords
+    ) -> None:
         self._client = client
         self._run = run.id
         self._lost = lost
+        self._records = records
         self.name = str(run.id)
 
     def look(self, heard: int) -> Ending | Sign:
@@ -113,7 +118,7 @@ class _Attempt:
         news = (state.type, state.timestamp)
         deployment = run.deployment_id
         if state.is_scheduled() and deployment:  # what it waits for may be lost
-            _patiently(lambda: self._lost.end(self._client, deployment))
+            _patiently(lambda: self._lost.end(self._client, deployment, self._records))
         return Sign(news, PATIENCE.get(state.type, float("inf")))
 
     def cancel(self) -> None:

@@ -19,11 +19,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from tclora.errors import StoreError
 from tclora.jobs.records import JobRecords
-from tclora.store.objects import Store
 
 # Times `lost_after` without news; a worker may take long to start a job: images are pulled.
 PATIENCE = {StateType.RUNNING: 1.0, StateType.PENDING: 3.0}
@@ -33,19 +33,24 @@ _LOOKS = 4  # in the time of `lost_after`
 class LostRuns:
     """Ends flow runs of a deployment that have given no sign for a while.
 
+    Only those that share the store of a job that waits: of others nothing can be known.
+
     Parameters
     ----------
     lost_after : float
-        Silence (s) after which a running job's worker is taken for lost.
+        Silence (s) after which the worker of a job is taken for lost whose sender has said nothing
+        of that, or has forgotten it.
     """
 
     def __init__(self, lost_after: float) -> None:
+        self._lost_after = lost_after
         self._pause = lost_after / _LOOKS
         self._next = 0.0
         self._lock = threading.Lock()
-        self._silent: dict[UUID, tuple[Hashable, int]] = {}
+        self._silent: dict[UUID, tuple[Hashable, float]] = {}
+        self._parts: dict[UUID, int] = {}
 
-    def end(self, client: SyncPrefectClient, deployment: UUID) -> None:
+    def end(self, client: SyncPrefectClient, deployment: UUID, waiting: JobRecords) -> None:
         """Look at the runs that hold slots, unless that was done just now; end those that are lost.
 
         Time in which the server or the store does not answer is not counted as silence.
@@ -53,33 +58,44 @@ class LostRuns:
         if not self._lock.acquire(blocking=False):  # another thread looks
             return
         try:
-            if time.monotonic() < self._next:
-                return
-            states = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(PATIENCE)))
-            ours = FlowRunFilterDeploymentId(any_=[deployment])
-            wanted = FlowRunFilter(deployment_id=ours, state=states)
-            for run in client.read_flow_runs(flow_run_filter=wanted):
-                self._judge(client, run)
-            self._next = time.monotonic() + self._pause
+            if time.monotonic() >= self._next:
+                try:
+                    self._look(client, deployment, waiting)
+                finally:
+                    self._next = time.monotonic() + self._pause
         finally:
             self._lock.release()
 
-    def _judge(self, client: SyncPrefectClient, run: FlowRun) -> None:
-        state = run.state
-        if state is None:
+    def _look(self, client: SyncPrefectClient, deployment: UUID, waiting: JobRecords) -> None:
+        states = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(PATIENCE)))
+        ours = FlowRunFilterDeploymentId(any_=[deployment])
+        wanted = FlowRunFilter(deployment_id=ours, state=states)
+        oldest_first = FlowRunSort.START_TIME_ASC
+        found = client.read_flow_runs(flow_run_filter=wanted, sort=oldest_first)
+        if not waiting.is_sent():  # what is seen of the store is not the store: a mount is away
             return
+        for run in found:
+            if run.state and run.parameters.get("store") == waiting.store.url:
+                records = JobRecords(waiting.store, str(run.parameters.get("key")))
+                self._judge(client, run, run.state, records)
+
+    def _judge(
+        self, client: SyncPrefectClient, run: FlowRun, state: State, records: JobRecords
+    ) -> None:
+        self._parts[run.id] = parts = records.parts(str(run.id), self._parts.get(run.id, 0))
+        news = (state.type, state.timestamp, parts)
+        former, silence = self._silent.get(run.id, (None, 0.0))
+        silence = silence + self._pause if former == news else 0.0
+        self._silent[run.id] = news, silence
+        if silence <= PATIENCE[state.type] * (records.lost_after() or self._lost_after):
+            return
+        told = f"gave no sign for {silence:.0f} s and kept a slot from others"
         try:
-            store, key = run.parameters["store"], run.parameters["key"]
-            news = (state.type, state.timestamp, JobRecords(Store(store), key).parts(str(run.id)))
-        except StoreError as error:
-            get_run_logger().debug("nothing is known of flow run %s: %s", run.name, error)
+            now = client.read_flow_run(run.id).state
+            if now is None or (now.type, now.timestamp) != (state.type, state.timestamp):
+                return
+            crashed: State = Crashed(message=told)
+            client.set_flow_run_state(run.id, crashed)
+        except ObjectNotFound:  # somebody has removed it
             return
-        former, looks = self._silent.get(run.id, (None, 0))
-        looks = looks + 1 if former == news else 0
-        self._silent[run.id] = news, looks
-        if looks <= PATIENCE[state.type] * _LOOKS:
-            return
-        told = f"gave no sign for {self._pause * looks:.0f} s and kept a slot from others"
-        final: State = Crashed(message=told)
-        client.set_flow_run_state(run.id, final, force=True)
         get_run_logger().warning("flow run %s %s; it is taken for lost", run.name, told)

@@ -141,6 +141,7 @@ class RemoteExecutor:
             source=job_source(Call(function=packed.function, arguments=packed.arguments)),
             beside=self.beside or self.config.jobs_per_host,
             timeout=self.timeout,
+            lost_after=self.config.lost_after,
             models=self.config.store is not None,  # else workers see this machine's folders
         )
         job.records.send(parcel)

@@ -117,9 +117,9 @@ class Machine:
             *(
                 Service(
                     f"worker of {pool}",
-                    [*worker, pool, "--name", f"tclora-{pool}"],
+                    [*worker, pool, "--name", _worker(pool)],
                     _unless_set(_QUERY) | self.environment,
-                    partial(is_online, f"{self.prefect}/api", pool, f"tclora-{pool}"),
+                    partial(is_online, f"{self.prefect}/api", pool, _worker(pool)),
                 )
                 for pool in POOLS
             ),
@@ -158,10 +158,7 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
         for service in servers:
             _ensure(machine, service, say)
         _prepare(machine, say)
-        ledger = Ledger.read(machine.ledger)
-        works = {pool: ledger.runs(f"worker of {pool}") for pool in POOLS}
-        if lost := end_lost_runs(f"{machine.prefect}/api", works, flow_runs_here):
-            say(f"{'lost runs':<20}{lost} ended")
+        _end_lost_runs(machine, say)
         for service in workers:
             _ensure(machine, service, say)
 
@@ -265,6 +262,23 @@ def _prepare(machine: Machine, say: Callable[[str], None]) -> None:
         reason = (done.stderr or done.stdout).strip()[-500:]
         raise JobError(f"prefect deploy must succeed, but: {reason}")
     say(f"{'pools, deployments':<20}ready")
+
+
+def _end_lost_runs(machine: Machine, say: Callable[[str], None]) -> None:
+    ledger = Ledger.read(machine.ledger)
+    workers = {pool: (_worker(pool), ledger.runs(f"worker of {pool}")) for pool in POOLS}
+    try:
+        lost = end_lost_runs(f"{machine.prefect}/api", workers, flow_runs_here)
+    except OSError as error:  # workers are worth more than what Prefect shows of former runs
+        say(f"{'lost runs':<20}not ended: {error}")
+    else:
+        if lost:
+            say(f"{'lost runs':<20}{lost} ended")
+
+
+def _worker(pool: str) -> str:
+    """Return the name of this machine's worker of a pool, no other machine's at the same server."""
+    return f"tclora-{pool}-{socket.gethostname()}"
 
 
 def _unless_set(values: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+_WORKER = "prefect.worker.name"  # label of a run that a worker has taken
 _BUSY = (1, 2, 4, 8, 16)  # s between attempts at a server whose database is busy
 
 
@@ -50,17 +51,19 @@ def is_online(api: str, pool: str, worker: str) -> bool:
 
 
 def end_lost_runs(
-    api: str, pools: Mapping[str, bool], living: Callable[[], Collection[str]]
+    api: str, workers: Mapping[str, tuple[str, bool]], living: Callable[[], Collection[str]]
 ) -> int:
-    """Say of runs of this machine's pools, and their subflows, whose process has gone, so.
+    """Say of runs that a machine's workers have taken, and their subflows, that their process went.
+
+    Runs of workers elsewhere, and of pools that are not of processes, are left alone.
 
     Parameters
     ----------
     api : str
         Address of the server's API.
-    pools : mapping of str to bool
-        Pools all of whose workers are on this machine, and whether one works; if not, runs that
-        were about to start are lost too.
+    workers : mapping of str to (str, bool)
+        Pool → name of its worker on this machine, and whether that works; if not, runs that were
+        about to start are lost too.
     living : callable
         Returns the ids of flow runs that have a process now.
 
@@ -69,17 +72,14 @@ def end_lost_runs(
     int
         How many there were, subflows not counted.
     """
-    found = [
-        run
-        for pool, works in pools.items()
-        for run in _active(
-            api,
-            ["RUNNING"] if works else ["RUNNING", "PENDING"],
-            {"work_pools": {"name": {"any_": [pool]}}},
-        )
-    ]
+    found = []
+    for pool, (worker, works) in workers.items():
+        if ask(f"{api}/work_pools/{pool}")["type"] == "process":
+            states = ["RUNNING"] if works else ["RUNNING", "PENDING"]
+            taken = _active(api, states, {"work_pools": {"name": {"any_": [pool]}}})
+            found += [run["id"] for run in taken if run["labels"].get(_WORKER) == worker]
     alive = living()  # after that, or one that began between would seem lost
-    lost = [run["id"] for run in found if run["id"] not in alive]
+    lost = [run for run in found if run not in alive]
     family = list(lost)
     for parent in family:  # grows
         wanted = {"flow_runs": {"parent_flow_run_id": {"any_": [parent]}}}

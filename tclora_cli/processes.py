@@ -104,7 +104,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], cwd: Path, log
 
 
 def flow_runs_here() -> set[str]:
-    """Return the ids of the flow runs that have a process on this machine."""
+    """Return the ids of the flow runs that have a process of this user on this machine."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has ended, or is another user's

@@ -61,6 +61,8 @@ class Parcel(BaseModel):
         Jobs that share the worker's host.
     timeout : float or None
         Longest time it may take (s).
+    lost_after : float or None
+        Silence (s) after which its sender takes a worker for lost.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +74,7 @@ class Parcel(BaseModel):
     source: str
     beside: int = 1
     timeout: float | None = None
+    lost_after: float | None = None
 
     def unpacked(self, places: Mapping[int, Path]) -> Call:
         """Return the call with the paths of this machine."""
@@ -135,6 +138,7 @@ class Packed(BaseModel):
         source: str,
         beside: int,
         timeout: float | None,
+        lost_after: float | None = None,
         models: bool = True,
     ) -> Parcel:
         """Store the files that are at the paths, and return what a worker needs to know.
@@ -156,6 +160,7 @@ class Packed(BaseModel):
             source=source,
             beside=beside,
             timeout=timeout,
+            lost_after=lost_after,
         )
 
 

@@ -87,9 +87,31 @@ class JobRecords:
         found = self.store.read(self._told(attempt, part))
         return None if found is None else list(json.loads(found))
 
-    def parts(self, attempt: str) -> int:
-        """Return how many parts an attempt has told."""
-        return sum(1 for _ in self.store.names(self._name(f"told/{attempt}")))
+    def is_sent(self) -> bool:
+        """Return whether the job is in the store."""
+        return self.store.read(self._name("parcel.json")) is not None
+
+    def lost_after(self) -> float | None:
+        """Return after what silence (s) its sender takes a worker for lost; None if it is gone."""
+        found = self.store.read(self._name("parcel.json"))
+        return None if found is None else Parcel.model_validate_json(found).lost_after
+
+    def parts(self, attempt: str, known: int = 0) -> int:
+        """Return how many parts an attempt has told, of which so many are known.
+
+        Parts have no gaps: a few reads find the last of many.
+        """
+        step = 1
+        while self._is_told(attempt, known + step - 1):
+            known, step = known + step, 2 * step
+        while step > 1:
+            step //= 2
+            if self._is_told(attempt, known + step - 1):
+                known += step
+        return known
+
+    def _is_told(self, attempt: str, part: int) -> bool:
+        return self.store.read(self._told(attempt, part)) is not None
 
     def digests(self) -> set[str]:
         """Return the digests of all objects that the records name."""
@@ -128,7 +150,7 @@ class Telling(Repeating):
         super().__init__(self._tell, pause)
         self._records, self._attempt = records, attempt
         self._waiting: list[Mapping[str, Any]] = []
-        self._part = 0
+        self._part = records.parts(attempt)  # more than 0 where a flow run is executed again
         self._lock = threading.Lock()
 
     def add(self, event: Event) -> None:

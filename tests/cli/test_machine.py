@@ -53,17 +53,25 @@ def read(url, body=None):
 
 
 def running_flow_runs(machine):
-    """Two runs in a pool that are said to run, and a subflow of the first one."""
+    """Runs in a pool that are said to run: two of its worker, a subflow, another worker's."""
     api, state = f"{machine.prefect}/api", {"state": {"type": "RUNNING"}}
     job = read(f"{api}/deployments/name/job/job")["id"]
-    given = {"parameters": {"store": "file:///nowhere", "key": "a" * 64}, **state}
-    first, second = (
-        read(f"{api}/deployments/{job}/create_flow_run", given)["id"] for _ in range(2)
+    workers = read(f"{api}/work_pools/gpu-pool/workers/filter", {})
+    first, second, elsewhere = (
+        read(
+            f"{api}/deployments/{job}/create_flow_run",
+            {
+                "parameters": {"store": "file:///nowhere", "key": "a" * 64},
+                "labels": {"prefect.worker.name": name},
+                **state,
+            },
+        )["id"]
+        for name in (workers[0]["name"], workers[0]["name"], "another machine's")
     )
     task = read(f"{api}/task_runs/", {"flow_run_id": first, "task_key": "t", "dynamic_key": "0"})
     flow = read(f"{api}/flows/", {"name": "below"})["id"]
     below = read(f"{api}/flow_runs/", {"flow_id": flow, "parent_task_run_id": task["id"], **state})
-    return first, below["id"], second
+    return first, below["id"], second, elsewhere
 
 
 @pytest.mark.slow
@@ -86,7 +94,7 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
     read(f"{limits}/", {"name": "runs", "limit": 1})
     taken = {"names": ["runs"], "slots": 1, "mode": "concurrency", "lease_duration": 600}
     lease = read(f"{limits}/increment-with-lease", taken)["lease_id"]
-    lost, subflow, living = running_flow_runs(machine)
+    lost, subflow, living, elsewhere = running_flow_runs(machine)
     # Both servers are killed, as by a machine that is switched off; state is in the folder.
     servers = [psutil.Process(first[name].pid) for name in NAMES[:2]]
     for server in servers:
@@ -103,8 +111,11 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
         up(machine, said.append)
         process.kill()
     assert "lost runs           1 ended" in said
-    states = [read(f"{machine.prefect}/api/flow_runs/{run}") for run in (lost, subflow, living)]
-    assert [state["state_type"] for state in states] == ["CRASHED", "CRASHED", "RUNNING"]
+    states = [
+        read(f"{machine.prefect}/api/flow_runs/{run}") for run in (lost, subflow, living, elsewhere)
+    ]
+    found = [state["state_type"] for state in states]
+    assert found == ["CRASHED", "CRASHED", "RUNNING", "RUNNING"]
     assert states[0]["state"]["message"] == "its process has ended"
     second = Ledger.read(machine.ledger).started
     assert {name for name in NAMES if first[name] == second[name]} == set(NAMES[2:])

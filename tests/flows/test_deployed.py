@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.states import Cancelling, Running
+from prefect.states import Cancelling, Completed, Running
 
 from flows.job import job
 from flows.pipeline import pipeline
@@ -281,18 +281,47 @@ def one_slot(deployment):
 def test_a_run_that_nobody_works_on_gives_its_slot_to_others(worker, one_slot, places, tmp_path):
     """Whoever sent it has ended, and its worker's machine was switched off."""
     store = f"file://{places['store']}"
+    lost = take_slot(store)
+    assert run_job(executor_of(store, tmp_path, lost_after=2), "own_pid") > 0
+    state = state_of(lost)
+    assert state.type.value == "CRASHED"
+    assert "kept a slot from others" in state.message
+
+
+def test_a_run_of_another_store_is_not_judged(worker, one_slot, places, tmp_path):
+    """What is not to be seen from here may well be alive."""
+    other = take_slot(f"file://{tmp_path}/elsewhere")
+    executor = executor_of(f"file://{places['store']}", tmp_path, lost_after=8)
+
+    def free():
+        time.sleep(16)
+        free.seen = state_of(other).type.value
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(other, Completed(), force=True)
+
+    thread = threading.Thread(target=free)
+    thread.start()
+    assert run_job(executor, "own_pid") > 0
+    thread.join()
+    assert free.seen == "RUNNING"
+
+
+def take_slot(store):
+    """Make a run that is said to run."""
     with get_client(sync_client=True) as client:
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=True))
         found = client.read_deployment_by_name("job/job")
-        lost = client.create_flow_run_from_deployment(
-            found.id, parameters={"store": store, "key": "a" * 64}, name="lost"
+        made = client.create_flow_run_from_deployment(
+            found.id, parameters={"store": store, "key": "a" * 64}
         )
-        client.set_flow_run_state(lost.id, Running(), force=True)
+        client.set_flow_run_state(made.id, Running(), force=True)
         client.update_work_pool(POOL, WorkPoolUpdate(is_paused=False))
-    assert run_job(executor_of(store, tmp_path, lost_after=2), "own_pid") > 0
-    (run,) = runs_named("lost")
-    assert run.state.type.value == "CRASHED"
-    assert "kept a slot from others" in run.state.message
+    return made.id
+
+
+def state_of(run):
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run).state
 
 
 def test_a_run_that_works_keeps_its_slot(worker, one_slot, places, tmp_path):

@@ -198,3 +198,15 @@ def test_events_that_the_store_did_not_take_are_told_later(records, monkeypatch,
             pass
     assert records.told("1", 0) == [{"step": 0}]
     assert "did not take 1 events: 503" in caplog.text
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 21])
+def test_how_many_parts_were_told_is_found_in_a_few_looks(tmp_path, count):
+    records = JobRecords(Store(f"file://{tmp_path}"), "a" * 64)
+    for part in range(count):
+        records.tell("1", part, [])
+    assert [records.parts("1", known) for known in (0, count // 2, count)] == [count] * 3
+    # An attempt that is executed again goes on behind them: else it would seem silent.
+    with Telling(records, "1", pause=60) as telling:
+        telling.add({"step": 1})
+    assert records.told("1", count) == [{"step": 1}]

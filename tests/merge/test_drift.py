@@ -51,7 +51,10 @@ def damped(adapters):
     U, S, _ = torch.linalg.svd(torch.cat([a.modules[MODULE].B for a in adapters], dim=1))
     c = torch.zeros(D_OUT).double()
     c[: len(S)] = S.square() / S.square().sum()
-    D = U / (1 + (K - 1) * c) @ U.mT
+    A = torch.stack([a.modules[MODULE].A for a in adapters])
+    energy = (A - A.mean(0)).square().sum((1, 2))
+    moved = (energy / (energy + 1e-4 * A.square().sum((1, 2)))).max()
+    D = U / (1 + (K - 1) * c) ** moved @ U.mT
     before = sum(a.modules[MODULE].delta().norm() for a in adapters)
     gain = before / sum((D @ a.modules[MODULE].delta()).norm() for a in adapters)
     return [
@@ -71,6 +74,27 @@ def test_crowded_output_directions_are_damped_before(adapters):
     found = merged(adapters, "regmean-drift")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert (found - merged(adapters, "regmean-drift", damping=0)).norm() > 0.05 * found.norm()
+
+
+def test_adapters_that_have_not_moved_are_not_damped(adapters):
+    """A frozen input factor, up to rounding."""
+    A = adapters[0].modules[MODULE].A
+    frozen = [
+        Adapter(a.name, {MODULE: LoraFactors(a.modules[MODULE].B, A * (1 + 1e-9 * k))})
+        for k, a in enumerate(adapters)
+    ]
+    mean = sum(a.modules[MODULE].delta() for a in frozen) / len(frozen)
+    torch.testing.assert_close(merged(frozen, "regmean-drift"), mean, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_without_the_module_crowd_nothing(adapters):
+    strangers = [Adapter(name, {}) for name in ("x", "y", "z")]
+    X = torch.stack([a.modules[MODULE].delta() for a in damped(adapters)])
+    grams = dense_grams(adapters)
+    equal = 1.01 * torch.eye(D_IN) / D_IN
+    expected = (X @ grams).sum(0) @ torch.linalg.inv(grams.sum(0) + len(strangers) * equal)
+    found = merged([*adapters, *strangers], "regmean-drift", force=True)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_damping_that_raises_is_refused(adapters):

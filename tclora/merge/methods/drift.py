@@ -89,25 +89,34 @@ def _gram(A: Tensor, drift: Tensor, d_in: int) -> Tensor:
 
     A drift that is small beside the factor itself counts less: rounding is no input.
     """
-    energy = drift.square().sum()
-    least = _LEAST * A.square().sum().clamp_min(torch.finfo(A.dtype).tiny)
-    share = energy / (energy + least)
+    energy, share = _strength(A, drift)
     equal = torch.eye(drift.shape[1], dtype=drift.dtype) / d_in
-    return drift.mT @ drift / (energy + least) + (1 + _ISOTROPIC - share) * equal
+    return drift.mT @ drift / energy + (1 + _ISOTROPIC - share) * equal
+
+
+def _strength(A: Tensor, drift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the energy of a drift with what makes rounding count little, and its share of that."""
+    energy = drift.square().sum()
+    whole = energy + _LEAST * A.square().sum().clamp_min(torch.finfo(A.dtype).tiny)
+    return whole, energy / whole
 
 
 def _calm(stack: ModuleStack, damping: float) -> ModuleStack:
     """Return the stack with shared output directions damped, the mean norm of its updates kept.
 
-    Nothing is damped where the adapters share no start: their merge is the mean.
+    Nothing is damped where adapters share no start, or have not moved from it: their merge is the
+    mean. Adapters without the module crowd nothing.
     """
     if damping < 0:
         raise ValueError(f"damping must be at least 0, got {damping!r}")
-    if not any(F.any() for F in drifts(stack.As)):
+    pairs = zip(stack.As, drifts(stack.As), strict=True)
+    moved = max(float(_strength(A, F)[1]) for A, F in pairs)
+    there = stack.weights * stack.weights.new_tensor([f.rank > 0 for f in stack.factors])
+    if not there.any():
         return stack
-    calm = damped(stack.factors, stack.weights, damping)
+    calm = damped(stack.factors, there / there.sum(), damping * moved)
     before, after = (
-        sum(float(w) * product_energy(*f) ** 0.5 for w, f in zip(stack.weights, many, strict=True))
+        sum(float(w) * product_energy(*f) ** 0.5 for w, f in zip(there, many, strict=True))
         for many in (stack.factors, calm)
     )
     gain = before / after if after else 1.0
@@ -125,9 +134,9 @@ def _truncate(update: LoraFactors | Tensor, rank: int | None, stack: ModuleStack
 
 @register(
     "regmean-drift",
-    summary="regression mean in the metric of the adapters' drift from a shared start; no data",
-    paper="RegMean, arXiv 2212.09849, its statistics read from the adapters (this project); damping "
-    "of Pico, arXiv 2604.16826",
+    summary="regression mean in the metric of the adapters' drift from a shared start, damped",
+    paper="RegMean, arXiv 2212.09849, its statistics read from the adapters (this project); "
+    "damping of Pico, arXiv 2604.16826",
     weighted=True,
     truncation=_truncate,
 )
@@ -144,8 +153,8 @@ def regmean_drift(stack: ModuleStack, *, damping: float = 1.0) -> LoraFactors:
 
 @register(
     "tc-lora-drift",
-    summary="joint CP in the metric of the adapters' drift from a shared start, rank R; no data",
-    paper=PAPER,
+    summary="joint CP in the metric of the adapters' drift from a shared start, damped; no data",
+    paper=f"{PAPER}; damping of Pico, arXiv 2604.16826",
     exact=False,
     weighted=True,
     truncation=_truncate,

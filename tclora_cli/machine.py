@@ -178,11 +178,10 @@ def status(machine: Machine) -> dict[str, tuple[str, str]]:
     ledger = Ledger.read(machine.ledger)
     found = {}
     for service in machine.services():
-        started = ledger.started.get(service.name)
-        if started is None or started.process is None:
-            state = "stopped"
-        else:
+        if ledger.runs(service.name):
             state = "healthy" if service.healthy() else "unhealthy"
+        else:
+            state = "stopped"
         place = f"http://127.0.0.1:{service.port}" if service.port else ""
         found[service.name] = (state, place)
     return found

@@ -1,12 +1,10 @@
 """A whole machine on the loopback: started, damaged, healed, stopped."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import psutil
 import pytest
@@ -16,6 +14,7 @@ from tclora.errors import ConfigError
 from tclora_cli import machine as machines
 from tclora_cli.machine import Machine, down, status, up
 from tclora_cli.main import app
+from tclora_cli.prefect_api import ask
 from tclora_cli.processes import Ledger, Started
 
 NAMES = ["prefect", "mlflow", "worker of run-pool", "worker of gpu-pool"]
@@ -45,20 +44,13 @@ def machine(tmp_path, monkeypatch):
     down(made, lambda _: None)
 
 
-def read(url, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310
-        return json.loads(response.read() or "null")
-
-
 def running_flow_runs(machine):
     """Runs in a pool that are said to run: two of its worker, a subflow, another worker's."""
     api, state = f"{machine.prefect}/api", {"state": {"type": "RUNNING"}}
-    job = read(f"{api}/deployments/name/job/job")["id"]
-    workers = read(f"{api}/work_pools/gpu-pool/workers/filter", {})
+    job = ask(f"{api}/deployments/name/job/job")["id"]
+    workers = ask(f"{api}/work_pools/gpu-pool/workers/filter", {})
     first, second, elsewhere = (
-        read(
+        ask(
             f"{api}/deployments/{job}/create_flow_run",
             {
                 "parameters": {"store": "file:///nowhere", "key": "a" * 64},
@@ -68,9 +60,9 @@ def running_flow_runs(machine):
         )["id"]
         for name in (workers[0]["name"], workers[0]["name"], "another machine's")
     )
-    task = read(f"{api}/task_runs/", {"flow_run_id": first, "task_key": "t", "dynamic_key": "0"})
-    flow = read(f"{api}/flows/", {"name": "below"})["id"]
-    below = read(f"{api}/flow_runs/", {"flow_id": flow, "parent_task_run_id": task["id"], **state})
+    task = ask(f"{api}/task_runs/", {"flow_run_id": first, "task_key": "t", "dynamic_key": "0"})
+    flow = ask(f"{api}/flows/", {"name": "below"})["id"]
+    below = ask(f"{api}/flow_runs/", {"flow_id": flow, "parent_task_run_id": task["id"], **state})
     return first, below["id"], second, elsewhere
 
 
@@ -83,17 +75,17 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
         "prefect", "mlflow", "pools, deployments", *NAMES[2:]
     ]  # fmt: skip
     first = Ledger.read(machine.ledger).started
-    pool = read(f"{machine.prefect}/api/work_pools/gpu-pool")
+    pool = ask(f"{machine.prefect}/api/work_pools/gpu-pool")
     assert pool["concurrency_limit"] == 3
-    found = read(f"{machine.prefect}/api/deployments/name/tc-lora/demo")
+    found = ask(f"{machine.prefect}/api/deployments/name/tc-lora/demo")
     assert found["enforce_parameter_schema"]
-    assert read(f"{machine.prefect}/ui-settings")["api_url"] == f"{machine.prefect}/api"
+    assert ask(f"{machine.prefect}/ui-settings")["api_url"] == f"{machine.prefect}/api"
     command = ["status", "--folder", str(machine.folder)]
     assert CliRunner().invoke(app, command).exit_code == 0
     limits = f"{machine.prefect}/api/v2/concurrency_limits"
-    read(f"{limits}/", {"name": "runs", "limit": 1})
+    ask(f"{limits}/", {"name": "runs", "limit": 1})
     taken = {"names": ["runs"], "slots": 1, "mode": "concurrency", "lease_duration": 600}
-    lease = read(f"{limits}/increment-with-lease", taken)["lease_id"]
+    lease = ask(f"{limits}/increment-with-lease", taken)["lease_id"]
     lost, subflow, living, elsewhere = running_flow_runs(machine)
     # Both servers are killed, as by a machine that is switched off; state is in the folder.
     servers = [psutil.Process(first[name].pid) for name in NAMES[:2]]
@@ -112,22 +104,22 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
         process.kill()
     assert "lost runs           1 ended" in said
     states = [
-        read(f"{machine.prefect}/api/flow_runs/{run}") for run in (lost, subflow, living, elsewhere)
+        ask(f"{machine.prefect}/api/flow_runs/{run}") for run in (lost, subflow, living, elsewhere)
     ]
     found = [state["state_type"] for state in states]
     assert found == ["CRASHED", "CRASHED", "RUNNING", "RUNNING"]
     assert states[0]["state"]["message"] == "its process has ended"
     second = Ledger.read(machine.ledger).started
     assert {name for name in NAMES if first[name] == second[name]} == set(NAMES[2:])
-    assert read(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]
+    assert ask(f"{machine.prefect}/api/work_pools/gpu-pool")["id"] == pool["id"]
     assert {state for state, _ in status(machine).values()} == {"healthy"}
-    read(f"{limits}/leases/{lease}/renew", {"lease_duration": 600})  # 410 if it were forgotten
+    ask(f"{limits}/leases/{lease}/renew", {"lease_duration": 600})  # 410 if it were forgotten
     # So is a run that was about to start when its worker was lost.
     second["worker of gpu-pool"].end()
     state = {"state": {"type": "PENDING"}, "force": True}
-    read(f"{machine.prefect}/api/flow_runs/{living}/set_state", state)
+    ask(f"{machine.prefect}/api/flow_runs/{living}/set_state", state)
     up(machine, said.append)
-    assert read(f"{machine.prefect}/api/flow_runs/{living}")["state_type"] == "CRASHED"
+    assert ask(f"{machine.prefect}/api/flow_runs/{living}")["state_type"] == "CRASHED"
     second = Ledger.read(machine.ledger).started
     family = [p for s in second.values() for p in [s.process, *s.process.children(recursive=True)]]
     down(machine, said.append)

@@ -38,7 +38,7 @@ def measure(way: str, folder: Path, steps: int, batch_size: int, dtype: str) -> 
     loaded = base.load()
     rows = {file: loaded.encode(file) for file in files}
     shapes = _shapes(loaded.model)
-    operations = _operations(loaded.model, config, [row for part in rows.values() for row in part])
+    needed = operations(loaded.model, config, [row for part in rows.values() for row in part])
     before = _product_rate(shapes, loaded.model.dtype)
     del loaded
     cpu = time.process_time()
@@ -52,7 +52,7 @@ def measure(way: str, folder: Path, steps: int, batch_size: int, dtype: str) -> 
     tokens = sum(len(row) for part in rows.values() for row in part)
     return {
         "tokens/s": tokens / seconds,
-        "share of the bound": operations / rate / seconds,
+        "share of the bound": needed / rate / seconds,
         "products (GFLOP/s)": rate / 1e9,
         "seconds": seconds,
         "CPU seconds": cpu,
@@ -129,8 +129,8 @@ def _shapes(model: PreTrainedModel) -> Counter[tuple[int, ...]]:
     return Counter(tuple(layer.weight.shape) for layer in _linear_layers(model))
 
 
-def _operations(model: PreTrainedModel, config: AdapterConfig, rows: list[TokenRow]) -> float:
-    """Return what training on every row once needs.
+def operations(model: PreTrainedModel, config: AdapterConfig, rows: list[TokenRow]) -> float:
+    """Return the operations that training on every row once needs.
 
     Forward pass and gradients of activations of every linear layer, forward pass and both gradients
     of the adapters, and the output layer where a response token is predicted. Attention's own

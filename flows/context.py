@@ -34,7 +34,7 @@ class Context:
 
     def rows(self, rows: Mapping[str, Artifact], count: int) -> Rows:
         """Return so many rows of every cluster, to look at the base model's behaviour on."""
-        budget = self.config.train.tokens_per_forward
+        budget = self.config.train.tokens_at_once()
         return Rows(self.base, dict(rows), count, budget, self.config.of_training)
 
 

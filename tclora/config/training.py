@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from tclora.config.section import Fraction, Positive, Section
 
+_TOKENS, _GPU_TOKENS = 1024, 32768  # per forward pass
+
 
 class AdapterConfig(Section):
     """What determines one LoRA adapter beside its rows, its seeds and its base model."""
@@ -30,8 +32,10 @@ class AdapterConfig(Section):
     )
     warmup_fraction: Fraction = Field(0.05, description="share of the steps spent warming up")
     batch_size: Positive = Field(16, description="rows per optimiser step")
-    tokens_per_forward: Positive = Field(
-        1024, description="padded tokens per forward pass; a step is split accordingly"
+    tokens_per_forward: Positive | None = Field(
+        None,
+        description="tokens per forward pass, to which a step is split, padding counted; by "
+        "default 1024, in training on a GPU 32768; halved where the memory lacks",
     )
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")
@@ -61,6 +65,10 @@ class AdapterConfig(Section):
     def scaling(self) -> float:
         """Factor of B A x."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def tokens_at_once(self, *, gpu: bool = False) -> int:
+        """Return the tokens per forward pass, in training on a GPU or anywhere else."""
+        return self.tokens_per_forward or (_GPU_TOKENS if gpu else _TOKENS)
 
     @model_validator(mode="after")
     def _check_patience(self) -> "AdapterConfig":

@@ -1,18 +1,20 @@
 """How rows of unequal length pass through a model: behind each other, or padded side by side.
 
-On a CPU rows stand behind each other without padding (`Packed`), with faster parts in place of the
-model's own, wherever that gives what the model gives; everywhere else they are padded (`Padded`).
+Rows stand behind each other without padding (`Packed`), with faster parts in place of the model's
+own, wherever that gives what the model gives, and on a GPU where flash attention reads them so
+(in bf16 and fp16); everywhere else they are padded (`Padded`).
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tclora.model.kernels.attention import has_flash, with_sound_gradients
 from tclora.model.kernels.cross_entropy import linear_cross_entropy
 from tclora.model.loss import chunked_nll, plain_head, response_nll, supervised_nll
 from tclora.model.packing import Pack, pack, packs
@@ -86,8 +88,8 @@ class Padded:
         self._model, self._nll = model, nll
 
     def ready(self) -> AbstractContextManager[None]:
-        """Change nothing."""
-        return nullcontext()
+        """Change nothing but which of torch's attentions is used."""
+        return with_sound_gradients()
 
     def parts(
         self, rows: Sequence[TokenRow], token_budget: int, groups: Sequence[int] | None = None
@@ -165,7 +167,8 @@ def reading(model: PreTrainedModel, longest: int, *, head_trained: bool = False)
     """
     if head_trained:  # its adapter must see whole rows
         return Padded(model, response_nll)
-    if model.device.type == "cpu" and _readable(model, longest):
+    suited = model.device.type == "cpu" or has_flash(model.device, model.dtype)
+    if suited and _readable(model, longest):
         return Packed(model)
     return Padded(model, chunked_nll if plain_head(model) else supervised_nll)
 

@@ -46,6 +46,7 @@ ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' 
 _ADAPTER_BYTES = 16  # per weight beside its copy in the model: master, gradient, two moments
 _PASSES = 2.4  # of a real pass over activations, in passes as `Rates.elements` measures them
 _CALLS = 14e-3  # of operators, per layer and forward pass with its backward pass (s)
+_LEAST_TOKENS = 1024  # per forward pass, that a GPU of little memory is planned with
 NOMINAL = Rates.given(1e11)  # a choice must not follow what else the machine does
 
 
@@ -198,7 +199,7 @@ def training_seconds(
     return (
         tokens * products / rates.products
         + _PASSES * (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
-        + _CALLS * L * max(tokens / config.tokens_per_forward, max(steps))
+        + _CALLS * L * max(tokens / _tokens_at_once(config), max(steps))
     )
 
 
@@ -206,7 +207,7 @@ def job_memory(
     base: BaseSize, config: AdapterConfig, lengths: Lengths, adapters: int, itemsize: int
 ) -> float:
     """Return the bytes of a training job, beside what Python and its libraries take."""
-    tokens = config.tokens_per_forward
+    tokens = _tokens_at_once(config)
     layers = 1 if config.gradient_checkpointing else base.layers
     activations = ACTIVATION_BYTES * itemsize * tokens * base.width * layers
     if config.gradient_checkpointing:
@@ -221,7 +222,7 @@ def job_memory(
 
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
-    base, config, lengths, slots = work.base, work.config, work.lengths, work.slots
+    base, config, lengths, slots = work.base, _fitting(work), work.lengths, work.slots
     groups = engines[engine].divide(work.sizes, slots)
     at_once = max(1, min(slots, len(groups)))
     gpus = len(visible_gpus())
@@ -241,6 +242,21 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     beside = at_once if not gpus else -(-at_once // gpus)
     ends = [START + job.loop for job in jobs]
     return TrainingPlan(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
+
+
+def _tokens_at_once(config: AdapterConfig) -> int:
+    return config.tokens_at_once(gpu=bool(visible_gpus()))
+
+
+def _fitting(work: Workload) -> AdapterConfig:
+    """Return the configuration with the tokens per forward pass that a GPU's memory leaves."""
+    tokens = _tokens_at_once(work.config)
+    while True:
+        config = work.config.model_copy(update={"tokens_per_forward": tokens})
+        memory = job_memory(work.base, config, work.lengths, 1, work.itemsize)
+        if not visible_gpus() or memory <= device_memory() or tokens <= _LEAST_TOKENS:
+            return config
+        tokens //= 2
 
 
 def _makespan(seconds: Sequence[float], lanes: int) -> float:

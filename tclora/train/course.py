@@ -91,12 +91,15 @@ class StepLoss:
     padding : float
         Share of the positions computed that hold no token (0 to 1); of a step shared with other
         adapters, that of all.
+    memory : int
+        Peak of the process so far, or of its GPU (bytes).
     """
 
     loss: float
     tokens: int
     read: int
     padding: float
+    memory: int
 
 
 @dataclass(frozen=True)
@@ -186,14 +189,16 @@ class Course:
         Raises
         ------
         NonFiniteLossError
-            If the loss is NaN or infinite.
+            If the loss or its gradient is NaN or infinite.
         """
         step = len(self.history)
         self._check_finite("loss", seen.loss)
+        taken = self._optimiser.step()
+        self._check_finite("gradient", taken["grad_norm"])
         record = {
             "step": step,
             "loss": seen.loss,
-            **self._optimiser.step(),
+            **taken,
             "tokens": seen.tokens,
             "padding": seen.padding,
         }
@@ -203,7 +208,7 @@ class Course:
         record |= {
             "tokens_per_s": seen.read / (now - self._previous),
             "seconds": now - self._started,
-            "memory": peak_memory(),
+            "memory": seen.memory,
         }
         self._previous = now
         self.history.append(record)
@@ -229,11 +234,11 @@ class Course:
             return False
         return len(seen) - 1 - seen.index(min(seen)) >= patience
 
-    def _check_finite(self, what: str, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"{what} of adapter {self.name!r} became {loss} at step {len(self.history)}; lower "
-                f"train.lr (now {self.config.lr}) or set train.dtype=float32"
+                f"{what} of adapter {self.name!r} became {value} at step {len(self.history)}; "
+                f"lower train.lr (now {self.config.lr}) or set train.dtype=float32"
             )
 
     def stand(self) -> None:
@@ -333,5 +338,6 @@ def _factors(masters: Mapping[str, Tensor], scaling: float) -> dict[str, LoraFac
     for name in sorted(masters):
         if name.endswith(A_WEIGHT):
             B = masters[name.removesuffix(A_WEIGHT) + B_WEIGHT] * scaling
-            modules[module_of(name)] = LoraFactors(B.cpu(), masters[name].cpu())
+            A = masters[name].cpu().clone()  # not part of a longer vector
+            modules[module_of(name)] = LoraFactors(B.cpu().contiguous(), A)
     return dict(sorted(modules.items()))

@@ -29,7 +29,14 @@ from tclora.errors import NonFiniteLossError
 from tclora.model.reading import Part, Reading, reading
 from tclora.model.tokens import TokenRow
 from tclora.train.budget import TokenBudget
-from tclora.train.course import Course, Destination, StepLoss, TrainingResult, hold_out
+from tclora.train.course import (
+    Course,
+    Destination,
+    StepLoss,
+    TrainingResult,
+    hold_out,
+    peak_memory,
+)
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
 
@@ -93,7 +100,7 @@ def train_side_by_side(
         max(len(row) for trainee in trainees.values() for row in trainee.rows),
         head_trained=any(model.get_submodule(path) is head for path in mixed.modules),
     )
-    budget = TokenBudget(config.tokens_per_forward)
+    budget = TokenBudget(config.tokens_at_once(gpu=model.device.type == "cuda"))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with read.ready():
@@ -112,11 +119,13 @@ def _weights(
 ) -> list[Weights]:
     """Return fresh weights per adapter; those of equal seed share an A that is not trained."""
     fresh = {seed: fresh_weights(model, config, seed) for seed in sorted(set(init_seeds))}
+    if config.freeze_a:
+        for own in fresh.values():
+            for name, weight in own.items():
+                weight.requires_grad_(".lora_A." not in name)
     return [
         {
-            name: weight
-            if config.freeze_a and ".lora_A." in name
-            else nn.Parameter(weight.detach().clone())
+            name: nn.Parameter(weight.detach().clone()) if weight.requires_grad else weight
             for name, weight in fresh[seed].items()
         }
         for seed in init_seeds
@@ -221,11 +230,15 @@ class _Job(NamedTuple):
         for row in rows:
             tokens[row.owner] += len(row.tokens.response)
         live = {owner for owner in tokens if len(self.members[owner].course.history) == step}
-        seen = self.place.budget.within(
-            partial(self._losses, step, rows, tokens, live),
-            partial(self._forget, tokens),
-            max(len(row.tokens) for row in rows),
-        )
+        compute = partial(self._losses, step, rows, tokens, live)
+        forget = partial(self._forget, tokens)
+        longest = max(len(row.tokens) for row in rows)
+        seen = self.place.budget.within(compute, forget, longest)
+        mixed = self.place.mixed
+        if mixed.stacked and len(tokens) > 1 and not mixed.finite():
+            forget()
+            with mixed.apart():  # so that it stays with the adapter it comes from
+                seen = self.place.budget.within(compute, forget, longest)
         self._forget(set(tokens) - live)
         failed = {}
         for owner in sorted(live):
@@ -263,7 +276,8 @@ class _Job(NamedTuple):
         own: Counter[int] = Counter()
         for row in rows:
             own[row.owner] += len(row.tokens)
-        return {o: StepLoss(losses[o], tokens[o], own[o], padding) for o in tokens}
+        memory = peak_memory()
+        return {o: StepLoss(losses[o], tokens[o], own[o], padding, memory) for o in tokens}
 
     def _forget(self, owners: Iterable[int]) -> None:
         for owner in owners:

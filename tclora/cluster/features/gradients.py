@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from tclora.cluster.features.request import FeatureRequest, Features, unit_rows
 from tclora.errors import ModelError
 from tclora.jobs.call import EventCallback
+from tclora.model.kernels.attention import with_sound_gradients
 from tclora.model.loss import response_nll
 from tclora.model.tokens import IGNORED, Batch, batches
 from tclora.train.lora import A_WEIGHT, fresh_weights, module_of
@@ -45,7 +46,7 @@ def gradient_sketches(request: FeatureRequest, on_event: EventCallback) -> Featu
     rows = loaded.encode(request.frame())
     sketcher = Sketcher(loaded.model, projections(loaded.model, request))
     sketches = np.zeros((len(rows), sketcher.width), dtype=np.float32)
-    budget, done = request.adapter.tokens_per_forward, 0
+    budget, done = request.adapter.tokens_at_once(), 0
     for batch in batches(rows, pad_id=loaded.pad_id, token_budget=budget):
         sketches[list(batch.rows)] = sketcher.sketch(batch)
         done += len(batch.rows)
@@ -106,7 +107,7 @@ class Sketcher:
 
     def sketch(self, batch: Batch) -> Features:
         """Return the sketches of a batch's rows, each of the mean loss of its own response."""
-        with self._watched():
+        with self._watched(), with_sound_gradients():
             losses = response_nll(self._model, batch)  # (rows, S)
             counts = (batch.labels != IGNORED).sum(1).to(losses.device)
             (losses.sum(1) / counts).sum().backward()

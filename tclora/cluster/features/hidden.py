@@ -23,7 +23,7 @@ def hidden_states(request: FeatureRequest, on_event: EventCallback) -> Features:
     loaded = request.base.load()
     rows = loaded.encode(request.frame())
     states = np.zeros((len(rows), loaded.model.config.hidden_size), dtype=np.float32)
-    budget, done = request.adapter.tokens_per_forward, 0
+    budget, done = request.adapter.tokens_at_once(), 0
     for batch in batches(rows, pad_id=loaded.pad_id, token_budget=budget):
         states[list(batch.rows)] = mean_states(loaded.model, batch)
         done += len(batch.rows)

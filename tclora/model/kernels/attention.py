@@ -3,20 +3,43 @@
 No position is padding and none looks into another row. Scores are computed per row in blocks of
 queries, and again in the backward pass, so that memory grows with the tokens and not with their
 square. On a CPU with matrix units this is several times faster than torch's flash attention, whose
-backward pass does not use them in bf16.
+backward pass does not use them in bf16. On a GPU torch's flash attention reads such rows.
 
 Shapes: N tokens of all rows, T of one, H heads, KV heads of keys and values, G = H / KV, D width of
 a head; q (H, N, D); k, v (KV, N, D).
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BLOCK = 128  # queries whose scores are held at once
+_SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _causal_flash() -> Callable[..., Tensor] | None:
+    """Return torch's flash attention for rows of unequal length, causal; None before torch 2.11."""
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return None
+    varlen_attn: Any = varlen.varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" not in known:
+        return None
+    shared = {"enable_gqa": True} if "enable_gqa" in known else {}  # of keys; where it must be said
+    causal: Callable[..., Tensor] = partial(varlen_attn, window_size=(-1, 0), **shared)
+    return causal
+
+
+_FLASH = _causal_flash()
 
 
 def row_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -38,8 +61,39 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale
     Tensor
         (N, H, D).
     """
+    if _FLASH and has_flash(q.device, q.dtype):
+        starts = _starts(tuple(lengths), q.device)
+        rows = (part.transpose(0, 1) for part in (q, k, v))  # (N, H, D)
+        longest = max(lengths)
+        return _FLASH(*rows, starts, starts, longest, longest, scale=scale)
     attended: Tensor = _RowAttention.apply(q, k, v, lengths, scale)  # type: ignore[no-untyped-call]
     return attended
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch's flash attention reads rows behind each other there."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and _FLASH is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def with_sound_gradients() -> AbstractContextManager[None]:
+    """Return a context for padded rows whose gradients are wanted: it keeps cuDNN's attention out.
+
+    On Hopper GPUs its backward pass returns NaN for some lengths where a mask is given
+    (pytorch/pytorch#196678; seen with torch 2.11 on an H100).
+    """
+    context: AbstractContextManager[None] = sdpa_kernel(_SOUND)
+    return context
+
+
+@lru_cache(maxsize=8)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return where every row starts and the last one ends, int32; the same for all layers."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 class _RowAttention(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""RMSNorm in four passes over its input, forward and backward together eight.
+"""RMSNorm in four passes over its input, forward and backward together eight; on a GPU in one each.
 
 Shapes: x (..., d); weight (d,).
 """
@@ -26,6 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Tensor
         (..., d), of x's dtype; the root is taken in single precision.
     """
+    if x.is_cuda:  # where torch has a kernel for the whole
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     normed: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return normed
 

@@ -1,7 +1,7 @@
 """Ways to pass each row of a part through its own LoRA factors: forward and backward.
 
 Slices: one product per adapter. Stacked: one product with the factors of all adapters, other
-adapters' components masked out (both `tclora.train.mixed`). Gathered: each row's factors, batched
+adapters' components masked out (both `tclora.train.updates`). Gathered: each row's factors, batched
 products. Grouped: torch's grouped product over the adapters' rows, on a GPU. Variants take turns on
 one part, rank 16: on a CPU 16 rows x 64 tokens in fp32, on a GPU 160 x 150 in bf16; medians, in
 relation to the slices. The frozen product of the module itself shows what share the update has.
@@ -18,7 +18,7 @@ import torch
 from tables import report
 from torch import Tensor, nn
 
-from tclora.train.mixed import _Part, _Update, _Updates
+from tclora.train.updates import Ownership, Updates, add_updates
 
 GPU = torch.cuda.is_available()
 DEVICE, KIND = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -37,13 +37,13 @@ def variants(K: int, d_out: int, d_in: int) -> dict[str, Callable[[], Tensor]]:
     A = nn.Parameter(torch.randn(K, R, d_in, **place))
     B = nn.Parameter(torch.randn(K, d_out, R, **place))
     As, Bs = ([nn.Parameter(part.clone()) for part in factor.detach()] for factor in (A, B))
-    updates = _Updates.of("module", As, Bs, SCALING)
+    updates = Updates.of("module", As, Bs, SCALING)
     lengths = [TOKENS] * ROWS
     ends = (owner.bincount() * TOKENS).cumsum(0).int()
 
     def update(stacked: bool) -> Callable[[], Tensor]:
-        part = _Part.of(owner.tolist(), lengths, updates, x.device if stacked else None)
-        return lambda: _Update.apply(output.clone(), x, updates, part, x)
+        part = Ownership.of(owner.tolist(), lengths, updates.size, x.device if stacked else None)
+        return lambda: add_updates(output.clone(), x, updates, part, x)
 
     def gathered() -> Tensor:
         return output + torch.bmm(torch.bmm(x, A[owner].mT), B[owner].mT) * SCALING

@@ -34,9 +34,9 @@ from tclora.config import AdapterConfig
 from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow
 from tclora.preflight.rates import measured_rates
-from tclora.train.course import Destination
 from tclora.train.job import Trainee, train_side_by_side
 from tclora.train.lora import attach_lora
+from tclora.train.records import Destination
 
 SHAPES = {
     "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,

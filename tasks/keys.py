@@ -102,10 +102,20 @@ def stage_key(stage: Task[..., Any], inputs: Mapping[str, Any], *, placed: bool 
 
 def current_key() -> str:
     """Return the key of the stage that is running, for names of what must not be mixed up."""
+    context = _context()
+    return stage_key(context.task, context.parameters)
+
+
+def current_name() -> str:
+    """Return the name that Prefect shows of the stage that is running."""
+    return str(_context().task_run.name)
+
+
+def _context() -> TaskRunContext:
     context = TaskRunContext.get()
     if context is None:
-        raise RuntimeError("current_key must be called inside of a stage")
-    return stage_key(context.task, context.parameters)
+        raise RuntimeError("must be called inside of a stage")
+    return context
 
 
 def job_source(call: Call) -> str:

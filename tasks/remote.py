@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 from prefect import get_run_logger
 
 from tasks.fleet import Attempt, Ending, Fate, Fleet, SentJob
-from tasks.keys import current_key, job_source
+from tasks.keys import current_key, current_name, job_source
 from tclora.config import ExecutionConfig
 from tclora.errors import JobError
 from tclora.files import sha256_json
@@ -24,7 +24,7 @@ from tclora.jobs.call import EVENTS, Call, result_type
 from tclora.jobs.parcel import Delivery, Packed
 from tclora.jobs.records import JobRecords
 from tclora.jobs.remote import accept
-from tclora.jobs.run import SampleCallback, job_name
+from tclora.jobs.run import SampleCallback
 from tclora.jobs.usage import sorted_out
 from tclora.store.objects import Store
 
@@ -108,7 +108,7 @@ class RemoteExecutor:
         packed = Packed.of(function, arguments)
         paths = [str(path) for path in packed.paths]
         key = sha256_json([current_key(), packed.function, packed.arguments, paths])
-        name = job_name(function.__name__, arguments)
+        name = current_name()
         on_sample = self.on_sample and partial(self.on_sample, name)
         job = SentJob(name, JobRecords(self.store, key), sorted_out(on_event, on_sample))
         self._sent.keys.add(key)

@@ -13,8 +13,9 @@ from tclora.files import write_json
 from tclora.jobs.call import Event
 from tclora.jobs.usage import Sample
 from tclora.model.base import Base
-from tclora.train.course import TrainingResult, total_steps
+from tclora.train.course import total_steps
 from tclora.train.engines import AdapterRequest, train_adapters
+from tclora.train.records import TrainingResult
 
 PARENT = "mlflow_parent"  # the run that trained an adapter, in its artifact's info
 

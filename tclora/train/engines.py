@@ -5,7 +5,7 @@ import tclora.train.together  # noqa: F401  # both register themselves
 from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
-from tclora.train.course import TrainingResult
+from tclora.train.records import TrainingResult
 from tclora.train.registry import AdapterRequest, TrainingEngine, engines
 
 __all__ = ["AdapterRequest", "TrainingEngine", "engines", "train_adapters"]

@@ -29,16 +29,10 @@ from tclora.errors import NonFiniteLossError
 from tclora.model.reading import Part, Reading, reading
 from tclora.model.tokens import TokenRow
 from tclora.train.budget import TokenBudget
-from tclora.train.course import (
-    Course,
-    Destination,
-    StepLoss,
-    TrainingResult,
-    hold_out,
-    peak_memory,
-)
+from tclora.train.course import Course, hold_out, peak_memory
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
+from tclora.train.records import Destination, StepLoss, TrainingResult
 
 logger = logging.getLogger(__name__)
 Weights = dict[str, nn.Parameter]

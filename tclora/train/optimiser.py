@@ -67,7 +67,7 @@ class _Flat:
 
 
 def _stored(weight: Tensor) -> Tensor:
-    """Return a weight as it is stored: B transposed (see `tclora.train.mixed`)."""
+    """Return a weight as it is stored: B transposed (see `tclora.train.updates`)."""
     return weight if weight.is_contiguous() else weight.mT
 
 

@@ -14,8 +14,8 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
 from tclora.registry import Registry
-from tclora.train.course import Checkpoint, Destination, StepCallback, TrainingResult
 from tclora.train.job import Trainee, train_side_by_side
+from tclora.train.records import Checkpoint, Destination, StepCallback, TrainingResult
 
 
 class AdapterRequest(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
-from tclora.train.course import TrainingResult
+from tclora.train.records import TrainingResult
 from tclora.train.registry import AdapterRequest, engines, train_requests
 
 

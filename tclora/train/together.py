@@ -6,7 +6,7 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.jobs.devices import visible_gpus
 from tclora.model.base import Base
-from tclora.train.course import TrainingResult
+from tclora.train.records import TrainingResult
 from tclora.train.registry import AdapterRequest, engines, train_requests
 
 

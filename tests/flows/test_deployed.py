@@ -148,7 +148,7 @@ def test_adapters_trained_by_a_worker_are_those_trained_here(
     assert sorted(path.name for path in adapters[0].iterdir()) == ["cluster-0", "cluster-1"]
     assert sha256_path(adapters[0]) == sha256_path(adapters[1])
     with get_client(sync_client=True) as client:
-        done = [r for r in client.read_flow_runs() if r.name.startswith("train_adapters")]
+        done = [r for r in client.read_flow_runs() if r.name.startswith("train-")]
     assert sorted(run.state.type.value for run in done) == ["COMPLETED", "COMPLETED"]
     assert all(run.parent_task_run_id for run in done)  # children of the run, in the UI too
     # Nothing but the store was shared, and nothing is left of the jobs in it.

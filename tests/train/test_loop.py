@@ -12,9 +12,10 @@ from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.model.loss import response_nll
 from tclora.model.tokens import batches, encode
-from tclora.train.course import Checkpoint, hold_out, total_steps
+from tclora.train.course import hold_out, total_steps
 from tclora.train.loop import train_adapter
 from tclora.train.lora import attach_lora, linear_layer_names
+from tclora.train.records import Checkpoint
 
 FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6}
 IDS = torch.tensor([[20, 30, 40, 50, 60]])

@@ -2,9 +2,11 @@
 
 Random models of the shapes of SmolLM2-135M, Llama 3.2 1B and Llama 2 7B in bf16, one adapter of
 rank 16 on all linear layers per file of rows. `one adapter` trains a single adapter on the rows
-that `together` spreads over all. Rates leave out the first steps, which prepare. TRL packs rows to
-1024 tokens, as many sequences per step as hold a step's tokens, with Liger's kernels too where they
-are installed; it runs in a process of its own, since Liger changes transformers' classes.
+that `together` spreads over all. Rates leave out the first steps, which prepare. TRL packs
+rows to 1024 tokens, as many sequences per step as hold the tokens of one adapter's step, with
+FlashAttention 2 where that is installed and torch's attention elsewhere, and with Liger's kernels
+too where those are; it runs in a process of its own, since Liger changes transformers' classes. The
+steps shown of ways that train one adapter after the other are sums of one step of each.
 Usage: ``python benchmarks/training_gpu.py FILE FILE ... [--models 135M 1B 7B] [--steps N]
 [--rows N] [--alone N]``; a file holds rows with ``prompt`` and ``response`` (.jsonl), or tokens
 (see `tclora.model.token_file`).
@@ -53,13 +55,14 @@ PACK = 1024  # tokens of TRL's sequences
 Rows = list[list[TokenRow]]
 
 
-def draw_model(name: str) -> PreTrainedModel:
+def draw_model(name: str, attention: str = "sdpa") -> PreTrainedModel:
     """Draw a model on the GPU."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
+    shape = LlamaConfig(**SHAPES[name], attn_implementation=attention)
     try:
         with torch.device("cuda"):
-            model = LlamaForCausalLM(LlamaConfig(**SHAPES[name]))
+            model = LlamaForCausalLM(shape)
     finally:
         torch.set_default_dtype(torch.float32)
     return model.eval()
@@ -137,7 +140,8 @@ def trl(
     seconds, tokens = 0.0, 0.0
     for own in rows:
         clean()
-        model = draw_model(name)
+        flash = importlib.util.find_spec("flash_attn") is not None
+        model = draw_model(name, "flash_attention_2" if flash else "sdpa")
         steps = config.max_steps or 1
         per_step = sum(map(len, own)) / steps
         watch = Watch()
@@ -194,6 +198,10 @@ def read(file: Path, count: int, vocabulary: int) -> list[TokenRow]:
         frame = pd.read_json(file, lines=True, nrows=count)[["prompt", "response"]].astype(str)
         tokenizer = load_tokenizer(locate_base_model(BUILTIN_BASE))
         found = encode_frame(tokenizer, frame, template="chat", max_tokens=512)
+    if len(found) < count:
+        raise ValueError(
+            f"{file} must hold {count} rows, has {len(found)}; lower --steps or --rows"
+        )
     return [
         TokenRow(*(tuple(id_ % vocabulary for id_ in part) for part in (row.prompt, row.response)))
         for row in list(found)[:count]

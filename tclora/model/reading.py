@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tclora.model.kernels.attention import has_flash, with_sound_gradients
@@ -187,7 +187,7 @@ def _readable(model: PreTrainedModel, longest: int) -> bool:
                 content = part._replace(content=pack(_TRIED, part.rows))
                 found = packed.losses(content)
                 model.train()
-                packed.losses(content)  # refused where attention drops scores in training
+                trained = _has_gradients(model, packed, content)
         except (NotImplementedError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             logger.info("rows are padded, since %s cannot read them packed: %s",
                         type(model).__name__, error)  # fmt: skip
@@ -195,6 +195,22 @@ def _readable(model: PreTrainedModel, longest: int) -> bool:
         finally:
             model.eval()
     same = torch.allclose(found, wanted, rtol=0.3 * torch.finfo(model.dtype).eps ** 0.5, atol=0.0)
-    if not same:
+    if not (trained and same):
         logger.info("rows are padded, since %s reads them otherwise packed", type(model).__name__)
-    return bool(same)
+    return bool(trained and same)
+
+
+def _has_gradients(model: PreTrainedModel, read: Reading, part: Part) -> bool:
+    """Try a training pass: it is refused where attention drops scores in training."""
+    embedded: list[Tensor] = []
+
+    def watch(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        embedded.append(output.requires_grad_(True))
+
+    handle = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(read.losses(part).sum(), embedded[:1])
+    finally:
+        handle.remove()
+    return bool(gradient.isfinite().all())

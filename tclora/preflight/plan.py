@@ -254,7 +254,8 @@ class _Costs:
 
     def _training_memory(self) -> float:
         train = self._config.train.only(AdapterConfig)
-        return job_memory(self._shape, train, self._lengths(), 1, self._itemsize)
+        tokens = train.tokens_at_once()
+        return job_memory(self._shape, train, self._lengths(), 1, self._itemsize, tokens)
 
     def _forward_memory(self) -> float:
         shape, tokens = self._shape, self._config.evaluate.token_budget

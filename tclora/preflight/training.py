@@ -43,6 +43,8 @@ from tclora.train.engines import engines
 START = 6.0  # of a job: imports and loading a small model (s)
 AUTO = ("separate", "together")  # what the engine `auto` chooses from
 ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' type
+_LOGITS = 2048  # positions whose logits are held at once
+_MODULES = 7  # of a layer, that adapters update
 _ADAPTER_BYTES = 16  # per weight beside its copy in the model: master, gradient, two moments
 _PASSES = 2.4  # of a real pass over activations, in passes as `Rates.elements` measures them
 _CALLS = 14e-3  # of operators, per layer and forward pass with its backward pass (s)
@@ -204,16 +206,26 @@ def training_seconds(
 
 
 def job_memory(
-    base: BaseSize, config: AdapterConfig, lengths: Lengths, adapters: int, itemsize: int
+    base: BaseSize,
+    config: AdapterConfig,
+    lengths: Lengths,
+    adapters: int,
+    itemsize: int,
+    tokens: int,
 ) -> float:
-    """Return the bytes of a training job, beside what Python and its libraries take."""
-    tokens = _tokens_at_once(config)
+    """Return the bytes of a training job, beside what Python and its libraries take.
+
+    `tokens` are those of a forward pass.
+    """
     layers = 1 if config.gradient_checkpointing else base.layers
     activations = ACTIVATION_BYTES * itemsize * tokens * base.width * layers
     if config.gradient_checkpointing:
         activations += itemsize * tokens * base.width * base.layers
-    own = adapters * base.trained * (_ADAPTER_BYTES + itemsize)
-    logits = tokens * lengths.response / lengths.row * base.vocabulary * (itemsize + 4)
+    own = adapters * base.trained * (_ADAPTER_BYTES + 2 * itemsize)  # weights and gradients there
+    mixed = adapters if visible_gpus() else 1  # whose A x is computed for every token
+    activations += itemsize * tokens * mixed * config.r * _MODULES * layers
+    supervised = min(tokens * lengths.response / lengths.row, _LOGITS)
+    logits = supervised * base.vocabulary * (itemsize + 4)
     weights = float(base.parameters * itemsize)
     if config.quantisation:
         weights -= base.linear * (itemsize - NF4_BYTES)
@@ -222,13 +234,15 @@ def job_memory(
 
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
-    base, config, lengths, slots = work.base, _fitting(work), work.lengths, work.slots
+    base, lengths, slots = work.base, work.lengths, work.slots
     groups = engines[engine].divide(work.sizes, slots)
     at_once = max(1, min(slots, len(groups)))
     gpus = len(visible_gpus())
     part = min(at_once, gpus or 1) / at_once  # of a device, or of the cores, that a job has
     jobs = []
+    beside = at_once if not gpus else -(-at_once // gpus)
     for names in groups:
+        config = _fitting(work, len(names), beside)
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
@@ -236,10 +250,10 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
             training_seconds(base, config, lengths, tokens, steps, at)
             for at in (rates, rates.part(part))
         )
-        memory = job_memory(base, config, lengths, len(names), work.itemsize)
+        tokens_at_once = _tokens_at_once(config)
+        memory = job_memory(base, config, lengths, len(names), work.itemsize, tokens_at_once)
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
     largest = sorted((job.memory for job in jobs), reverse=True)
-    beside = at_once if not gpus else -(-at_once // gpus)
     ends = [START + job.loop for job in jobs]
     return TrainingPlan(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
 
@@ -248,15 +262,19 @@ def _tokens_at_once(config: AdapterConfig) -> int:
     return config.tokens_at_once(gpu=bool(visible_gpus()))
 
 
-def _fitting(work: Workload) -> AdapterConfig:
-    """Return the configuration with the tokens per forward pass that a GPU's memory leaves."""
+def _fitting(work: Workload, adapters: int, beside: int) -> AdapterConfig:
+    """Return the configuration with the tokens per forward pass that a GPU's memory leaves.
+
+    `beside` jobs share the GPU.
+    """
     tokens = _tokens_at_once(work.config)
-    while True:
-        config = work.config.model_copy(update={"tokens_per_forward": tokens})
-        memory = job_memory(work.base, config, work.lengths, 1, work.itemsize)
-        if not visible_gpus() or memory <= device_memory() or tokens <= _LEAST_TOKENS:
-            return config
-        tokens //= 2
+    if visible_gpus():
+        room = device_memory() / beside
+        while tokens > _LEAST_TOKENS and room < job_memory(
+            work.base, work.config, work.lengths, adapters, work.itemsize, tokens
+        ):
+            tokens //= 2
+    return work.config.model_copy(update={"tokens_per_forward": tokens})
 
 
 def _makespan(seconds: Sequence[float], lanes: int) -> float:

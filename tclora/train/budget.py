@@ -13,7 +13,9 @@ T = TypeVar("T")
 
 
 class TokenBudget:
-    """How many padded tokens a forward pass may have; what ran out of memory is tried with half.
+    """How many tokens a forward pass may have; what ran out of memory is tried with half.
+
+    What pads counts too.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ class TokenBudget:
         Parameters
         ----------
         compute : callable
-            Takes the budget (padded tokens).
+            Takes the budget (tokens).
         undo : callable
             Takes back what an interrupted computation has left, such as gradients.
         longest : int

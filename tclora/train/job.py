@@ -10,7 +10,8 @@ steps split to a token budget, low-precision adapters with fp32 master weights o
 checkpoints in safe formats. Which rows share a part follows from the trainees alone. After a resume
 with adapters at unequal steps, the rows of those ahead keep their places until the others have
 caught up, without effect on their adapters; so every adapter ends with the same bytes as without
-the interruption.
+the interruption. On a GPU it ends close to them: attention's gradients add up in no fixed order
+there, and parts may be smaller where memory lacked.
 """
 
 import logging
@@ -166,12 +167,17 @@ class _Place(NamedTuple):
 
     def _validate(self, owner: int, rows: Sequence[TokenRow]) -> float:
         """Return the mean loss on rows held out, nats per response token."""
-        total = 0.0
-        self.model.eval()
-        with torch.no_grad():
-            for part in self.read.parts(rows, self.budget.tokens):
+
+        def summed(tokens: int) -> float:
+            total = 0.0
+            for part in self.read.parts(rows, tokens):
                 with self.mixed.rows([owner] * len(part.rows), part.lengths):
                     total += float(self.read.losses(part).sum())
+            return total
+
+        self.model.eval()
+        with torch.no_grad():  # which leaves nothing to undo
+            total = self.budget.within(summed, lambda: None, max(map(len, rows)))
         self.model.train()
         return total / sum(len(row.response) for row in rows)
 
@@ -241,6 +247,7 @@ class _Job(NamedTuple):
             except NonFiniteLossError as error:  # its siblings go on; raised at the end
                 logger.error("%s", error)
                 failed[owner] = error
+                self.members[owner].course.stand()  # nothing of it is left for the others' steps
         return failed
 
     def _losses(

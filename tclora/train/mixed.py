@@ -96,7 +96,8 @@ class MixedLora:
     def finite(self) -> bool:
         """Return whether all gradients are finite."""
         found = [d for own in self._updates for d in (own.grad_a, own.grad_b) if d is not None]
-        return bool(torch.stack(torch._foreach_norm(found)).isfinite().all())
+        norms = torch._foreach_norm(found, 2, dtype=torch.float32)
+        return bool(torch.stack(norms).isfinite().all())
 
     def _place(self, model: PreTrainedModel, updates: Updates) -> None:
         module = model.get_submodule(updates.path)
@@ -119,13 +120,13 @@ class MixedLora:
     def _hook(self, updates: Updates) -> Hook:
         """Return a hook that adds the updates to what any other module has computed."""
 
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not self._owners:
                 return output
             x = inputs[0]
             part = self._of(updates, x)
             if self._dropout:
-                x = nn.functional.dropout(x, self._dropout)
+                x = nn.functional.dropout(x, self._dropout, module.training)
             if output._base is not None:  # a view cannot be added to in place
                 output = output.clone()
             return add_updates(output, x, updates, part, self._anchor)

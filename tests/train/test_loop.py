@@ -408,14 +408,14 @@ def test_b_learns_at_its_own_rate(train):
         assert torch.equal(fast[module].A, factors.A)
 
 
-def limited(folder, tokens):
-    """Return a tiny model whose decoder runs out of memory, in training, beyond so many tokens."""
+def limited(folder, tokens, watching=10**9):
+    """Return a tiny model whose decoder runs out of memory beyond so many tokens."""
     model = LlamaForCausalLM.from_pretrained(folder)
     seen = []
 
     def check(decoder, args, kwargs):
         seen.append(kwargs["input_ids"].numel())
-        if decoder.training and seen[-1] > tokens:
+        if seen[-1] > (tokens if decoder.training else watching):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.model.register_forward_pre_hook(check, with_kwargs=True)
@@ -436,6 +436,14 @@ def test_what_exceeds_the_memory_is_tried_in_smaller_parts(train, tiny_model_dir
         )
     assert "train.tokens_per_forward is 32 from here on" in caplog.text
     assert caplog.text.count("out of memory") == 5  # from 1024 to 32, once
+
+
+def test_rows_to_watch_are_read_in_smaller_parts_too(train, tiny_model_dir, caplog):
+    wanted, _ = train("wanted", **WATCHED)
+    model, _ = limited(tiny_model_dir, 10_000, watching=20)
+    found, _ = train("small", model=model, **WATCHED)
+    assert found.validation_nll == pytest.approx(wanted.validation_nll, rel=1e-3)
+    assert "out of memory" in caplog.text
 
 
 def test_a_row_that_exceeds_the_memory_alone_is_an_error(train, tiny_model_dir):

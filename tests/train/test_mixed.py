@@ -17,7 +17,7 @@ CONFIG = AdapterConfig(r=4, alpha=8)
 
 def mixed_lora(folder, *, stacked, shared=False, dropout=0.0, K=3):
     """Return a model with K adapters, B drawn at random, and their weights."""
-    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    model = LlamaForCausalLM.from_pretrained(folder).train()
     draw = torch.Generator().manual_seed(0)
     weights = []
     first = fresh_weights(model, CONFIG, 0)
@@ -54,6 +54,18 @@ def test_a_stacked_product_gives_what_slices_give(tiny_model_dir, owners, given)
     )
     for one, two in zip(found, wanted, strict=True):
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_for_training_alone(tiny_model_dir):
+    model, mixed, _ = mixed_lora(tiny_model_dir, stacked=False, dropout=0.4)
+
+    def logits():
+        with torch.no_grad(), mixed.rows([0, 1, 2]):
+            return model(IDS[:3]).logits
+
+    assert not torch.equal(logits(), logits())
+    model.eval()
+    assert torch.equal(logits(), logits())
 
 
 def test_no_adapter_but_its_own_gets_a_gradient(tiny_model_dir):

@@ -131,7 +131,7 @@ def test_without_bitsandbytes_a_line_says_what_to_install(tiny_model_dir, monkey
 def test_a_plan_counts_4_bit_weights(tiny_model_dir):
     size = base_size(str(tiny_model_dir), TrainConfig())
     whole, four = (
-        job_memory(size, AdapterConfig(quantisation=way), Lengths(50, 10), 1, 2)
+        job_memory(size, AdapterConfig(quantisation=way), Lengths(50, 10), 1, 2, 1024)
         for way in (None, "nf4")
     )
     assert whole - four == pytest.approx(size.linear * (2 - NF4_BYTES))

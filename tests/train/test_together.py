@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from tclora.train.mixed import MixedLora
 
 FAST = {"r": 4, "alpha": 8, "lr": 1e-3, "batch_size": 4, "epochs": 12, "tokens_per_forward": 150}
 ROWS = {"animals": 17, "birds": 9, "cars": 5}  # 51, 27 and 15 steps
+ROWS_OF = MixedLora.rows
 KEYS = ("step", "loss", "lr", "grad_norm", "tokens")
 
 
@@ -325,6 +327,32 @@ def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
     assert all(math.isfinite(event[key]) for event in seen for key in KEYS)
     assert not (tmp_path / "out" / "broken").exists()
     assert_same_adapters(alone, tmp_path / "out", ("birds",))
+
+
+def test_stacked_products_are_taken_again_once_a_broken_adapter_has_left(
+    train, rows, base, tiny_model, tmp_path, monkeypatch
+):
+    """Computed twice in the step whose gradients are not finite, and in no other."""
+    tokenizer = base.load().tokenizer
+    with torch.no_grad():  # of a token that one adapter's rows alone have
+        tiny_model.model.embed_tokens.weight[tokenizer("~").input_ids] = float("nan")
+    model = tmp_path / "model"
+    shutil.copytree(base.location, model)
+    tiny_model.save_pretrained(model)
+    pd.DataFrame({"prompt": ["~"], "response": ["x"]}).to_parquet(rows / "broken")
+    changed = base.model_copy(update={"location": str(model)})
+    given = {"names": ("animals", "birds", "broken"), "max_steps": 4, "on": changed}
+    given["tokens_per_forward"] = 10_000  # one part a step
+    _, _, alone = train("separate", "alone", **given | {"names": ("animals", "birds")})
+    stacked, seen = partial(MixedLora, stacked=True), []
+    monkeypatch.setattr("tclora.train.job.MixedLora", stacked)
+    monkeypatch.setattr(
+        MixedLora, "rows", lambda self, *args: seen.append(self.stacked) or ROWS_OF(self, *args)
+    )
+    with pytest.raises(NonFiniteLossError, match=r"loss of adapter 'broken' became nan at step 0"):
+        train("together", "out", **given)
+    assert seen == [True, False, True, True, True]
+    assert_same_adapters(alone, tmp_path / "out", ("animals", "birds"))
 
 
 def test_a_module_that_does_not_see_rows_is_refused(tiny_model):

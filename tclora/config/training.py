@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from tclora.config.section import Fraction, Positive, Section
 
-_TOKENS, _GPU_TOKENS = 1024, 32768  # per forward pass
+_TOKENS, _GPU_TOKENS = 2048, 32768  # per forward pass
 
 
 class AdapterConfig(Section):
@@ -35,7 +35,7 @@ class AdapterConfig(Section):
     tokens_per_forward: Positive | None = Field(
         None,
         description="tokens per forward pass, to which a step is split, padding counted; by "
-        "default 1024, in training on a GPU 32768; halved where the memory lacks",
+        "default 2048, in training on a GPU 32768; halved where a GPU's memory lacks",
     )
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")

@@ -19,11 +19,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pandas as pd
 
+_ARTIFACTS = (
+    "create_progress_artifact", "update_progress_artifact", "create_link_artifact",
+    "create_table_artifact",
+)  # fmt: skip
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 # A third of the demo's rows, half of its clusters, and no search for the fallback gate.
 SMALLER = (
@@ -67,14 +71,17 @@ def _take_off(pool: ThreadPoolExecutor) -> None:
     def collect(stage: str, futures: dict[str, "Future[Any]"], context: object) -> dict[str, Any]:
         return {name: future.result() for name, future in futures.items()}
 
+    stand_ins: dict[str, Any] = {"collect": collect, "get_run_logger": logging.getLogger}
+    stand_ins |= {name: MagicMock() for name in _ARTIFACTS}
     Flow.__call__ = Task.__call__ = call
     Task.submit = submit
     for module in [m for n, m in sys.modules.items() if n.partition(".")[0] in {"tasks", "flows"}]:
-        for name, stand_in in {"collect": collect, "get_run_logger": logging.getLogger}.items():
+        for name, stand_in in stand_ins.items():
             if hasattr(module, name):
                 setattr(module, name, stand_in)
     tasks.training.current_key = tasks.prepare.current_key = lambda: "0" * 64
     tasks.tracking.open_run = lambda *_: tasks.tracking.Run(uri="", experiment_id="", run_id="")
+    tasks.tracking.Run.client = property(lambda _: MagicMock())  # what is told of it is lost
     tasks.tracking.close_run = flows.publish.log_library = flows.publish.link = _nothing
     tasks.training.live_run = _unheard
 
@@ -84,8 +91,8 @@ def _nothing(*args: object) -> None:
 
 
 @contextmanager
-def _unheard(*args: object) -> Iterator[SimpleNamespace]:
-    yield SimpleNamespace(add=_nothing)
+def _unheard(*args: object) -> Iterator[MagicMock]:
+    yield MagicMock()
 
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, str]:

@@ -195,7 +195,7 @@ def _smallest(folder: Path) -> dict[str, Any]:
         "data": {"path": "rows.jsonl", "test_fraction": 0},
         "cluster": {"k": 2, "min_rows": 4},
         "train": {
-            "r": 2, "batch_size": 8, "max_steps": 60, "epochs": 99, "template": "plain",
+            "r": 2, "batch_size": 8, "max_steps": 150, "epochs": 199, "template": "plain",
             "dtype": "float32", "joint": False, "checkpoint_steps": 10,
         },
         "factorise": {"rank": 2, "ranks": [1, 2], "n_starts": 1, "n_iter": 20},

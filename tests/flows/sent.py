@@ -28,7 +28,7 @@ def takes_events(function):
     return EVENTS in signature(function).parameters
 
 
-@stage("trial")
+@stage("trial", "{name}")
 def trial(name: str, arguments: dict, where: Where) -> Artifact:
     function = getattr(functions, name)
     told = {"on_event": where.progress.heard} if takes_events(function) else {}

@@ -31,6 +31,8 @@ class _Flat:
     ----------
     vector : Tensor
         (n,) float32, all values.
+    gradients : list of Tensor
+        Its gradient, as views in the forms in which the weights are stored.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
@@ -41,7 +43,7 @@ class _Flat:
         gradients = [weight.grad for weight in weights.values()]
         self._gradients = [_stored(grad) for grad in gradients if grad is not None]
         self._masters = self._parts(self.vector)
-        self._master_gradients = self._parts(self.vector.grad)
+        self.gradients = self._parts(self.vector.grad)
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector in the forms in which the weights are stored."""
@@ -55,7 +57,7 @@ class _Flat:
 
     def read_gradients(self) -> None:
         """Take the gradients of the weights in the model."""
-        torch._foreach_copy_(self._master_gradients, self._gradients)
+        torch._foreach_copy_(self.gradients, self._gradients)
 
     def discard(self) -> None:
         """Set the gradients of the weights in the model to zero."""
@@ -144,9 +146,11 @@ class AdapterOptimiser:
         for flat in self._flats.values():
             flat.read_gradients()
         self.discard()
-        norm = torch.nn.utils.clip_grad_norm_(
-            [flat.vector for flat in self._flats.values()], self.config.max_grad_norm
-        )
+        # Of the matrices' norms: that of one long vector would depend on the number of threads.
+        parts = [part for flat in self._flats.values() for part in flat.gradients]
+        norm = torch.nn.utils.get_total_norm(parts)
+        vectors = [flat.vector for flat in self._flats.values()]
+        torch.nn.utils.clip_grads_with_norm_(vectors, self.config.max_grad_norm, norm)
         taken = {"lr": self.scheduler.get_last_lr()[0], "grad_norm": norm.item()}
         if math.isfinite(taken["grad_norm"]):
             self.optimiser.step()

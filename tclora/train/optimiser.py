@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,6 +72,17 @@ class _Flat:
 def _stored(weight: Tensor) -> Tensor:
     """Return a weight as it is stored: B transposed (see `tclora.train.updates`)."""
     return weight if weight.is_contiguous() else weight.mT
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: where others begin in a long vector changes how values are rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class AdapterOptimiser:
@@ -153,7 +165,8 @@ class AdapterOptimiser:
         torch.nn.utils.clip_grads_with_norm_(vectors, self.config.max_grad_norm, norm)
         taken = {"lr": self.scheduler.get_last_lr()[0], "grad_norm": norm.item()}
         if math.isfinite(taken["grad_norm"]):
-            self.optimiser.step()
+            with _one_thread():
+                self.optimiser.step()
             self.scheduler.step()
             self._write()
         return taken

@@ -27,9 +27,9 @@ os.environ |= {
 }
 for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # Threads of several workers on one core wait for each other within every operation.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+# What is computed again alone, with more threads than before, would be rounded otherwise; and threads
+# of several workers on one core wait for each other within every operation.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

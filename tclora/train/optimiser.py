@@ -4,8 +4,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -32,8 +31,6 @@ class _Flat:
     ----------
     vector : Tensor
         (n,) float32, all values.
-    gradients : list of Tensor
-        Its gradient, as views in the forms in which the weights are stored.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
@@ -44,7 +41,7 @@ class _Flat:
         gradients = [weight.grad for weight in weights.values()]
         self._gradients = [_stored(grad) for grad in gradients if grad is not None]
         self._masters = self._parts(self.vector)
-        self.gradients = self._parts(self.vector.grad)
+        self._master_gradients = self._parts(self.vector.grad)
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
         """Return views of a vector in the forms in which the weights are stored."""
@@ -58,7 +55,7 @@ class _Flat:
 
     def read_gradients(self) -> None:
         """Take the gradients of the weights in the model."""
-        torch._foreach_copy_(self.gradients, self._gradients)
+        torch._foreach_copy_(self._master_gradients, self._gradients)
 
     def discard(self) -> None:
         """Set the gradients of the weights in the model to zero."""
@@ -72,17 +69,6 @@ class _Flat:
 def _stored(weight: Tensor) -> Tensor:
     """Return a weight as it is stored: B transposed (see `tclora.train.updates`)."""
     return weight if weight.is_contiguous() else weight.mT
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: where others begin in a long vector changes how values are rounded."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class AdapterOptimiser:
@@ -158,15 +144,12 @@ class AdapterOptimiser:
         for flat in self._flats.values():
             flat.read_gradients()
         self.discard()
-        # Of the matrices' norms: that of one long vector would depend on the number of threads.
-        parts = [part for flat in self._flats.values() for part in flat.gradients]
-        norm = torch.nn.utils.get_total_norm(parts)
-        vectors = [flat.vector for flat in self._flats.values()]
-        torch.nn.utils.clip_grads_with_norm_(vectors, self.config.max_grad_norm, norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [flat.vector for flat in self._flats.values()], self.config.max_grad_norm
+        )
         taken = {"lr": self.scheduler.get_last_lr()[0], "grad_norm": norm.item()}
         if math.isfinite(taken["grad_norm"]):
-            with _one_thread():
-                self.optimiser.step()
+            self.optimiser.step()
             self.scheduler.step()
             self._write()
         return taken

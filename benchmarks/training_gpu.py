@@ -13,77 +13,30 @@ Usage: ``python benchmarks/training_gpu.py FILE FILE ... [--models 135M 1B 7B] [
 """
 
 import argparse
-import gc
 import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+from drawn_models import SHAPES, Clock, Rows, clean, draw_model
 from tables import report
 from training_ways import operations
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from trl_rival import trl
 
 from tclora.config import AdapterConfig
 from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow
 from tclora.preflight.rates import measured_rates
 from tclora.train.job import Trainee, train_side_by_side
-from tclora.train.lora import attach_lora
 from tclora.train.records import Destination
-
-SHAPES = {
-    "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-             "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-             "tie_word_embeddings": True},
-    "1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
-           "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "tie_word_embeddings": True},
-    "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
-}  # fmt: skip
-WARM_UP = 2  # steps whose time is left out
-PACK = 1024  # tokens of TRL's sequences
-Rows = list[list[TokenRow]]
-
-
-def draw_model(name: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Draw a model on the GPU."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    shape = LlamaConfig(**SHAPES[name], attn_implementation=attention)
-    try:
-        with torch.device("cuda"):
-            model = LlamaForCausalLM(shape)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return model.eval()
-
-
-class Clock:
-    """Times at which steps ended (s)."""
-
-    def __init__(self) -> None:
-        self.ends: dict[int, float] = {}
-
-    def see(self, record: dict[str, float]) -> None:
-        """Note the record of a step; of several adapters' the last counts."""
-        torch.cuda.synchronize()
-        self.ends[int(record["step"])] = time.perf_counter()
-
-    @property
-    def per_step(self) -> float:
-        """Seconds of a step."""
-        steps = sorted(self.ends)[WARM_UP - 1 :]
-        return (self.ends[steps[-1]] - self.ends[steps[0]]) / (len(steps) - 1)
 
 
 def ours(
@@ -120,71 +73,6 @@ def one_adapter(name: str, rows: Rows, config: AdapterConfig, folder: Path) -> t
     """Train a single adapter on all rows, as many at once as `together` has."""
     larger = config.model_copy(update={"batch_size": config.batch_size * len(rows)})
     return ours(draw_model(name), [list(chain.from_iterable(rows))], larger, folder)
-
-
-def trl(
-    name: str, rows: Rows, config: AdapterConfig, folder: Path, *, liger: bool
-) -> tuple[float, float]:
-    """Train by TRL, one adapter after the other, rows packed."""
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.clock = Clock()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ANN401
-            self.clock.see({"step": state.global_step - 1})
-
-    seconds, tokens = 0.0, 0.0
-    for own in rows:
-        clean()
-        flash = importlib.util.find_spec("flash_attn") is not None
-        model = draw_model(name, "flash_attention_2" if flash else "sdpa")
-        steps = config.max_steps or 1
-        per_step = sum(map(len, own)) / steps
-        watch = Watch()
-        data = Dataset.from_list([
-            {"input_ids": [*row.prompt, *row.response],
-             "completion_mask": [0] * len(row.prompt) + [1] * len(row.response)}
-            for row in own
-        ])  # fmt: skip
-        trainer = SFTTrainer(
-            model=attach_lora(model, config, 0),
-            args=SFTConfig(
-                output_dir=str(folder / "trl"), max_steps=steps, packing=True, max_length=PACK,
-                per_device_train_batch_size=max(1, round(per_step / PACK)), bf16=True,
-                learning_rate=config.lr, gradient_checkpointing=False, report_to=[],
-                save_strategy="no", logging_strategy="no", disable_tqdm=True,
-                use_liger_kernel=liger, completion_only_loss=True,
-            ),
-            train_dataset=data,
-            processing_class=_tokenizer(),
-            callbacks=[watch],
-        )  # fmt: skip
-        packed = trainer.train_dataset
-        mean = sum(map(len, packed["input_ids"])) / len(packed)
-        trainer.train()
-        seconds += watch.clock.per_step
-        tokens += mean * trainer.args.per_device_train_batch_size
-    return seconds, tokens
-
-
-def _tokenizer() -> Any:  # noqa: ANN401
-    """Return the tokenizer that TRL wants beside rows in tokens."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    ends = {"pad_token": "<pad>", "eos_token": "</s>"}
-    known = {token: number for number, token in enumerate(ends.values())}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(known, [])), **ends)
-
-
-def clean() -> None:
-    """Free what the last model held."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def read(file: Path, count: int, vocabulary: int) -> list[TokenRow]:
@@ -279,12 +167,13 @@ def main() -> None:
     peak = measured_rates(torch.bfloat16).products
     figures = []
     for name in given.models:
-        found = {way: measure(train, name, given) for way, train in OURS.items()}
-        found |= {way: rival(way, name, given) for way in RIVALS if installed(way)}
-        for way, measured in found.items():
+        ways = {way: partial(measure, train, name, given) for way, train in OURS.items()}
+        ways |= {way: partial(rival, way, name, given) for way in RIVALS if installed(way)}
+        for way, train in ways.items():
+            measured = train()
             share = 100 * measured["TFLOP/s"] * 1e12 / peak
             figures.append({"model": name, "way": way, **measured, "product rate (%)": share})
-            print(figures[-1], file=sys.stderr, flush=True)
+            print(figures[-1], file=sys.stderr, flush=True)  # a lent machine may go at any time
     report(
         "training_gpu",
         "Training engines side by side on a GPU (bf16)",

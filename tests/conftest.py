@@ -27,8 +27,8 @@ os.environ |= {
 }
 for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
     os.environ.pop(name, None)
-# What is computed again alone, with more threads than before, would be rounded otherwise; and threads
-# of several workers on one core wait for each other within every operation.
+# What is computed again alone, with more threads than before, would be rounded otherwise; and
+# threads of several workers on one core wait for each other within every operation.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402

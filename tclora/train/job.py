@@ -10,8 +10,8 @@ steps split to a token budget, low-precision adapters with fp32 master weights o
 checkpoints in safe formats. Which rows share a part follows from the trainees alone. After a resume
 with adapters at unequal steps, the rows of those ahead keep their places until the others have
 caught up, without effect on their adapters; so every adapter ends with the same bytes as without
-the interruption. On a GPU it ends close to them: attention's gradients add up in no fixed order
-there, and parts may be smaller where memory lacked.
+the interruption, given as many threads. On a GPU it ends close to them: attention's gradients add
+up in no fixed order there, and parts may be smaller where memory lacked.
 """
 
 import logging

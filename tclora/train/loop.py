@@ -1,4 +1,4 @@
-"""Training one LoRA adapter: resumable; on a CPU the same bytes for the same seed."""
+"""Training one LoRA adapter: resumable; on a CPU the same bytes for seed and threads."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -308,21 +308,26 @@ def test_their_order_in_the_batches_does_not_matter(train, rows):
     assert_same_adapters(one, two, tolerance=1e-6)
 
 
-def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
-    train, rows, base, tiny_model, tmp_path
-):
-    tokenizer = base.load().tokenizer
-    with torch.no_grad():  # of a token that one adapter's rows alone have
-        tiny_model.model.embed_tokens.weight[tokenizer("~").input_ids] = float("nan")
+@pytest.fixture
+def breaking(base, rows, tiny_model, tmp_path):
+    """A base whose losses are NaN on the rows of the adapter "broken" alone."""
+    token = base.load().tokenizer("~").input_ids
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight[token] = float("nan")
     model = tmp_path / "model"
     shutil.copytree(base.location, model)
     tiny_model.save_pretrained(model)
     pd.DataFrame({"prompt": ["~"], "response": ["x"]}).to_parquet(rows / "broken")
+    return base.model_copy(update={"location": str(model)})
+
+
+def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
+    train, breaking, tmp_path
+):
     seen = []
-    changed = base.model_copy(update={"location": str(model)})
-    _, _, alone = train("separate", "alone", names=("birds",), on=changed)
+    _, _, alone = train("separate", "alone", names=("birds",), on=breaking)
     with pytest.raises(NonFiniteLossError, match=r"loss of adapter 'broken' became nan at step 0"):
-        train("together", "out", names=("birds", "broken"), on_event=seen.append, on=changed)
+        train("together", "out", names=("birds", "broken"), on_event=seen.append, on=breaking)
     assert [event["name"] for event in seen] == ["birds"] * 27
     assert all(math.isfinite(event[key]) for event in seen for key in KEYS)
     assert not (tmp_path / "out" / "broken").exists()
@@ -330,18 +335,10 @@ def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
 
 
 def test_stacked_products_are_taken_again_once_a_broken_adapter_has_left(
-    train, rows, base, tiny_model, tmp_path, monkeypatch
+    train, breaking, tmp_path, monkeypatch
 ):
     """Computed twice in the step whose gradients are not finite, and in no other."""
-    tokenizer = base.load().tokenizer
-    with torch.no_grad():  # of a token that one adapter's rows alone have
-        tiny_model.model.embed_tokens.weight[tokenizer("~").input_ids] = float("nan")
-    model = tmp_path / "model"
-    shutil.copytree(base.location, model)
-    tiny_model.save_pretrained(model)
-    pd.DataFrame({"prompt": ["~"], "response": ["x"]}).to_parquet(rows / "broken")
-    changed = base.model_copy(update={"location": str(model)})
-    given = {"names": ("animals", "birds", "broken"), "max_steps": 4, "on": changed}
+    given = {"names": ("animals", "birds", "broken"), "max_steps": 4, "on": breaking}
     given["tokens_per_forward"] = 10_000  # one part a step
     _, _, alone = train("separate", "alone", **given | {"names": ("animals", "birds")})
     stacked, seen = partial(MixedLora, stacked=True), []

@@ -84,7 +84,7 @@ def with_sound_gradients() -> AbstractContextManager[None]:
     """Return a context for padded rows whose gradients are wanted: it keeps cuDNN's attention out.
 
     On Hopper GPUs its backward pass returns NaN for some lengths where a mask is given
-    (pytorch/pytorch#196678; seen with torch 2.11 on an H100).
+    (pytorch/pytorch#196678). Padded rows had such gradients with torch 2.11 on an H100.
     """
     context: AbstractContextManager[None] = sdpa_kernel(_SOUND)
     return context

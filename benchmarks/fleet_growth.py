@@ -30,15 +30,27 @@ if TYPE_CHECKING:
     from tclora.config import ExecutionConfig
 
 _BETWEEN = 2.0  # s between two looks at memory
+_IDLE = 30.0  # s for which the servers are watched before anything is sent
 
 
 @dataclass
 class Sampled:
-    """Resident memory of the parent (MB) in the course of time, and processor time (s) of both."""
+    """What a block has taken.
+
+    Attributes
+    ----------
+    memory : list of float
+        Resident memory of the parent (MB) in the course of time.
+    parent, server : float
+        Processor time (s) of both.
+    idle : float
+        Processor time of the server in a second in which nothing is sent (s).
+    """
 
     memory: list[float] = field(default_factory=list)
     parent: float = 0.0
     server: float = 0.0
+    idle: float = 0.0
 
 
 @contextmanager
@@ -47,8 +59,10 @@ def sampled(site: Fleet) -> Iterator[Sampled]:
     own, server = psutil.Process(), site.started("prefect").process
     if server is None:
         raise RuntimeError("the Prefect server must run")
-    found, over = Sampled(), threading.Event()
+    resting = _seconds(server)
+    time.sleep(_IDLE)
     before = _seconds(own), _seconds(server)
+    found, over = Sampled(idle=(before[1] - resting) / _IDLE), threading.Event()
 
     def look() -> None:
         while not over.wait(_BETWEEN):
@@ -153,6 +167,7 @@ def main() -> None:
         "idle slot per job (s)": (given.slots * span - busy) / given.jobs,
         "parent, processor per job (s)": found.parent / given.jobs,
         "server, processor per job (s)": found.server / given.jobs,
+        "of it what it takes when idle (s)": found.idle * whole / given.jobs,
         "parent's memory, first tenth (MB)": sum(found.memory[:tenth]) / tenth,
         "last tenth (MB)": sum(found.memory[-tenth:]) / tenth,
     }

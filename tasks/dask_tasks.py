@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 GPU = "GPU"  # name of the resource: dask worker --resources GPU=1
 _TIMEOUT = 30  # s to connect
 _LOOK = 1.0  # s between two looks whether a job is still wanted
+# A scheduler and workers of this run's own look after themselves less often than every few
+# milliseconds: that took more of a core than all the jobs that they pass on.
+_QUIET = {
+    "distributed.admin.system-monitor.interval": "10s",
+    "distributed.admin.tick.interval": "1s",
+    "distributed.worker.profile.enabled": False,
+}
 
 
 class LostAttemptError(Exception):
@@ -181,9 +188,10 @@ def _scheduler(address: str | None, workers: int) -> Iterator[str]:
     if address:
         yield address
         return
+    import dask
     from distributed import LocalCluster
 
-    with LocalCluster(
+    with dask.config.set(_QUIET), LocalCluster(
         n_workers=workers,
         threads_per_worker=1,
         host="127.0.0.1",

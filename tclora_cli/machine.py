@@ -19,6 +19,7 @@ from pathlib import Path
 import flows
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import exclusive
+from tclora_cli import mlflow_server
 from tclora_cli.prefect_api import end_lost_runs, ensure_pool, is_online
 from tclora_cli.processes import Health, Ledger, flow_runs_here, last_lines, start, wait_until
 
@@ -88,10 +89,10 @@ class Machine:
         """Return what runs, in the order of starting."""
         python = [sys.executable, "-m"]
         server = [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port"]
-        tracking = [*python, "mlflow", "server", "--host", "127.0.0.1", "--workers", "1", "--port"]
-        stores = {
+        own = {
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
+            **mlflow_server.SETTINGS,
         }
         leases = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # in memory, a restart ends all runs
         worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
@@ -109,8 +110,8 @@ class Machine:
             ),
             Service(
                 "mlflow",
-                [*tracking, str(self.mlflow_port)],
-                _unless_set(stores),
+                mlflow_server.command(self.mlflow_port),
+                _unless_set(own),
                 partial(_answers, f"{self.mlflow}/health"),
                 self.mlflow_port,
             ),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tclora.errors import LibraryError
+from tclora_cli import mlflow_server
 from tclora_cli.commands.shared import console
 
 LibraryArgument = Annotated[Path, typer.Argument(help="Library directory of a finished run.")]
@@ -53,11 +54,8 @@ def ui(
     console.print(
         f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", highlight=False, soft_wrap=True
     )
-    command = [
-        "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
-        "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-    os.execvp(sys.executable, [sys.executable, "-m", *command])  # noqa: S606
+    command = [*mlflow_server.command(port), "--backend-store-uri", uri]
+    os.execve(sys.executable, command, mlflow_server.SETTINGS | os.environ)  # noqa: S606
 
 
 def _count_files(path: Path) -> int:

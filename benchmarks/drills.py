@@ -240,10 +240,9 @@ def _show(file: Path, skipped: dict[str, str]) -> None:
     note = (
         f"{good} of {len(kills)} runs with a SIGKILL of one process at a random moment end with "
         f"the digests of the undisturbed run. Drawn from: {', '.join(VICTIMS)}. Not: the store, "
-        "which is a folder in those runs, helpers of MLflow's server for features that runs do not "
-        "use, and the drill itself. After each fault `tclora up` heals; starts: how often the run "
-        "was started. Libraries are compared by the digests of all files of the manifest, records "
-        "of trainings without their times and memory."
+        "a folder in those runs, and the drill itself. After each fault `tclora up` heals; starts: "
+        "how often the run was started. Libraries are compared by the digests of all files of the "
+        "manifest, records of trainings without their times and memory."
     )
     note += "".join(f" Skipped: {name} ({need})." for name, need in skipped.items())
     frame = pd.DataFrame(records.values()).rename(columns=heads)

@@ -12,8 +12,7 @@ from fleet_services import Postgres, Proxy
 
 from tclora_cli.machine import JOBS, RUNS
 
-# What may be killed at random. Not: helpers of MLflow's server for features that runs do not use,
-# the drill itself, and the store, which for these runs is a folder.
+# What may be killed at random. Not: the drill itself, and the store, a folder in these runs.
 VICTIMS = (
     "prefect", "mlflow", "server of mlflow", f"worker of {RUNS}", f"worker of {JOBS}", "run",
     "flow run of a job", "job",

@@ -191,12 +191,15 @@ def _scheduler(address: str | None, workers: int) -> Iterator[str]:
     import dask
     from distributed import LocalCluster
 
-    with dask.config.set(_QUIET), LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        host="127.0.0.1",
-        dashboard_address=None,
-        memory_limit=None,  # it would count the worker, and not its jobs
-        resources={GPU: 1} if visible_gpus() else None,
-    ) as cluster:
+    with (
+        dask.config.set(_QUIET),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=None,  # it would count the worker, and not its jobs
+            resources={GPU: 1} if visible_gpus() else None,
+        ) as cluster,
+    ):
         yield cluster.scheduler_address

@@ -66,6 +66,10 @@ def running_flow_runs(machine):
     return first, below["id"], second, elsewhere
 
 
+def idle_queues(process):
+    return [p for p in process.children(recursive=True) if "huey" in " ".join(p.cmdline())]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tmp_path):
@@ -75,6 +79,7 @@ def test_a_machine_comes_up_is_healed_and_goes_down_alone(machine, bystander, tm
         "prefect", "mlflow", "pools, deployments", *NAMES[2:]
     ]  # fmt: skip
     first = Ledger.read(machine.ledger).started
+    assert not idle_queues(first["mlflow"].process)
     pool = ask(f"{machine.prefect}/api/work_pools/gpu-pool")
     assert pool["concurrency_limit"] == 3
     found = ask(f"{machine.prefect}/api/deployments/name/tc-lora/demo")

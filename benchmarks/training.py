@@ -19,9 +19,13 @@ from pathlib import Path
 
 import pandas as pd
 from tables import report
-from training_ways import ENGINES, RIVAL, measure
+from training_ways import ENGINES, RIVAL, base_model, measure
 
 from tclora.adapter import read_adapter
+from tclora.evaluate.measure import measure as measure_rows
+from tclora.model.attach import attached
+
+HELD_OUT = 8  # rows per file that no adapter is trained on
 
 
 def run(way: str, folder: Path, given: argparse.Namespace) -> dict[str, float | str]:
@@ -44,6 +48,19 @@ def largest_difference(folder: Path) -> float:
         for module in a
         for one, two in zip(a[module], b[module], strict=True)
     )
+
+
+def held_out_loss(folder: Path, held: dict[str, pd.DataFrame], dtype: str) -> dict[str, float]:
+    """Return the loss of each engine's adapters on their held-out rows, nats per token."""
+    loaded = base_model(dtype).load()
+    losses = {}
+    for engine in ENGINES:
+        found = []
+        for name, rows in held.items():
+            with attached(loaded.model, read_adapter(folder / engine / name)):
+                found += measure_rows(loaded.model, loaded.tokenizer, loaded.encode(rows))
+        losses[engine] = sum(row.nll for row in found) / sum(row.tokens for row in found)
+    return losses
 
 
 def compared(frame: pd.DataFrame, K: int) -> str:
@@ -74,13 +91,16 @@ def main() -> None:
     given = parser.parse_args()
     ways = ENGINES if given.no_rival else (*ENGINES, RIVAL)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder, held = Path(scratch), {}
         for file in given.files:
-            frame = pd.read_json(file, lines=True, nrows=given.steps * given.rows)
+            count = given.steps * given.rows
+            frame = pd.read_json(file, lines=True, nrows=count + HELD_OUT)
             rows = frame[["prompt", "response"]].astype(str)
-            rows.to_parquet(folder / f"{file.stem}.parquet")
+            rows[:count].to_parquet(folder / f"{file.stem}.parquet")
+            held[file.stem] = rows[count:]
         figures = [run(way, folder, given) for _ in range(given.repeats) for way in ways]
         apart = largest_difference(folder)
+        losses = held_out_loss(folder, held, given.dtype)
     frame = pd.DataFrame(figures)
     report(
         f"{given.name}_{given.dtype}",
@@ -88,6 +108,8 @@ def main() -> None:
         frame,
         f"K = {len(given.files)} adapters of rank 16, {given.steps} steps of {given.rows} rows "
         f"each. Largest difference between the engines' factors: {apart:.1e}; "
+        f"loss on {HELD_OUT} other rows of each, nats per token: "
+        f"{', '.join(f'`{engine}` {loss:.5f}' for engine, loss in losses.items())}; "
         f"{compared(frame, len(given.files))}.",
     )
 

@@ -25,14 +25,19 @@ RIVAL = "Trainer + PEFT"
 PROBE_TOKENS, PROBE_SECONDS = 1024, 1.0
 
 
+def base_model(dtype: str) -> Base:
+    """Return SmolLM2-135M-Instruct and how it reads rows."""
+    place = locate_base_model(BUILTIN_BASE)
+    return Base(location=place, digest=BUILTIN_BASE, dtype=dtype, template="chat", max_tokens=512)
+
+
 def measure(way: str, folder: Path, steps: int, batch_size: int, dtype: str) -> dict[str, float]:
     """Train one adapter per Parquet file of the folder; return the figures.
 
     The bound is the rate of the model's own matrix products, measured before and after the
     training, over the operations that training needs.
     """
-    base = Base(location=locate_base_model(BUILTIN_BASE), digest=BUILTIN_BASE, dtype=dtype,
-                template="chat", max_tokens=512)  # fmt: skip
+    base = base_model(dtype)
     config = AdapterConfig(max_steps=steps, batch_size=batch_size, epochs=1000)
     files = sorted(folder.glob("*.parquet"))
     loaded = base.load()

@@ -39,6 +39,8 @@ class Sampled:
 
     Attributes
     ----------
+    seconds : float
+        Its time.
     memory : list of float
         Resident memory of the parent (MB) in the course of time.
     parent, server : float
@@ -47,6 +49,7 @@ class Sampled:
         Processor time of the server in a second in which nothing is sent (s).
     """
 
+    seconds: float = 0.0
     memory: list[float] = field(default_factory=list)
     parent: float = 0.0
     server: float = 0.0
@@ -63,6 +66,7 @@ def sampled(site: Fleet) -> Iterator[Sampled]:
     time.sleep(_IDLE)
     before = _seconds(own), _seconds(server)
     found, over = Sampled(idle=(before[1] - resting) / _IDLE), threading.Event()
+    begin = time.monotonic()
 
     def look() -> None:
         while not over.wait(_BETWEEN):
@@ -75,6 +79,7 @@ def sampled(site: Fleet) -> Iterator[Sampled]:
     finally:
         over.set()
         thread.join()
+        found.seconds = time.monotonic() - begin
         found.parent = _seconds(own) - before[0]
         found.server = _seconds(server) - before[1]
 
@@ -84,8 +89,8 @@ def _seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def send(site: Fleet, folder: Path, given: argparse.Namespace) -> pd.DataFrame:
-    """Run the jobs as a run does; return when each began and ended."""
+def send(site: Fleet, folder: Path, given: argparse.Namespace) -> tuple[pd.DataFrame, Sampled]:
+    """Run the jobs as a run does; return when each began and ended, and what that has taken."""
     from simulated_stage import simulate  # imports Prefect, which reads the environment
 
     from flows.context import Context
@@ -118,7 +123,9 @@ def send(site: Fleet, folder: Path, given: argparse.Namespace) -> pd.DataFrame:
         store, scratch = Store(config.store), folder / "scratch"
         executor = RemoteExecutor(fleet_of_jobs, store, config, scratch, SLOTS)
         where = Where(Layout(folder / "library"), None, executor, JobProgress())
-        return pd.DataFrame(growth(Context(None, None, where)))
+        with sampled(site) as found:
+            done = pd.DataFrame(growth(Context(None, None, where)))
+        return done, found
 
 
 @contextmanager
@@ -149,10 +156,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch, fleet(Path(scratch), jobs=given.slots) as site:
         os.environ |= site.machine.environment
-        with sampled(site) as found:
-            begin = time.monotonic()
-            done = send(site, Path(scratch), given)
-            whole = time.monotonic() - begin
+        done, found = send(site, Path(scratch), given)
     busy = (done["end"] - done["begin"]).sum()
     span = done["end"].max() - done["begin"].min()
     tenth = max(1, len(found.memory) // 10)
@@ -162,21 +166,23 @@ def main() -> None:
         "slots": given.slots,
         "seconds each": given.seconds,
         "MB each": given.megabytes,
-        "whole (s)": whole,
+        "whole (s)": found.seconds,
         "utilisation (%)": 100 * busy / (given.slots * span),
         "idle slot per job (s)": (given.slots * span - busy) / given.jobs,
         "parent, processor per job (s)": found.parent / given.jobs,
         "server, processor per job (s)": found.server / given.jobs,
-        "of it what it takes when idle (s)": found.idle * whole / given.jobs,
+        "of it what it takes when idle (s)": found.idle * found.seconds / given.jobs,
         "parent's memory, first tenth (MB)": sum(found.memory[:tenth]) / tenth,
         "last tenth (MB)": sum(found.memory[-tenth:]) / tenth,
     }
     report(
-        "fleet_growth",
+        f"fleet_growth_{given.backend}",
         "Many jobs on many worker slots",
         pd.DataFrame([row]),
         "Utilisation: time inside of jobs' functions over slots times the time from the first "
-        f"function's begin to the last one's end. All on one machine of {os.cpu_count()} cores, "
+        "function's begin to the last one's end. Processor time of the run while it sends jobs and "
+        "takes in what they made, without the start of a cluster of its own, and of the server, "
+        f"watched before for {_IDLE:.0f} s of rest. All on one machine of {os.cpu_count()} cores, "
         "which also run servers, workers and the jobs' processes.",
     )
 

@@ -210,7 +210,7 @@ def _ground(place: str | None, folder: Path) -> Iterator[Ground]:
         if place == ON_S3:
             url, proxy = stack.enter_context(s3_store())
         if place == ON_DISK:
-            url = f"file://{stack.enter_context(_small_disk(folder / 'disk'))}"
+            url = f"file://{stack.enter_context(_small_disk(folder / 'root' / 'disk'))}"
         site = stack.enter_context(fleet(folder, f"state-{place or 'plain'}"))
         if not site.library("undisturbed").exists():
             site.finish(site.send("undisturbed", execution={"backend": "local"}))
@@ -222,7 +222,7 @@ def _ground(place: str | None, folder: Path) -> Iterator[Ground]:
 
 @contextmanager
 def _small_disk(place: Path) -> Iterator[Path]:
-    place.mkdir(exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=64m", "none", place], check=True)
     try:
         yield place

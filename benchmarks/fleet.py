@@ -202,7 +202,7 @@ def _smallest(folder: Path) -> dict[str, Any]:
         "merge": {"methods": ["tc-lora"], "refit_steps": 0, "sample_rows": 2},
         "route": {"enabled": False},
         "execution": {
-            "backend": "deployment", "store": f"file://{folder}/store", "jobs_per_host": 2,
+            "backend": "deployment", "store": f"file://{folder}/root/store", "jobs_per_host": 2,
             "lost_after": 30,
         },
     }  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from prefect import flow
 from pydantic import Field
@@ -91,7 +92,7 @@ def run_study(
         If an override or an axis is not valid, or a place leads where it must not.
     """
     load_plugins()
-    if strange := [key for key in axes if key in _PLACES]:
+    if strange := [key for key in axes if key in _FIXED]:
         raise ConfigError(f"axes must vary no places, got {', '.join(strange)}")
     settled = load_config(config.model_dump(mode="json"), overrides)
     with chdir(allowed_root()):
@@ -103,6 +104,9 @@ _PLACES = (
     "output", "base_model", "embed.model", "embed.vectors", "data.path", "data.test_path",
     "data.ood_path", "data.composition_path",
 )  # fmt: skip
+_STORES = ("execution.store", "publish_to")
+_OF_DISKS = ("file", "local")  # schemes of URLs whose path is one of this machine
+_FIXED = (*_PLACES, *_STORES, "evaluate.lm_eval")
 
 
 def allowed_root() -> Path:
@@ -142,12 +146,18 @@ def check_places(config: Config) -> None:
 
 
 def _places(config: Config) -> Iterator[tuple[str, str]]:
-    for key in _PLACES:
+    for key in (*_PLACES, *_STORES):
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
+        if key in _STORES and value is not None:
+            parts = urlsplit(value)
+            value = parts.path if parts.scheme in _OF_DISKS else None
         if value is not None:
             yield key, str(value)
+    for task in config.evaluate.lm_eval:  # a file of a task may name code beside it
+        if PurePath(task).suffix or len(PurePath(task).parts) > 1:
+            yield "evaluate.lm_eval", task
 
 
 def _is_allowed(place: str, root: Path) -> bool:

@@ -5,7 +5,7 @@ from prefect.runtime import flow_run
 
 from flows.context import Context, Merged, Prepared, Trained
 from tasks.artifact import Artifact
-from tasks.publishing import Parts, log_library, write_library
+from tasks.publishing import Parts, log_library, put_library, write_library
 from tasks.showing import show
 
 
@@ -34,5 +34,6 @@ def publish(
     )
     links = {"mlflow_run": run.run_id, "prefect_flow_run": str(flow_run.parent_flow_run_id or "")}
     library = write_library(cfg, context.models, parts, links, context.where)
-    log_library(run, cfg, parts, library)
-    show(run, cfg, library)
+    place = put_library(library, cfg.publish_to) if cfg.publish_to else None
+    log_library(run, cfg, parts, library, place)
+    show(run, cfg, library, place)

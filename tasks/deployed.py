@@ -91,7 +91,7 @@ class FlowRuns:
             timeout=0,
             tags=[tag],
             # Two parents that look at the same time create one run.
-            idempotency_key=f"{job.records.key}-{len(former)}",
+            idempotency_key=f"{job.records.key}-{max((str(r.id) for r in former), default='')}",
         )
         found: FlowRun = made
         return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from mlflow.entities import DatasetInput
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks import tracking
@@ -22,6 +22,7 @@ from tasks.training import PARENT
 from tasks.where import Where
 from tclora.config import Config
 from tclora.evaluate.tables import ENDS, flat_figures
+from tclora.library import published
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
 from tclora.library.names import JOINT, ROUTED
@@ -98,6 +99,14 @@ def write_library(
     return config.library_dir
 
 
+@task(name="put-library", cache_policy=NO_CACHE)
+def put_library(library: Path, url: str) -> str:
+    """Put the finished library into a store; return where any machine finds it."""
+    place = published.put_library(library, url)
+    get_run_logger().info("published: %s", place)
+    return place
+
+
 def _describe(
     config: Config, models: Models, parts: Parts, links: Mapping[str, str]
 ) -> Description:
@@ -136,9 +145,13 @@ def _trained(part: Artifact) -> dict[str, Any]:
 
 
 @task(name="log-library", cache_policy=NO_CACHE)
-def log_library(run: Run, config: Config, parts: Parts, library: Path) -> None:
+def log_library(
+    run: Run, config: Config, parts: Parts, library: Path, place: str | None = None
+) -> None:
     """Log everything of the library to MLflow: files, figures, adapters, rows, nested runs."""
     here = Layout(library)
+    if place:
+        run.client.set_tag(run.run_id, "tclora.published", place)
     stages = [parts.examples, *parts.tables, *([parts.routed] if parts.routed else [])]
     tracking.log_metrics(run, {name: v for part in stages for name, v in part.metrics.items()})
     _log_files(run, parts, here)

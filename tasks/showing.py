@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 @task(name="show", cache_policy=NO_CACHE)
-def show(run: Run, config: Config, library: Path) -> None:
+def show(run: Run, config: Config, library: Path, published: str | None = None) -> None:
     """Make the artifacts: a link to the MLflow run, tables of methods, sizes and places."""
     key = "".join(c if c.isalnum() else "-" for c in config.name.lower())
     # A store without a server is looked at with `tclora ui`.
@@ -30,7 +30,7 @@ def show(run: Run, config: Config, library: Path) -> None:
     tables = {
         "methods": ("NLL per response token, accuracy, recovery", list(_methods(library))),
         "sizes": ("Bytes on disk", list(_sizes(library))),
-        "places": ("Where everything is", list(_places(run, link, library))),
+        "places": ("Where everything is", list(_places(run, link, library, published))),
     }
     for name, (description, rows) in tables.items():
         if rows:
@@ -71,9 +71,10 @@ def _sizes(library: Path) -> Iterator[Row]:
             yield {"what": what.replace("_", " "), "bytes": n_bytes, "size": size_text(n_bytes)}
 
 
-def _places(run: Run, link: str, library: Path) -> Iterator[Row]:
-    places = {
+def _places(run: Run, link: str, library: Path, published: str | None) -> Iterator[Row]:
+    places: dict[str, object] = {
         "library": library,
+        **({"published": published} if published else {}),
         "report": Layout(library).report,
         "MLflow store": run.uri,
         "MLflow run": link,

@@ -6,6 +6,7 @@ and MLflow's active run is a thread's own.
 
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tasks.provenance import code_tags, environment
 from tclora.config import Config
+from tclora.files import write_text
 from tclora.jobs.devices import exclusive
 from tclora.jobs.usage import SAMPLE, Sample
 
@@ -28,6 +30,7 @@ _PARAM_LENGTH = 6000
 # The UI opens an experiment of this kind at its runs, others at traces of an application.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LIBRARY = "tclora.library"  # tag: the folder a run works on
+_PLACE = "tclora.place"  # tag: what that folder is known by on every machine
 Record = Mapping[str, float]
 
 
@@ -65,8 +68,9 @@ def open_run(config: Config, run_name: str, tags: Mapping[str, str]) -> Run:
     """
     uri, experiment_id = _open_experiment(config.output, config.name)
     client = MlflowClient(uri)
-    _close_abandoned(client, experiment_id, str(config.library_dir))
-    tags = {**code_tags(), **tags, _LIBRARY: str(config.library_dir)}
+    place = f"{_folder_id(config.output)}/{config.name}"
+    _close_abandoned(client, experiment_id, place)
+    tags = {**code_tags(), **tags, _LIBRARY: str(config.library_dir), _PLACE: place}
     created = client.create_run(experiment_id, run_name=run_name, tags=tags)
     run = Run(uri=uri, experiment_id=experiment_id, run_id=created.info.run_id)
     log_params(run, _flatten(config.model_dump(mode="json")))
@@ -138,9 +142,21 @@ def _experiment(client: MlflowClient, name: str, output: Path) -> str:
     return str(experiment.experiment_id)
 
 
-def _close_abandoned(client: MlflowClient, experiment_id: str, library: str) -> None:
+def _folder_id(output: Path) -> str:
+    """Return what a folder of libraries is known by, whichever machine it is mounted on.
+
+    Its path does not do: other machines may have folders of that path and log to the same store.
+    """
+    file = output / ".place"
+    with exclusive(output.absolute() / ".mlflow.lock"):
+        if not file.exists():
+            write_text(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8").strip()
+
+
+def _close_abandoned(client: MlflowClient, experiment_id: str, place: str) -> None:
     """Mark runs on this library as KILLED whose process died before it could; its lock is ours."""
-    filters = f"attributes.status = 'RUNNING' AND tags.`{_LIBRARY}` = '{library}'"
+    filters = f"attributes.status = 'RUNNING' AND tags.`{_PLACE}` = '{place}'"
     for parent in client.search_runs([experiment_id], filters):
         children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
         for run in [parent, *client.search_runs([experiment_id], children)]:
@@ -170,11 +186,22 @@ def live_run(parent: Run, name: str, tags: Mapping[str, str]) -> Iterator["StepL
         yield logger
     except BaseException as error:
         logger.flush()
-        run.client.set_tag(run.run_id, "tclora.error", str(error)[:_PARAM_LENGTH])
-        close_run(run, "FAILED")
+        with _without_store("that a job has failed"):
+            run.client.set_tag(run.run_id, "tclora.error", str(error)[:_PARAM_LENGTH])
+            close_run(run, "FAILED")
         raise
     logger.flush()
-    close_run(run, "FINISHED")
+    with _without_store("that a job is finished"):
+        close_run(run, "FINISHED")
+
+
+@contextmanager
+def _without_store(what: str) -> Iterator[None]:
+    """Go on where MLflow cannot be told: a job is worth more than its run's state there."""
+    try:
+        yield
+    except MlflowException as error:
+        get_run_logger().warning("MLflow was not told %s: %s", what, error)
 
 
 class StepLogger:

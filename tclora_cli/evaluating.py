@@ -23,6 +23,7 @@ from tclora.evaluate.tables import Tables, flat_figures, write_tables
 from tclora.evaluate.targets import BaseChoice, Target, open_target
 from tclora.jobs.call import Event
 from tclora.library.names import OWN
+from tclora.library.published import library_folder
 from tclora.route import routers
 
 _ONE_OF = {
@@ -91,7 +92,8 @@ def _prepare(request: EvaluationRequest, results: Results) -> tuple[Target, Plan
     _check_code(tasks, named, request.allow_code)
     choice = BaseChoice(request.base, request.template, request.dtype)
     adapters = dict(_pair("--adapter", text) for text in request.adapters)
-    target = open_target(request.target, results.embeddings, choice).with_adapters(adapters)
+    place = str(library_folder(request.target))
+    target = open_target(place, results.embeddings, choice).with_adapters(adapters)
     methods = target.choose(request.methods)
     parts = check_lm_eval(named)
     _check_options(request, parts, alone=not files)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tclora.errors import LibraryError
+from tclora.library.published import library_folder
 from tclora.route import read_library
 from tclora_cli.folders import check_target
 
 
 def export_adapter(
-    library: Path,
+    library: str,
     output: Path,
     cluster: str | None,
     weights: Sequence[str],
@@ -26,6 +27,7 @@ def export_adapter(
         raise LibraryError(f"--weight must name a cluster once, got {', '.join(weights)}")
     try:
         chosen = int(cluster) if cluster and cluster.isdigit() else cluster
-        return read_library(library).to_peft(output, chosen, weights=mixture or None, share=share)
+        read = read_library(library_folder(library))
+        return read.to_peft(output, chosen, weights=mixture or None, share=share)
     except ValueError as error:
         raise LibraryError(str(error)) from error

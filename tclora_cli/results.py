@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tclora.library.layout import Layout
+from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, OWN
 
 Row = Mapping[Any, Any]
@@ -86,6 +87,8 @@ def _places(
         layout = Layout(library)
         places.append(("report", layout.report))
         places += [("merged adapter", path) for path in sorted(layout.merges.glob("*"))]
+    if finished and (url := read_manifest(library).config.get("publish_to")):
+        places.append(("published", f"{url}/{library.name}"))
     places.append(("MLflow store", outcome["mlflow_uri"]))
     places.append(("MLflow run", f"{outcome['mlflow_run']} (open it: tclora ui)"))
     return places

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
 
 
-def _load(library: Path, parts: Parts) -> RoutedModel:
+def _load(library: str, parts: Parts) -> RoutedModel:
     base, embedder, router = parts
     try:
         return load(library, base, embedder=embedder, router=router)
@@ -26,7 +25,7 @@ def _load(library: Path, parts: Parts) -> RoutedModel:
 
 
 def print_answers(
-    library: Path,
+    library: str,
     prompts: Sequence[str],
     parts: Parts,
     max_new_tokens: int,
@@ -64,7 +63,7 @@ def _route(answer: Completion) -> str:
 
 
 def serve_library(
-    library: Path,
+    library: str,
     parts: Parts,
     host: str,
     port: int,

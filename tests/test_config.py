@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,17 @@ def test_the_weights_type_is_to_be_named_where_workers_are_not_this_machines(add
         load_config(values)
     values["train"] = {"dtype": "float32"}
     assert load_config(values).execution.address == address
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"output": "s3://bucket/x"}, "set publish_to=s3://bucket/x to have the finished library"),
+        ({"publish_to": "bucket"}, "publish_to must be a URL such as"),
+        ({"publish_to": "s3://me:secret@bucket/x"}, "publish_to must hold no credentials"),
+    ],
+)
+def test_runs_work_in_folders_and_publish_to_stores(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        parse_config(values)
+    assert "secret" not in str(caught.value)

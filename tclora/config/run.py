@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tclora.config.evaluation import EvaluateConfig
 from tclora.config.execution import ExecutionConfig, ResourceConfig
@@ -10,6 +10,8 @@ from tclora.config.merging import FactoriseConfig, MergeConfig, RouteConfig
 from tclora.config.preparation import ClusterConfig, DataConfig, EmbedConfig
 from tclora.config.section import Positive, Section
 from tclora.config.training import TrainConfig
+from tclora.errors import ConfigError
+from tclora.store.url import check_url
 
 
 class Config(Section):
@@ -19,6 +21,12 @@ class Config(Section):
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder and label"
     )
     output: Path = Field(Path("runs"), description="folder of libraries, MLflow store and caches")
+    publish_to: str | None = Field(
+        None,
+        description="fsspec URL of a store, such as s3://bucket/prefix, into which the finished "
+        "library is put as well; any machine then opens it as URL/NAME; without credentials, which "
+        "come from the environment",
+    )
     seed: int = Field(0, ge=0, description="seed of everything random")
     training_seed: int | None = Field(
         None, ge=0, description="seed of training and of what follows, in place of seed"
@@ -43,6 +51,24 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     resources: ResourceConfig = ResourceConfig()
     execution: ExecutionConfig = ExecutionConfig()
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _check_output(cls, output: object) -> object:
+        if "://" in str(output):
+            raise ValueError(
+                f"output must be a folder of this machine, where a run works, got {str(output)!r}; "
+                f"set publish_to={output} to have the finished library there"
+            )
+        return output
+
+    @field_validator("publish_to")
+    @classmethod
+    def _check_publish_to(cls, url: str | None) -> str | None:
+        try:
+            return url and check_url(url, "publish_to")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _check_machines(self) -> "Config":

@@ -7,14 +7,19 @@ machine share the GPUs without knowing of each other.
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tclora.errors import JobError
+
 _POLL_SECONDS = 0.5
+# The same for all users and processes of a machine, whatever their own temporary folders are.
+_LEASES = Path("/tmp" if os.name == "posix" else tempfile.gettempdir()) / "tclora-gpu-leases"  # noqa: S108
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -52,7 +57,9 @@ def job_environment(jobs: int, gpu: str | None = None) -> dict[str, str]:
 
 
 @contextmanager
-def lease_gpu(gpus: list[str], folder: Path | None = None) -> Iterator[str | None]:
+def lease_gpu(
+    gpus: list[str], folder: Path | None = None, stopped: threading.Event | None = None
+) -> Iterator[str | None]:
     """Hold one of the GPUs for the duration of a block; wait until one is free.
 
     Parameters
@@ -61,20 +68,31 @@ def lease_gpu(gpus: list[str], folder: Path | None = None) -> Iterator[str | Non
         Ids to choose from; none on a machine without.
     folder : Path, optional
         Where the lock files live; shared by all runs that must not collide.
+    stopped : Event, optional
+        Ends the wait when it is set.
 
     Yields
     ------
     str or None
         The id of the leased GPU.
+
+    Raises
+    ------
+    JobError
+        If the wait was ended.
     """
     if not gpus:
         yield None
         return
-    folder = folder or Path(tempfile.gettempdir()) / "tclora-gpu-leases"
+    folder = folder or _LEASES
     folder.mkdir(parents=True, exist_ok=True)
-    while True:
+    with suppress(PermissionError):  # another user's, and then open to all
+        folder.chmod(0o1777)
+    stopped = stopped or threading.Event()
+    while not stopped.is_set():
         for gpu in gpus:
-            lock = FileLock(folder / f"gpu{gpu}.lock", timeout=0, thread_local=False)
+            place = folder / f"gpu{gpu}.lock"
+            lock = FileLock(place, timeout=0, mode=0o666, thread_local=False)
             try:
                 lock.acquire()
             except Timeout:
@@ -84,7 +102,8 @@ def lease_gpu(gpus: list[str], folder: Path | None = None) -> Iterator[str | Non
                 return
             finally:
                 lock.release()
-        time.sleep(_POLL_SECONDS)
+        stopped.wait(_POLL_SECONDS)
+    raise JobError("a GPU was waited for when the run was interrupted")
 
 
 @contextmanager

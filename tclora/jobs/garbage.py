@@ -10,6 +10,7 @@ from tclora.jobs.records import JobRecords
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
 from tclora.library.places import is_job_store, is_staging
+from tclora.library.published import published
 from tclora.store.objects import Store
 
 
@@ -58,8 +59,10 @@ def local_garbage(output: Path, cache: Path, before: float) -> Iterator[Garbage]
     yield from _unused("job", filter(is_job_store, _inside(output)), before)
     objects = (path for part in _inside(cache / "objects") for path in _inside(part))
     copies = (path for path in _inside(cache / "fetched") if path.is_dir())
+    libraries = (path for part in _inside(cache / "libraries") for path in _inside(part))
+    read = (path for path in libraries if path.is_dir())
     workspaces = (path for path in _inside(cache / "jobs") if path.is_dir())
-    for paths in (objects, copies, workspaces):
+    for paths in (objects, copies, read, workspaces):
         yield from _unused("cache", paths, before)
 
 
@@ -71,7 +74,7 @@ def store_garbage(store: Store, libraries: Iterable[Path], before: float) -> Ite
     store : Store
         The store.
     libraries : iterable of Path
-        Libraries whose manifests name objects to keep.
+        Libraries whose manifests name objects to keep; those that are published there are known.
     before : float
         Time (s since 1970); what is newer is kept, it may belong to a run under way.
 
@@ -80,6 +83,7 @@ def store_garbage(store: Store, libraries: Iterable[Path], before: float) -> Ite
     Garbage
     """
     kept = {d for root in libraries for d in read_manifest(root).digests.values()}
+    kept |= {b.digest for tree in published(store).values() for b in tree.files.values()}
     jobs: dict[str, list[tuple[int, float]]] = {}
     for name, size, written in store.entries("jobs"):
         jobs.setdefault(name.split("/")[1], []).append((size, written))

@@ -137,7 +137,7 @@ class LocalExecutor:
         if self._running.stopped.is_set():
             raise JobError(f"job {name} was not started: the run was interrupted")
         with (
-            lease_gpu(visible_gpus()) as gpu,
+            lease_gpu(visible_gpus(), stopped=self._running.stopped) as gpu,
             tempfile.TemporaryDirectory(prefix="tclora-job-") as scratch,
         ):
             spec, log = Path(scratch) / "call.json", Path(scratch) / "stderr"

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
+from tclora.library.published import library_folder
 from tclora.library.records import ModelIdentity
 from tclora.model.generation import only_end_tokens
 from tclora.model.locate import (
@@ -230,7 +231,7 @@ def load(
     Parameters
     ----------
     library : str or Path
-        A library directory, or its folder ``routed/``.
+        A library directory, its folder ``routed/``, or a published library (``URL/NAME``).
     base : str, Path or PreTrainedModel, optional
         Path, id or built-in name of the base model, or the loaded model itself (its linear layers
         are wrapped in place); the one the library was made with by default.
@@ -255,7 +256,7 @@ def load(
         If base or embedding model cannot be found or are not those the library was made with.
     """
     load_plugins()
-    read = read_library(library, router=router)
+    read = read_library(library_folder(library), router=router)
     device = device or default_device()
     if isinstance(base, PreTrainedModel):
         location = str(base.config.name_or_path)

@@ -1,5 +1,6 @@
 """Copies of a store's objects on this machine, each compared with its digest before it is used."""
 
+import errno
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -39,12 +40,20 @@ class Cache:
             small.
         """
         self._check_space(tree)
-        with atomic_path(target) as fresh:
-            if tree.file is None:
-                fresh.mkdir()
-            for path, blob in tree.below(fresh).items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                link_file(self._sound(blob), path)
+        try:
+            with atomic_path(target) as fresh:
+                if tree.file is None:
+                    fresh.mkdir()
+                for path, blob in tree.below(fresh).items():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    link_file(self._sound(blob), path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise StoreError(
+                f"{target} must have {tree.size / 1e9:.2f} GB free on its disk, has "
+                f"{shutil.disk_usage(target.parent).free / 1e9:.2f}; make room and run again"
+            ) from error
 
     def _sound(self, blob: Blob) -> Path:
         """Return an object's copy that has its digest."""

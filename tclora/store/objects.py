@@ -24,6 +24,7 @@ from tclora.store.trees import Blob, Tree
 from tclora.store.url import check_url
 
 R = TypeVar("R")
+_Errors = tuple[type[Exception], ...]
 _PAUSES = (0.5, 1, 2, 4, 8, 16, 32, 64)  # s between attempts
 # Errors that another attempt would only repeat.
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -60,7 +61,9 @@ class Store:
         self._fs: Any = fs
         self._root: str = root.rstrip("/")
         self._local = isinstance(fs, LocalFileSystem)
-        self._passing: tuple[type[Exception], ...] = (OSError, *_client_errors(fs))
+        passing, final = _client_errors(fs)
+        self._passing: _Errors = (OSError, *passing)
+        self._final: _Errors = (*_FINAL, *final)
 
     def push(self, path: Path) -> Tree | None:
         """Store a file, or all files of a folder, that are not there yet.
@@ -186,7 +189,7 @@ class Store:
         for pause in self._pauses:
             try:
                 return attempt()
-            except _FINAL:
+            except self._final:
                 raise
             except self._passing as error:
                 if getattr(error, "errno", None) == errno.ENOSPC:
@@ -199,10 +202,17 @@ def _object(digest: str) -> str:
     return f"objects/{digest[:2]}/{digest}"
 
 
-def _client_errors(fs: Any) -> tuple[type[Exception], ...]:  # noqa: ANN401
-    """Return what a file system's own client raises where the network or the service fails."""
+def _client_errors(fs: Any) -> tuple[_Errors, _Errors]:  # noqa: ANN401
+    """Return what a client raises where network or service fail, and what is final of it."""
     if "s3" not in fs.protocol:
-        return ()
-    from botocore.exceptions import BotoCoreError, ClientError
+        return (), ()
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        CredentialRetrievalError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
 
-    return BotoCoreError, ClientError
+    final = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+    return (BotoCoreError, ClientError), final

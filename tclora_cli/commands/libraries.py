@@ -11,27 +11,33 @@ from tclora.errors import LibraryError
 from tclora_cli import mlflow_server
 from tclora_cli.commands.shared import console
 
-LibraryArgument = Annotated[Path, typer.Argument(help="Library directory of a finished run.")]
+LibraryArgument = Annotated[
+    str, typer.Argument(help="Library directory of a finished run, or URL/NAME of a published one.")
+]
 
 
 def report(library: LibraryArgument) -> None:
     """Write report.html of a library again."""
+    from tclora.library.published import library_folder
     from tclora.report import write_report
 
-    console.print(f"report: {write_report(library)}", highlight=False, soft_wrap=True)
+    place = write_report(library_folder(library))
+    console.print(f"report: {place}", highlight=False, soft_wrap=True)
 
 
 def verify(library: LibraryArgument) -> None:
     """Check every file of a library against its digest; name those that differ."""
     from tclora.library import manifest
+    from tclora.library.published import library_folder
 
-    problems = manifest.verify(library)
+    folder = library_folder(library)
+    problems = manifest.verify(folder)
     for problem in problems:
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    digests = manifest.read_manifest(library).digests
-    typer.echo(f"whole: {sum(map(_count_files, map(library.joinpath, digests)))} files")
+    digests = manifest.read_manifest(folder).digests
+    typer.echo(f"whole: {sum(map(_count_files, map(folder.joinpath, digests)))} files")
 
 
 def ui(

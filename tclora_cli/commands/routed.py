@@ -8,7 +8,8 @@ import typer
 from tclora_cli.commands.shared import JsonOption, console, settle_environment
 
 LibraryArgument = Annotated[
-    Path, typer.Argument(help="Library directory of a run, or its folder routed/.")
+    str,
+    typer.Argument(help="Library directory, its folder routed/, or URL/NAME of a published one."),
 ]
 BaseOption = Annotated[
     str | None, typer.Option(help="Base model, if it is not where the library was made.")

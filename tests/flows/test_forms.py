@@ -97,6 +97,11 @@ def test_every_field_of_the_form_is_described():
         ({"data": {"ood_path": "link"}}, "data.ood_path"),
         ({"base_model": "/models/secret"}, "base_model"),
         ({"embed": {"model": "../e"}}, "embed.model"),
+        ({"execution": {"store": "file:///etc/evil"}}, "execution.store"),
+        ({"publish_to": "file:///etc/evil"}, "publish_to"),
+        ({"publish_to": "local:///etc/evil"}, "publish_to"),
+        ({"evaluate": {"lm_eval": ["/etc/task.yaml"]}}, "evaluate.lm_eval"),
+        ({"evaluate": {"lm_eval": ["arc_easy", "../task.yaml"]}}, "evaluate.lm_eval"),
     ],
 )
 def test_places_outside_of_the_root_are_refused(values, key, tmp_path, monkeypatch):
@@ -111,6 +116,8 @@ def test_places_inside_and_ids_are_allowed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_places(Config())
     check_places(load_config({"output": f"{tmp_path}/runs", "base_model": "org/model"}))
+    stores = {"publish_to": "s3://bucket/x", "execution": {"store": f"file://{tmp_path}/store"}}
+    check_places(load_config({**stores, "evaluate": {"lm_eval": ["arc_easy", "mine.yaml"]}}))
 
 
 def test_a_worker_must_name_its_root(tmp_path, monkeypatch):

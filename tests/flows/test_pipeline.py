@@ -26,6 +26,7 @@ from tclora.errors import ConfigError, JobError
 from tclora.evaluate.tables import flat_figures
 from tclora.jobs.run import LocalExecutor
 from tclora.library.manifest import read_manifest, verify
+from tclora.library.published import library_folder
 from tclora.merge import merge
 from tclora.model.tokens import encode
 from tests.reference import row_nll
@@ -77,6 +78,7 @@ def settings(tmp_path_factory, tiny_model_dir):
     return {
         "name": "mine",
         "output": str(folder / "runs"),
+        "publish_to": f"file://{folder}/published",
         "base_model": str(tiny_model_dir),
         "data": {"path": str(data), "test_fraction": 0.2},
         "cluster": {"k": 2, "min_rows": 4},
@@ -172,6 +174,20 @@ def test_a_failed_run_is_marked_in_mlflow(failed, finished):
         if run.data.tags.get("mlflow.parentRunId") == first.info.run_id
     }
     assert children == {"cluster-0": "FINISHED", "cluster-1": "FAILED", "joint": "FINISHED"}
+
+
+def test_the_library_is_published(library, settings, finished):
+    place = f"{settings['publish_to']}/mine"
+    copy = library_folder(place)
+    assert copy != library
+    assert verify(copy) == []
+    assert (copy / "library.json").read_bytes() == (library / "library.json").read_bytes()
+    run = MlflowClient(finished["mlflow_uri"]).get_run(finished["mlflow_run"])
+    assert run.data.tags["tclora.published"] == place
+    answers = tclora.load(place).generate(["Add the two numbers 12 and 34."], max_new_tokens=2)
+    assert answers == tclora.load(library).generate(
+        ["Add the two numbers 12 and 34."], max_new_tokens=2
+    )
 
 
 def test_the_library_is_complete(library):

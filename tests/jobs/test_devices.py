@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tclora.errors import JobError
 from tclora.jobs.devices import exclusive, job_environment, lease_gpu, parallel_jobs, visible_gpus
 
 HOLD = """
@@ -51,6 +52,25 @@ def test_a_lock_excludes_another_process_until_it_is_killed(holder):
     assert 0 < holder_seen["seconds"] < 60
     with exclusive(path, on_wait=told.append):  # free now
         assert len(told) == 1
+
+
+@pytest.mark.parametrize("holder", ["gpu"], indirect=True)
+def test_a_wait_for_a_gpu_ends_when_the_run_is_stopped(holder):
+    folder, _ = holder
+    stopped = threading.Event()
+    threading.Timer(0.3, stopped.set).start()
+    with (
+        pytest.raises(JobError, match="when the run was interrupted"),
+        lease_gpu(["0"], folder, stopped),
+    ):
+        pytest.fail("another process holds it")
+
+
+@pytest.mark.parametrize("holder", ["gpu"], indirect=True)
+def test_leases_are_open_to_all_users_of_a_machine(holder):
+    folder, _ = holder
+    assert folder.stat().st_mode & 0o1777 == 0o1777
+    assert (folder / "gpu0.lock").stat().st_mode & 0o666 == 0o666
 
 
 @pytest.mark.parametrize("holder", ["gpu"], indirect=True)

@@ -1,9 +1,11 @@
+import logging
 import platform
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 
 import tclora
 from tasks import tracking
@@ -51,6 +53,32 @@ def test_a_second_run_joins_the_experiment(config, run):
     assert run.client.get_run(second.run_id).info.status == "KILLED"
 
 
+def test_runs_of_other_folders_and_machines_go_on(config, run, tmp_path, monkeypatch):
+    """Another machine may have a folder of the same path, and the same store."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    folder = tmp_path / "o'brien"
+    other = parse_config({"name": "trial", "output": str(folder)})
+    first = tracking.open_run(other, "first", {})
+    (folder / ".place").unlink()  # as on another machine
+    second = tracking.open_run(other, "second", {})
+    third = tracking.open_run(other, "third", {})
+    found = [run.client.get_run(r.run_id).info.status for r in (first, second, third)]
+    assert found == ["RUNNING", "KILLED", "RUNNING"]
+
+
+def test_a_store_that_has_gone_ends_no_job(run, monkeypatch, caplog):
+    def refuse(*_):
+        raise MlflowException("gone")
+
+    monkeypatch.setattr(tracking, "get_run_logger", lambda: logging.getLogger("tracking"))
+    monkeypatch.setattr(tracking, "close_run", refuse)
+    with tracking.live_run(run, "cluster-2", {}) as live:
+        live.add({"step": 0, "loss": 1.0})
+    assert "MLflow was not told that a job is finished: gone" in caplog.text
+    with pytest.raises(RuntimeError, match="no room"):
+        fail_in(run, "cluster-3")
+
+
 def test_a_nested_run_receives_records_and_finishes(run):
     with tracking.live_run(run, "cluster-0", {"tclora.kind": "train"}) as live:
         for step in range(5):
@@ -65,8 +93,8 @@ def test_a_nested_run_receives_records_and_finishes(run):
     ]
 
 
-def fail_in(run):
-    with tracking.live_run(run, "cluster-1", {}) as live:
+def fail_in(run, name="cluster-1"):
+    with tracking.live_run(run, name, {}) as live:
         live.add({"step": 0, "loss": 1.0})
         raise RuntimeError("no room")
 

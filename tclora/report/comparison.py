@@ -198,7 +198,7 @@ def _mark_best(
     keys: list[str],
     best: Callable[[list[float]], float],
 ) -> None:
-    """Mark, in place, the best merge of each column that has several."""
+    """Mark, in place, the best merge of each column that has several, unless all are alike."""
     for key in keys:
         if key == "worst":  # of other rows in every method: there is nothing to compare
             continue
@@ -206,7 +206,8 @@ def _mark_best(
             m: value for m in merged if (value := cells.get((m, key), Cell()).value) is not None
         }
         for method in rivals if len(rivals) > 1 else {}:
-            won = rivals[method] == best(list(rivals.values()))
+            figures = list(rivals.values())
+            won = len(set(figures)) > 1 and rivals[method] == best(figures)
             cells[method, key] = replace(cells[method, key], best=won)
 
 

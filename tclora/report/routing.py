@@ -105,7 +105,8 @@ def router_quality(contents: Contents) -> list[Fact]:
         for split, share in routed.coverage.items()
     ]
     if routed.abstain_at is not None and routed.fallback_spread is not None:
-        facts.append(Fact("half fallback at", number(routed.abstain_at, 2), "nearness, 0 to 1"))
+        note = "nearness of prompts, 0 to 1; below 0 the fallback is hardly used"
+        facts.append(Fact("half fallback at", number(routed.abstain_at, 2), note))
         spread = number(routed.fallback_spread, 2)
         scale = number(routed.fallback_scale or 1.0, 2)
         facts.append(Fact("fallback", f"spread {spread}, scale {scale}", "1, 1: an average"))

@@ -4,6 +4,7 @@
 
     objects/ab/abcd…       bytes whose SHA-256 is abcd…
     jobs/KEY/…             records of a job; see `tclora.jobs.remote`
+    libraries/NAME.json    a finished library; see `tclora.library.published`
 
 An object appears whole or not at all. What fails for a while is tried again with growing pauses.
 """

@@ -43,11 +43,12 @@ def run(
     models = check_models(values)
     server.start()
     with lasting():
-        from flows.pipeline import STEPS, checked_pipeline
+        from flows.pipeline import STEPS, checked_pipeline, step_named
         from tclora_cli.results import print_results
 
+    last = step_named(until or STEPS[-1])
     with server.ready():
-        outcome = checked_pipeline(values, models, until or STEPS[-1])
+        outcome = checked_pipeline(values, models, last)
     print_results(outcome, console, finished=outcome["until"] == STEPS[-1])
 
 

@@ -34,6 +34,7 @@ from tclora.tune.scale import is_scaled, tune_scale
 
 DENSE = 1 << 20  # a rank that nothing reaches: the dense update as it is
 STEPS = 10  # of a refit and of its control
+REFIT_RATE = 0.05  # half of a run's, which takes half as many steps
 DENSITIES = (0.1, 0.3, 0.5, 0.9)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 TRAINED = AdapterConfig(batch_size=1 << 10, epochs=1 << 10, max_steps=STEPS)
@@ -175,7 +176,7 @@ def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
     start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", "r"))
     rows = [row for part in bench.sample("refit").values() for row in part]
     begin = time.process_time()  # the merge before it may have been made just now
-    found = fit_components(bench.model, start, rows, n_steps=STEPS)
+    found = fit_components(bench.model, start, rows, n_steps=STEPS, learning_rate=REFIT_RATE)
     seconds = time.process_time() - begin
     setting = f"loss {found.losses[0]:.3f} to {min(found.losses):.3f}"
     return found.adapter, {"setting": setting, "seconds": seconds}

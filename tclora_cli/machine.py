@@ -27,6 +27,7 @@ RUNS, JOBS = POOLS = ("run-pool", "gpu-pool")  # runs wait for jobs, so each has
 _LIMIT = 180.0  # s that a service has to become healthy
 # s between a worker's looks at its pool: until then a slot that a job has left is idle.
 _QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+_DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     Raises
     ------
     ConfigError
-        If a port is taken by another process.
+        If a port is taken by another process, or a database that the machine was started with is
+        not named any more.
     JobError
         If a part does not become healthy, nor when it is started anew; others that were started go
         on, for `down` or another `up`.
@@ -152,6 +154,7 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     machine.folder.mkdir(parents=True, exist_ok=True)
     machine.root.mkdir(parents=True, exist_ok=True)
     with exclusive(machine.folder / "machine.lock"):
+        _check_databases(machine)
         servers, workers = machine.services()[:2], machine.services()[2:]
         for service in servers:
             _end_survivors(machine, service)
@@ -213,7 +216,18 @@ def _settings(machine: Machine) -> dict[str, str]:
         "jobs": str(machine.jobs),
         "prefect_port": str(machine.prefect_port),
         "mlflow_port": str(machine.mlflow_port),
+        "databases": " ".join(name for name in _DATABASES if os.environ.get(name)),
     }
+
+
+def _check_databases(machine: Machine) -> None:
+    """Refuse to start with files in place of databases: all runs would seem to be lost."""
+    before = Ledger.read(machine.ledger).settings.get("databases", "").split()
+    if missing := [name for name in before if not os.environ.get(name)]:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set as when this machine was started, since its runs "
+            f"are in that database; set it, or name another --folder than {machine.folder}"
+        )
 
 
 def _end_survivors(machine: Machine, service: Service) -> None:

@@ -71,7 +71,7 @@ class MergeConfig(Section):
         "all, or names of some; each stands in the tables without the refit too",
     )
     refit_steps: int = Field(
-        10,
+        5,
         ge=0,
         description="steps in which the weights of a merge's components are refitted by the base "
         "model's loss on the sample rows, its factors kept; 0: none",

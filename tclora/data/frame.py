@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from tclora.data.forms import Form, Pair, Row, detect_form, plain_form
 from tclora.data.options import Options, options_of, resolve_answer
+from tclora.data.readers import BROKEN, broken_lines
 from tclora.data.reservoir import Reservoir
 from tclora.errors import DataError
 from tclora.evaluate.scorers import CHOICES, Expected, check_scorer, default_scorer
@@ -60,7 +61,8 @@ def canonical_rows(
     columns : mapping, optional
         Canonical column → column of the source, where names differ.
     on_bad_row : {"error", "skip"}
-        Whether a row without prompt or response is an error, or left out and listed.
+        Whether a line that holds no row, or a row without prompt or response, is an error, or left
+        out and listed.
     limit : int, optional
         Keep a uniform sample of this many good rows; memory holds no more than twice as many.
     seed : int
@@ -104,6 +106,11 @@ class _Reader:
     def add(self, raw: pd.DataFrame) -> None:
         """Check the rows of a block and keep the good ones."""
         self._empty = False
+        if broken := broken_lines(raw):
+            self._problems += [f"{self._source}, line {n}: {what}" for n, what in broken.items()]
+            raw = raw.drop(index=list(broken), columns=BROKEN)
+            if raw.empty:
+                return
         self._present |= dict.fromkeys(map(str, raw.columns))
         raw = self._rename(raw)
         form = self._form = self._form or self._detect(raw)

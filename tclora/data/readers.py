@@ -14,14 +14,26 @@ from tclora.config import DataConfig
 from tclora.errors import DataError
 from tclora.files import parquet_batches, sha256_json, sha256_path
 
+_KINDS = {
+    list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false",
+}  # fmt: skip
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+BROKEN = "tclora:broken"  # column: what is wrong with a line that holds no row
 BLOCK_ROWS = 25_000  # rows that are Python objects at once: some 60 MB of a few hundred bytes each
 
 
 def read_table(path: str, hub_config: str | None = None, hub_split: str = "train") -> pd.DataFrame:
-    """Read a source whole; see `read_blocks`."""
+    """Read a source whole; see `read_blocks`. A line that holds no row is an error."""
     blocks = list(read_blocks(path, hub_config, hub_split))
+    for block in blocks:
+        for number, problem in broken_lines(block).items():
+            raise DataError(f"{path}, line {number}: {problem}; repair it")
     return pd.concat(blocks) if blocks else pd.DataFrame()
+
+
+def broken_lines(block: pd.DataFrame) -> dict[Any, str]:
+    """Return what is wrong with the lines of a block that hold no row, by their numbers."""
+    return block[BROKEN].dropna().to_dict() if BROKEN in block else {}
 
 
 def read_blocks(
@@ -43,12 +55,13 @@ def read_blocks(
     ------
     DataFrame
         At most `BLOCK_ROWS` rows (but all of a JSON array), indexed by row number, counted from 1
-        (in JSONL files the line); "FILE:NUMBER" for a folder.
+        (in JSONL files the line); "FILE:NUMBER" for a folder. A line that is no JSON object has
+        nothing but what is wrong with it, in the column `BROKEN`.
 
     Raises
     ------
     DataError
-        If nothing is there, the form is unknown, or a row is malformed (with its file and line).
+        If nothing is there, the form is unknown, or a file is malformed (with its line).
     """
     location = Path(path)
     if location.is_dir():
@@ -109,7 +122,7 @@ def _undecodable_line(file: Path) -> int:
 
 def _read_json(file: Path) -> Iterator[pd.DataFrame]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
-        rows = _array_rows(file) if _is_array(file) else _line_rows(file, lines)
+        rows = _array_rows(file) if _is_array(file) else _line_rows(lines)
         while part := list(islice(rows, BLOCK_ROWS)):
             numbers = pd.Index([number for number, _ in part], name="row")
             yield pd.DataFrame([row for _, row in part], index=numbers, dtype=object)
@@ -127,27 +140,23 @@ def _array_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except ValueError as error:
         raise DataError(f"{file}: is not a valid JSON array: {error}; repair it") from error
     for number, row in enumerate(rows, start=1):
-        yield number, _object(file, number, row)
+        yield number, _object(row)
 
 
-def _line_rows(file: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _line_rows(lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                yield number, _object(json.loads(line))
             except ValueError as error:
-                raise DataError(
-                    f"{file}, line {number}: is not valid JSON: {error}; repair it"
-                ) from error
-            yield number, _object(file, number, row)
+                yield number, {BROKEN: f"is not valid JSON: {error}"}
 
 
-def _object(file: Path, number: int, row: object) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{file}, row {number}: must be an object, got {type(row).__name__}; repair it"
-        )
-    return row
+def _object(row: object) -> dict[str, Any]:
+    if isinstance(row, dict):
+        return row
+    kind = _KINDS.get(type(row), "null")
+    return {BROKEN: f"must be an object, got {kind}"}
 
 
 def _read_parquet(file: Path) -> Iterator[pd.DataFrame]:

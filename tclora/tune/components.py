@@ -51,7 +51,7 @@ def fit_components(
     *,
     token_budget: int = 1024,
     n_steps: int = 20,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.1,
     progress: Progress | None = None,
 ) -> Refit:
     """Fit one factor per component of a merged adapter, starting from 1.
@@ -106,7 +106,7 @@ def fit_loadings(
     Parameters
     ----------
     model, rows, token_budget, n_steps, learning_rate
-        As in `fit_components`.
+        As in `fit_components`; there are fewer weights, each with a larger effect.
     factors : LibraryFactors
         Joint factors of the clusters.
 

@@ -153,6 +153,17 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(machine):
     assert not machine.ledger.exists()
 
 
+@pytest.mark.parametrize("name", machines._DATABASES)
+def test_a_database_that_was_named_before_must_be_named_again(machine, monkeypatch, name):
+    monkeypatch.setenv(name, "postgresql://user:hunter2@host/db")
+    machine.folder.mkdir()
+    Ledger(settings=machines._settings(machine)).write(machine.ledger)
+    monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match=f"{name} must be set as when this machine was started"):
+        up(machine, lambda _: None)
+    assert "hunter2" not in machine.ledger.read_text()
+
+
 def test_a_number_that_another_process_has_by_now_is_not_ended(machine, bystander):
     stranger = Started.of(bystander.pid).model_copy(update={"began": 1.0})
     machine.folder.mkdir()

@@ -107,6 +107,23 @@ def test_samples_have_the_size_asked_for(path):
     assert set(frame["id"]) != set(read_examples(config, seed=1).frame["id"])
 
 
+def test_lines_that_hold_no_row_are_skipped_or_all_told(tmp_path, rows):
+    path = tmp_path / "a.jsonl"
+    lines = path_lines(rows)
+    path.write_text("".join([*lines[:3], "{broken\n", *lines[3:40], "[1]\n", *lines[40:]]))
+    examples = read_examples(DataConfig(path=str(path), on_bad_row="skip"))
+    assert len(examples.frame) == len(rows)
+    assert [line.partition(": ")[0] for line in examples.skipped] == [
+        f"{path}, line 4", f"{path}, line 42"
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"(?s)2 bad row.*line 4: is not valid JSON.*line 42"):
+        read_examples(DataConfig(path=str(path)))
+
+
+def path_lines(rows):
+    return [json.dumps(row) + "\n" for row in rows]
+
+
 def test_skipped_rows_of_every_file_are_listed(tmp_path, rows):
     path = save(tmp_path / "a.jsonl", [*rows, {"prompt": "x", "response": ""}])
     test = save(

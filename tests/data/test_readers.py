@@ -92,7 +92,11 @@ def test_rows_of_a_folder_are_numbered_by_file(tmp_path):
     [
         ("none.jsonl", None, "none.jsonl' does not exist"),
         ("bad.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": \n', "bad.jsonl, line 2"),
-        ("list.jsonl", b'{"prompt": "a"}\n[1]\n3\n', "list.jsonl, row 2: must be an object"),
+        (
+            "list.jsonl",
+            b'{"prompt": "a"}\n[1]\n3\n',
+            "list.jsonl, line 2: must be an object",
+        ),
         ("bad.json", b'[{"prompt": "a"}', "not a valid JSON array"),
         ("latin.json", b'[{"prompt": "a"},\n{"prompt": "\xe9"}]', "latin.json, line 2: must be"),
         (
@@ -156,12 +160,19 @@ def test_blocks_cover_a_file_and_keep_its_row_numbers(tmp_path, monkeypatch, for
     assert pd.concat(blocks)["prompt"].tolist() == [str(i) for i in range(8)]
 
 
-def test_a_bad_line_of_a_later_block_is_named(tmp_path, monkeypatch):
+def test_bad_lines_of_all_blocks_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK_ROWS", 3)
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "response": "b"}\n' * 7 + "{\n")
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 8: is not valid JSON"):
-        list(read_blocks(str(path)))
+    good = '{"prompt": "a", "response": "b"}\n'
+    path.write_text(good + "3\n" + good * 5 + "{\n")
+    told = {}
+    for block in read_blocks(str(path)):
+        told |= readers.broken_lines(block)
+    assert list(told) == [2, 8]
+    assert told[2] == "must be an object, got a number"
+    assert told[8].startswith("is not valid JSON")
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: must be an object"):
+        read_table(str(path))
 
 
 @pytest.fixture

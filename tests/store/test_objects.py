@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,17 @@ def test_half_an_upload_is_no_object(tmp_path, folder, monkeypatch):
     assert store._size(f"objects/{tree.file.digest[:2]}/{tree.file.digest}") is None
     store.push(folder / "weights")
     Cache(tmp_path / "cache", store).place(tree, tmp_path / "target")
+
+
+@pytest.mark.skipif(not S3, reason="no s3fs, moto")
+def test_missing_credentials_are_told_at_once(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match="check the place and its credentials"):
+        Store("s3://bucket/x", pauses=(30,)).check()
+    assert time.monotonic() - begin < 20

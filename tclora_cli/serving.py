@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from tclora.errors import LibraryError
+from tclora.library.published import library_folder
 from tclora.route.model import Completion, RoutedModel, load
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 Parts = tuple[str | None, str | None, str | None]  # base, embedder, router, each if not its own
 
 
-def _load(library: str, parts: Parts) -> RoutedModel:
+def _load(library: str | Path, parts: Parts) -> RoutedModel:
     base, embedder, router = parts
     try:
         return load(library, base, embedder=embedder, router=router)
@@ -76,8 +78,8 @@ def serve_library(
 
     from tclora.serve import Engine, Limits, create_app
 
-    engine = Engine(_load(library, parts), max_batch)
-    name = library.absolute().name
+    folder = library_folder(library)
+    engine, name = Engine(_load(folder, parts), max_batch), folder.absolute().name
     limits = Limits(max_tokens=max_tokens, default_tokens=min(256, max_tokens))
     console.print(
         f"{name}: http://{host}:{port}/v1 (Ctrl-C ends it)", highlight=False, soft_wrap=True

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from prefect.settings import get_current_settings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
@@ -12,9 +13,18 @@ CONTAINERFILE = (ROOT / "deployments" / "Containerfile").read_text()
 ONE_OFF = {"bucket", "deploy"}
 
 
-@pytest.mark.parametrize("name", sorted(set(COMPOSE["services"]) - ONE_OFF - {"worker", "jobs"}))
+@pytest.mark.parametrize("name", sorted(set(COMPOSE["services"]) - ONE_OFF))
 def test_a_service_says_whether_it_is_healthy(name):
     assert COMPOSE["services"][name]["healthcheck"]["test"]
+
+
+@pytest.mark.parametrize("name", ["worker", "jobs"])
+def test_workers_serve_what_their_health_check_asks(name):
+    service = COMPOSE["services"][name]
+    assert "--with-healthcheck" in service["command"]
+    asked = service["healthcheck"]["test"][-1]
+    assert f":{get_current_settings().worker.webserver.port}/health" in asked
+    assert service["environment"]["PREFECT_WORKER_WEBSERVER_HOST"] in asked
 
 
 def test_services_wait_for_what_they_need():

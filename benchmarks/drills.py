@@ -3,8 +3,9 @@
 Servers, pools and workers are those of ``tclora up``, on this machine; jobs go through a store. A
 drill starts a run of the deployed pipeline on a model of random weights, does harm while adapters
 are trained (see `faults`), heals by ``tclora up`` as a user would, and starts the run again where
-it has ended. Then the library is compared, file by file, with that of a run whose jobs were local
-and undisturbed, and no job may have been finished twice. Records are kept in a folder, so that
+it has ended. Then the library is compared, file by file, with that of an undisturbed run (of jobs on
+the same worker: on some CPUs a job with another share of cores rounds otherwise), and no job may have
+been finished twice. Records are kept in a folder, so that
 drills can be run one by one.
 Usage: ``python benchmarks/drills.py [NAME ...] [--kills N] [--folder FOLDER]``.
 """
@@ -213,7 +214,7 @@ def _ground(place: str | None, folder: Path) -> Iterator[Ground]:
             url = f"file://{stack.enter_context(_small_disk(folder / 'root' / 'disk'))}"
         site = stack.enter_context(fleet(folder, f"state-{place or 'plain'}"))
         if not site.library("undisturbed").exists():
-            site.finish(site.send("undisturbed", execution={"backend": "local"}))
+            site.finish(site.send("undisturbed"))
         if url:
             execution = {**site.settings["execution"], "store": url}
             site = replace(site, settings={**site.settings, "execution": execution})

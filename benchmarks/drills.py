@@ -3,10 +3,9 @@
 Servers, pools and workers are those of ``tclora up``, on this machine; jobs go through a store. A
 drill starts a run of the deployed pipeline on a model of random weights, does harm while adapters
 are trained (see `faults`), heals by ``tclora up`` as a user would, and starts the run again where
-it has ended. Then the library is compared, file by file, with that of an undisturbed run (of jobs on
-the same worker: on some CPUs a job with another share of cores rounds otherwise), and no job may have
-been finished twice. Records are kept in a folder, so that
-drills can be run one by one.
+it has ended. Then the library is compared, file by file, with that of an undisturbed run whose jobs
+were on the same worker (with another share of cores some CPUs round otherwise), and no job may have
+been finished twice. Records are kept in a folder, so that drills can be run one by one.
 Usage: ``python benchmarks/drills.py [NAME ...] [--kills N] [--folder FOLDER]``.
 """
 

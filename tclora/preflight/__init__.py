@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 from tclora.config import Config
 from tclora.preflight.data import check_data
-from tclora.store.objects import Store
 
 if TYPE_CHECKING:
     from tclora.preflight.models import Models, check_models
@@ -13,7 +12,7 @@ __all__ = ["Models", "check", "check_data", "check_models"]
 
 
 def check(config: Config) -> "Models":
-    """Check data and stores, then find the models and check that the configuration fits them.
+    """Check the data, then find the models and check that the configuration fits them.
 
     Raises
     ------
@@ -21,12 +20,8 @@ def check(config: Config) -> "Models":
         See `check_data`.
     ConfigError
         See `check_models`.
-    StoreError
-        If the store that the library is to be put into cannot be written.
     """
     check_data(config)
-    if config.publish_to:
-        Store(config.publish_to).check()
     from tclora.preflight.models import check_models
 
     return check_models(config)

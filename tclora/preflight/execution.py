@@ -1,16 +1,19 @@
-"""Where jobs are to run: whether the package is installed, and whether anyone answers there."""
+"""Where jobs are to run and the library is to be put: whether packages and places are there."""
 
 import importlib.util
 import socket
 
 from tclora.config import Config
+from tclora.errors import ConfigError, StoreError
+from tclora.store.objects import Store
 
 _PACKAGES = {"ray": "ray", "dask": "distributed"}
 _TIMEOUT = 5.0  # s
+_PAUSES = (0.5, 1.0, 2.0)  # s between attempts at a store
 
 
 def execution_problems(config: Config) -> list[str]:
-    """Find a back end whose package is missing, or whose cluster does not answer."""
+    """Find a package that is missing, a cluster that does not answer, a store that is closed."""
     execution, problems = config.execution, []
     backend, address = execution.backend, execution.address
     package = _PACKAGES.get(backend)
@@ -24,6 +27,11 @@ def execution_problems(config: Config) -> list[str]:
             f"({error}); start the cluster, correct the address, or leave it out for a cluster of "
             "the run's own"
         )
+    if config.publish_to:
+        try:
+            Store(config.publish_to, _PAUSES).check()
+        except (ConfigError, StoreError) as error:
+            problems.append(f"publish_to: {error}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Back ends whose package is missing, or whose cluster does not answer."""
+"""Back ends whose package is missing, whose cluster does not answer; stores that are closed."""
 
 import socket
 import sys
@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tclora.config import load_config
+from tclora.preflight import execution
 from tclora.preflight.execution import execution_problems
 
 PACKAGES = {"ray": "ray", "dask": "distributed"}
@@ -47,3 +48,13 @@ def test_an_address_where_nobody_answers_is_named(backend):
 def test_other_back_ends_need_no_cluster(backend):
     given = config(backend, store="file:///mnt/store", ray_address="127.0.0.1:1")
     assert execution_problems(given) == []
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "_PAUSES", ())
+    (tmp_path / "file").write_text("no folder")
+    wanted = load_config({"publish_to": f"file://{tmp_path}/file/store"})
+    (problem,) = execution_problems(wanted)
+    assert problem.startswith(f"publish_to: store file://{tmp_path}/file/store must be writable")
+    good = load_config({"publish_to": f"file://{tmp_path}/store"})
+    assert execution_problems(good) == []

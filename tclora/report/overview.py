@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tclora.library.contents import Contents
-from tclora.library.names import BASE, OWN
+from tclora.library.names import BASE, JOINT, OWN
 from tclora.report.methods import (
     Estimate,
     merges,
@@ -36,8 +36,9 @@ class Fact:
 
 
 def verdict(contents: Contents) -> str:
-    """Say in a few sentences what the run found: the best merge, the primary one, own adapters."""
-    sentences = [_best_merge(contents), _primary_merge(contents), _own_adapters(contents)]
+    """Say what the run found: the best merge, the primary one, the joint LoRA, own adapters."""
+    parts = (_best_merge, _primary_merge, _joint_adapter, _own_adapters)
+    sentences = [part(contents) for part in parts]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -117,6 +118,14 @@ def _primary_merge(contents: Contents) -> str:
         return ""
     recovered = _percent(means[primary])
     return f"The primary merge, {primary}, recovers {recovered}{_worst(contents, primary)}."
+
+
+def _joint_adapter(contents: Contents) -> str:
+    means = recoveries(contents, "mean")
+    if JOINT not in means:
+        return ""
+    recovered = f"{_percent(means[JOINT])}{_worst(contents, JOINT)}"
+    return f"One LoRA trained on all rows recovers {recovered}."
 
 
 def _own_adapters(contents: Contents) -> str:

@@ -67,7 +67,7 @@ def test_rows_tokens_and_steps_are_counted(config):
     assert train.tokens == 320 * 14  # a byte is a token: 9 and 5
     assert stages["embed"].tokens == 100 * 9
     assert stages["statistics"].rows == 12
-    assert (stages["refit"].steps, stages["refit"].rows) == (10, 11 * 12)
+    assert (stages["refit"].steps, stages["refit"].rows) == (5, 6 * 12)
     # base, own, joint, merge, the merge before its refit, routed
     assert (stages["evaluate"].jobs, stages["evaluate"].rows) == (6, 120)
     assert made.fetched == ()

@@ -29,7 +29,7 @@ from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
 from tclora.tensor import LibraryFactors, factorise
 
 SAMPLE_ROWS: dict[Use, int] = {"statistics": 8, "scale": 4, "refit": 4}  # per cluster
-_BUDGET = 4096  # padded tokens per forward pass
+_BUDGET, _GPU_BUDGET = 4096, 32768
 Adapters = Mapping[int, Adapter] | Adapter | None
 
 
@@ -57,12 +57,16 @@ class Bench:
         self.loaded = Base(
             location=manifest.base_model.location,
             digest=manifest.base_model.digest,
-            dtype="auto",
+            dtype="float32",  # on a GPU too: methods differ by less than bf16 rounds
             template=train.template,
             max_tokens=train.max_tokens,
         ).load()
         self.model = self.loaded.model
-        self.model.set_attn_implementation("eager")  # on CPU, twice as fast at these lengths
+        self.budget = _BUDGET  # padded tokens per forward pass
+        if self.model.device.type == "cpu":
+            self.model.set_attn_implementation("eager")  # twice as fast at these lengths
+        else:
+            self.budget = _GPU_BUDGET
         self.names = [cluster_name(k) for k in range(manifest.clustering.k)]
         self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
         self.r = max(f.rank for f in self.adapters[0].modules.values())
@@ -98,7 +102,7 @@ class Bench:
         """Return sample rows of every cluster, others for every use."""
         rows = {name: self.layout.rows(name) for name in self.names}
         most = max(SAMPLE_ROWS.values())
-        sample = Sample(rows=rows, count=most, use=use, seed=self.seed, token_budget=_BUDGET)
+        sample = Sample(rows=rows, count=most, use=use, seed=self.seed, token_budget=self.budget)
         frames = {name: sample.frame(name).head(SAMPLE_ROWS[use]) for name in self.names}
         return {name: self.loaded.encode(frame) for name, frame in frames.items()}
 
@@ -106,7 +110,7 @@ class Bench:
         """Return sample rows of every cluster as batches."""
         pad = self.loaded.pad_id
         return {
-            name: list(batches(rows, pad_id=pad, token_budget=_BUDGET))
+            name: list(batches(rows, pad_id=pad, token_budget=self.budget))
             for name, rows in self.sample(use).items()
         }
 
@@ -121,7 +125,7 @@ class Bench:
                 with attached(self.model, adapter if of == "own" else None):
                     found = collect(
                         self.model, rows[adapter.name], adapter.name, modules,
-                        pad_id=self.loaded.pad_id,
+                        pad_id=self.loaded.pad_id, token_budget=self.budget,
                     )  # fmt: skip
                 found.save(file)
         return ActivationStatistics.load(*files)
@@ -230,7 +234,7 @@ class Bench:
         """Return nll, tokens and correct (greedy) of rows, in their order."""
         found: dict[int, tuple[float, int, float]] = {}
         with attached(self.model, adapter):
-            for batch in batches(rows, pad_id=self.loaded.pad_id, token_budget=_BUDGET):
+            for batch in batches(rows, pad_id=self.loaded.pad_id, token_budget=self.budget):
                 nll, right = score_batch(self.model, batch)
                 for index, value, greedy in zip(
                     batch.rows, nll.tolist(), right.tolist(), strict=True
@@ -245,16 +249,17 @@ def score_batch(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]: 
 
     Logits are computed at the supervised positions alone, as in `supervised_nll`.
     """
-    kept = batch.labels != IGNORED
+    labels = batch.labels.to(model.device)
+    kept = labels != IGNORED
     handle = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, inputs: (inputs[0][kept].unsqueeze(0),)
     )
     try:
         logits = (
             model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=batch.attention_mask.to(model.device),
+                position_ids=batch.position_ids.to(model.device),
                 logits_to_keep=kept.shape[1],
                 use_cache=False,
             )
@@ -263,10 +268,10 @@ def score_batch(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]: 
         )  # (supervised, vocabulary)
     finally:
         handle.remove()
-    targets, rows = batch.labels[kept], kept.nonzero()[:, 0]
+    targets, rows = labels[kept], kept.nonzero()[:, 0]
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     wrong = (logits.argmax(1) != targets).float()
-    zeros = torch.zeros(len(kept))
+    zeros = losses.new_zeros(len(kept))
     return zeros.index_add(0, rows, losses), zeros.index_add(0, rows, wrong) == 0
 
 

@@ -176,7 +176,10 @@ def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
     start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", "r"))
     rows = [row for part in bench.sample("refit").values() for row in part]
     begin = time.process_time()  # the merge before it may have been made just now
-    found = fit_components(bench.model, start, rows, n_steps=STEPS, learning_rate=REFIT_RATE)
+    found = fit_components(
+        bench.model, start, rows, token_budget=bench.budget // 4, n_steps=STEPS,
+        learning_rate=REFIT_RATE,
+    )  # fmt: skip
     seconds = time.process_time() - begin
     setting = f"loss {found.losses[0]:.3f} to {min(found.losses):.3f}"
     return found.adapter, {"setting": setting, "seconds": seconds}

@@ -131,7 +131,7 @@ def fit_loadings(
             learning_rate,
         ),
     )
-    merged = factors.adapter({m: best @ loading for m, loading in C.items()})
+    merged = factors.adapter({m: (best @ loading).cpu() for m, loading in C.items()})
     loadings = dict(zip(factors.names, best.tolist(), strict=True))
     return Refit(merged, loadings, losses)
 
@@ -153,6 +153,11 @@ def _fit(
 ) -> tuple[list[Tensor], tuple[float, ...]]:
     """Minimise the loss over the parameters; return the best ones seen and all losses."""
     frozen = [p for p in model.parameters() if p.requires_grad]
+    moved = {
+        m: LoraFactors(*(factor.to(model.device, model.dtype) for factor in factors))
+        for m, factors in adapter.modules.items()
+    }
+    here = replace(adapter, modules=moved)  # once, not in every pass
     tokens = sum(len(row.response) for row in rows)
     head = model.get_output_embeddings()
     read = reading(
@@ -172,7 +177,7 @@ def _fit(
                 optimiser.zero_grad()
                 loss, last = 0.0, step == fit.n_steps
                 for part in parts:
-                    with attached(model, adapter, fit.gates()), torch.set_grad_enabled(not last):
+                    with attached(model, here, fit.gates()), torch.set_grad_enabled(not last):
                         own = read.losses(part).sum() / tokens
                     if not last:  # the last pass tells the loss alone
                         own.backward()

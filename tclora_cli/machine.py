@@ -2,8 +2,9 @@
 
 Everything they keep is in one folder, so that stopping and starting again, also of the machine,
 loses nothing. Databases elsewhere are named in the environment as the servers read it
-(``PREFECT_SERVER_DATABASE_CONNECTION_URL``, ``MLFLOW_BACKEND_STORE_URI``): no command line holds a
-password.
+(``PREFECT_SERVER_DATABASE_CONNECTION_URL``, ``MLFLOW_BACKEND_STORE_URI``), and so is who may log in
+(``PREFECT_SERVER_API_AUTH_STRING``, ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``):
+no command line holds a password.
 """
 
 import os
@@ -28,6 +29,7 @@ _LIMIT = 180.0  # s that a service has to become healthy
 # s between a worker's looks at its pool: until then a slot that a job has left is idle.
 _QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
+_LOGINS = ("PREFECT_SERVER_API_AUTH_STRING", mlflow_server.USER)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Machine:
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
             **mlflow_server.SETTINGS,
         }
+        login = mlflow_server.login_asked()
+        users = mlflow_server.login_settings(self.folder) if login else {}
         leases = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # in memory, a restart ends all runs
         worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
         return [
@@ -111,8 +115,8 @@ class Machine:
             ),
             Service(
                 "mlflow",
-                mlflow_server.command(self.mlflow_port),
-                _unless_set(own),
+                mlflow_server.command(self.mlflow_port, login=login),
+                _unless_set(own) | users,
                 partial(_answers, f"{self.mlflow}/health"),
                 self.mlflow_port,
             ),
@@ -145,8 +149,8 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     Raises
     ------
     ConfigError
-        If a port is taken by another process, or a database that the machine was started with is
-        not named any more.
+        If a port is taken by another process, or a database or login that the machine was started
+        with is not named any more.
     JobError
         If a part does not become healthy, nor when it is started anew; others that were started go
         on, for `down` or another `up`.
@@ -154,7 +158,7 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     machine.folder.mkdir(parents=True, exist_ok=True)
     machine.root.mkdir(parents=True, exist_ok=True)
     with exclusive(machine.folder / "machine.lock"):
-        _check_databases(machine)
+        _check_named(machine)
         servers, workers = machine.services()[:2], machine.services()[2:]
         for service in servers:
             _end_survivors(machine, service)
@@ -216,17 +220,25 @@ def _settings(machine: Machine) -> dict[str, str]:
         "jobs": str(machine.jobs),
         "prefect_port": str(machine.prefect_port),
         "mlflow_port": str(machine.mlflow_port),
-        "databases": " ".join(name for name in _DATABASES if os.environ.get(name)),
+        "named": " ".join(name for name in (*_DATABASES, *_LOGINS) if os.environ.get(name)),
     }
 
 
-def _check_databases(machine: Machine) -> None:
-    """Refuse to start with files in place of databases: all runs would seem to be lost."""
-    before = Ledger.read(machine.ledger).settings.get("databases", "").split()
-    if missing := [name for name in before if not os.environ.get(name)]:
+def _check_named(machine: Machine) -> None:
+    """Refuse files in place of databases, where all runs would seem lost, and servers left open."""
+    before = Ledger.read(machine.ledger).settings.get("named", "").split()
+    missing = [name for name in before if not os.environ.get(name)]
+    if missing:
+        reason = "its runs are there" if missing[0] in _DATABASES else "all could use it else"
         raise ConfigError(
-            f"{' and '.join(missing)} must be set as when this machine was started, since its runs "
-            f"are in that database; set it, or name another --folder than {machine.folder}"
+            f"{' and '.join(missing)} must be set as when this machine was started, since "
+            f"{reason}; set it, or name another --folder than {machine.folder}"
+        )
+    server, client = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
+    if os.environ.get(server, "") != os.environ.get(client, ""):
+        raise ConfigError(
+            f"{client} must be what {server} is, since workers and runs log in with it; set both "
+            "to USER:PASSWORD, or neither"
         )
 
 

@@ -24,8 +24,8 @@ _TITLES = {
 }  # fmt: skip
 
 
-def write_tables(stores: Sequence[Path]) -> None:
-    """Write ``benchmarks/results/merges.md`` from everything that has been measured.
+def write_tables(stores: Sequence[Path], name: str) -> None:
+    """Write ``benchmarks/results/NAME.md`` from everything that has been measured.
 
     First of the first library alone, then, of methods that were measured on all, over all.
     """
@@ -36,7 +36,7 @@ def write_tables(stores: Sequence[Path]) -> None:
         everywhere = items[items["method"].map(counts) == len(stores)]
         parts += _parts(everywhere, stores[0], f", {len(stores)} training seeds")
     text = "\n\n".join([_head(items, stores), *parts]) + "\n"
-    (RESULTS / "merges.md").write_text(text, encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -146,13 +146,14 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
     base = items[items["method"] == BASE]
     counts = base.groupby(["store", "split"]).size().unstack().iloc[0]
     tasks = base.groupby("split")["task"].unique()
+    clusters = base.loc[base["store"] == stores[0].name, "cluster"].nunique()
     return (
-        "# Merge methods on adapters of real tasks\n\n"
-        "SmolLM2-135M-Instruct, libraries of `real_library.py`, one training seed unless a title "
-        f"says otherwise ({len(stores)} of them, each with rows and clusters of its own): eight "
-        f"tasks ({', '.join(sorted(tasks['test']))}) in eight text clusters, 300 training rows a "
-        "task, rank r = 16 on all linear layers. Measured on "
-        f"{counts['test']} held-out rows of these tasks and {counts['ood']} rows of eight others "
+        f"# Merge methods on the adapters of {len(tasks['test'])} tasks\n\n"
+        "SmolLM2-135M-Instruct, one training seed unless a title "
+        f"says otherwise ({len(stores)} of them, each with rows and clusters of its own): "
+        f"tasks {', '.join(sorted(tasks['test']))} in {clusters} text clusters, "
+        "rank r = 16 on all linear layers. Measured on "
+        f"{counts['test']} held-out rows of these tasks and {counts['ood']} rows of others "
         f"({', '.join(sorted(tasks['ood']))}) per seed by `benchmarks/merges.py`.\n\n"
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "
         "the mean over clusters; intervals are 95 % bootstraps "

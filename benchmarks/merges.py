@@ -1,14 +1,14 @@
 """Every merge method at its best on adapters of real tasks, in domain and out of it.
 
 Usage: ``python benchmarks/merges.py LIBRARY... --out FOLDER``, libraries of `real_library.py`, one
-per training seed. Each method runs data-free at the authors' scale where they name one, else at its
-default; *calibrated* with its scale and density tuned on sample rows, or with activation
-statistics; and *refitted*, its component weights fitted by the base model's loss; at the LoRA rank
-r and, without the refit, at its own rank. Sample rows are training rows, 8 per cluster for
-statistics, 4 others for tuning and 4 others for the refit. The control of the refit is a fresh LoRA
-trained on the same rows in as many steps, its learning rate the best of four. What has been
-measured is kept in FOLDER: a command that was stopped (or that ran out of ``--seconds``) goes on
-where it was; ``--only`` takes a regular expression of cells.
+per training seed, or that of a run, such as the demo's. Each method runs data-free at the authors'
+scale where they name one, else at its default; *calibrated* with its scale and density tuned on
+sample rows, or with activation statistics; and *refitted*, its component weights fitted by the base
+model's loss; at the LoRA rank r and, without the refit, at its own rank. Sample rows are training
+rows, 8 per cluster for statistics, 4 others for tuning and 4 others for the refit. The control of
+the refit is a fresh LoRA trained on the same rows in as many steps, its learning rate the best of
+four. What has been measured is kept in FOLDER: a command that was stopped (or that ran out of
+``--seconds``) goes on where it was; ``--only`` takes a regular expression of cells.
 ``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
 """
 
@@ -234,8 +234,9 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="regular expression of cells")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of the processor")
     parser.add_argument("--report", action="store_true", help="write the tables and stop")
+    parser.add_argument("--name", default="merges", help="of the tables' file")
     given = parser.parse_args()
     if given.report:
-        write_tables([given.out / library.name for library in given.libraries])
+        write_tables([given.out / library.name for library in given.libraries], given.name)
     else:
         main(given.libraries, given.out, given)

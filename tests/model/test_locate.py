@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tclora.errors import ModelError
+from tclora.model import locate
 from tclora.model.locate import (
     BUILTIN_BASE,
     BUILTIN_EMBEDDER,
@@ -95,6 +97,26 @@ def test_the_packaged_base_model_is_converted_once():
     with torch.no_grad():
         best = model(ids).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+@pytest.mark.slow
+def test_tokens_have_the_roles_that_the_packaged_file_gives_them(monkeypatch):
+    """As in transformers 5.17, which ended responses with the token that begins a message."""
+    read = AutoTokenizer.from_pretrained
+
+    def misread(*args, **kwargs):
+        tokenizer = read(*args, **kwargs)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        tokenizer.chat_template = None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", misread)
+    source = locate._package_dir(locate._GGUF_PACKAGE, "")
+    tokenizer = locate._tokenizer_of_gguf(source)
+    assert [tokenizer.eos_token, tokenizer.pad_token] == ["<|im_end|>"] * 2
+    assert tokenizer.bos_token == "<|im_start|>"
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert turn.endswith("<|im_start|>user\nx<|im_end|>\n")
 
 
 def test_processes_share_the_gpus_in_turn(monkeypatch):

@@ -30,6 +30,7 @@ _PARAM_LENGTH = 6000
 # The UI opens an experiment of this kind at its runs, others at traces of an application.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LIBRARY = "tclora.library"  # tag: the folder a run works on
+_HOST = "tclora.host"  # tag: the machine of a process; with a job's name, of that job
 _PLACE = "tclora.place"  # tag: what that folder is known by on every machine
 Record = Mapping[str, float]
 
@@ -211,6 +212,7 @@ class StepLogger:
         self.run = run
         self._interval = interval
         self._buffer: list[Metric] = []
+        self._hosts: list[str] = []
         self._samples = 0
         self._sent = time.monotonic()
 
@@ -226,10 +228,19 @@ class StepLogger:
             self.flush()
 
     def add_sample(self, sample: Sample, job: str = "") -> None:
-        """Take what a process uses; the UI shows it under System metrics, each job by itself."""
+        """Take what a process uses; the UI shows it under System metrics, each job by itself.
+
+        The run's tag ``tclora.host`` tells the machine; those of several attempts, in their order.
+        """
+        if sample.host not in self._hosts:
+            self._hosts.append(sample.host)
+            name = metric_name(f"{_HOST}.{job}" if job else _HOST)
+            with _without_store("where a job runs"):
+                self.run.client.set_tag(self.run.run_id, name, ", ".join(self._hosts))
         prefix = metric_name(f"{SAMPLE}/{job}/" if job else f"{SAMPLE}/")
         self.add(
-            {f"{prefix}{name}": value for name, value in sample.items()} | {"step": self._samples}
+            {f"{prefix}{name}": value for name, value in sample.used.items()}
+            | {"step": self._samples}
         )
         self._samples += 1
 

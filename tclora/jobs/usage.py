@@ -6,18 +6,33 @@ NVML's, in the order of the PCI bus.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 
 from tclora.jobs.call import Event, EventCallback
 from tclora.jobs.repeating import Repeating
 
-Sample = Mapping[str, float]
 SAMPLE = "system"  # the only key of an event that is a sample
 _MEGABYTE = 1e6
+
+
+class Sample(NamedTuple):
+    """What a process uses.
+
+    Attributes
+    ----------
+    host : str
+        Name of its machine.
+    used : Mapping[str, float]
+        Name → figure.
+    """
+
+    host: str
+    used: Mapping[str, float]
 
 
 def sorted_out(
@@ -30,7 +45,7 @@ def sorted_out(
             if on_event:
                 on_event(event)
         elif on_sample:
-            on_sample(event[SAMPLE])
+            on_sample(Sample(*event[SAMPLE]))
 
     return hear
 
@@ -51,13 +66,14 @@ class Sampling(Repeating):
     def __init__(self, tell: Callable[[Sample], None], pause: float = 10.0) -> None:
         super().__init__(lambda: tell(self._sample()), pause)
         self._process, self._gpus = psutil.Process(), list(_gpus())
+        self._host = socket.gethostname()
 
     def __enter__(self) -> Self:
         psutil.cpu_percent()  # what is measured from here on
         self._process.cpu_percent()
         return super().__enter__()
 
-    def _sample(self) -> dict[str, float]:
+    def _sample(self) -> Sample:
         memory = psutil.virtual_memory()
         sample = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
@@ -68,7 +84,7 @@ class Sampling(Repeating):
         }
         for gpu in self._gpus:
             sample |= gpu()
-        return {name: round(value, 1) for name, value in sample.items()}
+        return Sample(self._host, {name: round(value, 1) for name, value in sample.items()})
 
 
 def _gpus() -> Iterator[Callable[[], dict[str, float]]]:

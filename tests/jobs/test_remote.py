@@ -77,7 +77,7 @@ def test_files_travel_there_and_back(records, worker, tmp_path):
     assert (home / "log.txt").read_text() == "done"
     assert not (home / "work").exists()
     assert [event for event in events if SAMPLE not in event] == [{"step": 1}]
-    assert events[-1][SAMPLE]["process_memory_usage_megabytes"] > 1
+    assert events[-1][SAMPLE][1]["process_memory_usage_megabytes"] > 1
     assert not [p for p in (tmp_path / "worker" / "jobs").iterdir() if p.is_dir()]
 
 

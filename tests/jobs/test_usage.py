@@ -1,6 +1,7 @@
 """Samples of what processes use: this one, and a job's own."""
 
 import os
+import socket
 import time
 
 import psutil
@@ -18,21 +19,22 @@ NAMES = {
 }  # fmt: skip
 
 
-def busy(seconds):
-    end = time.process_time() + seconds
-    while time.process_time() < end:
+def busy(samples, count):
+    end = time.monotonic() + 60
+    while len(samples) < count and time.monotonic() < end:
         pass
 
 
 def test_a_block_is_sampled_now_and_then_and_at_its_end():
     samples = []
     with Sampling(samples.append, pause=0.2):
-        busy(0.5)
+        busy(samples, 2)
     assert len(samples) >= 3
-    assert all(set(sample) >= NAMES for sample in samples)
-    assert max(sample["process_cpu_utilization_percentage"] for sample in samples) > 20
+    assert {sample.host for sample in samples} == {socket.gethostname()}
+    assert all(set(sample.used) >= NAMES for sample in samples)
+    assert max(sample.used["process_cpu_utilization_percentage"] for sample in samples) > 20
     used = psutil.Process(os.getpid()).memory_info().rss / 1e6
-    assert samples[-1]["process_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
+    assert samples[-1].used["process_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
 
 
 def test_a_job_tells_what_its_own_process_uses():
@@ -41,7 +43,9 @@ def test_a_job_tells_what_its_own_process_uses():
     assert executor.run_isolated(functions.variable, name="HOME") == os.environ["HOME"]
     ((job, sample),) = samples
     assert job == "variable HOME"
-    assert 0 < sample["process_memory_usage_megabytes"] < sample["system_memory_usage_megabytes"]
+    assert sample.host == socket.gethostname()
+    used = sample.used
+    assert 0 < used["process_memory_usage_megabytes"] < used["system_memory_usage_megabytes"]
 
 
 def test_a_job_that_fails_has_told_too():

@@ -11,6 +11,7 @@ from tasks.progress import JobProgress
 from tasks.where import Where
 from tclora.adapter import read_adapter
 from tclora.config import AdapterConfig
+from tclora.jobs.usage import Sample
 from tclora.model.token_file import SUFFIX, write_tokens
 from tests.tasks.conftest import Inline, cluster_row_files
 
@@ -89,7 +90,8 @@ def test_what_a_training_uses_is_in_its_own_run(logged, base):
     class Busy(Inline):
         def run_isolated(self, function, /, **arguments):
             for share in (50.0, 75.0):
-                self.on_sample("train_adapters", {"cpu_utilization_percentage": share})
+                used = {"cpu_utilization_percentage": share}
+                self.on_sample("train_adapters", Sample(f"host-{share:.0f}", used))
             return function(**arguments)
 
     where = Where(logged.layout, logged.run, Busy(), JobProgress())
@@ -101,3 +103,4 @@ def test_what_a_training_uses_is_in_its_own_run(logged, base):
     )
     curve = client.get_metric_history(nested.info.run_id, "system/cpu_utilization_percentage")
     assert [(point.step, point.value) for point in curve] == [(0, 50.0), (1, 75.0)]
+    assert nested.data.tags["tclora.host"] == "host-50, host-75"

@@ -16,7 +16,7 @@ import random
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,14 +65,15 @@ def disturbed(ground: Ground, name: str, harm: Fault, *, training: bool = True) 
     ground : Ground
         What it runs on.
     name : str
-        Of the drill and its library.
+        Of the drill; its library is another one every time, whatever an earlier drill has left.
     harm : callable
         Does the harm.
     training : bool
         Whether to wait until both jobs train.
     """
     site, begin, since = ground.fleet, time.monotonic(), time.time()
-    run = site.send(name)
+    made = f"{name}-{since:.0f}"
+    run = site.send(made)
     if training:
         wait_for("two jobs that train", lambda: len(site.tree().get("job", ())) == 2)
         time.sleep(4)
@@ -80,9 +81,9 @@ def disturbed(ground: Ground, name: str, harm: Fault, *, training: bool = True) 
     site.heal()
     starts = _completed(site, run)
     seconds = time.monotonic() - begin
-    library = _compared(site.library("undisturbed"), site.library(name))
+    library = _compared(site.library("undisturbed"), site.library(made))
     return Record(
-        name, library, starts, _finished_twice(site, since), _curves(site, name), seconds, note
+        name, library, starts, _finished_twice(site, since), _curves(site, made), seconds, note
     )
 
 
@@ -90,15 +91,16 @@ def two_hosts(ground: Ground, name: str) -> Record:
     """Run by `prefect deployment run` with jobs, measurements too, on two hosts."""
     site, begin, since = ground.fleet, time.monotonic(), time.time()
     changes = _demo() if name == DEMO else {"data": {"path": "rows.jsonl", "test_fraction": 0.2}}
+    made = f"{name}-{since:.0f}"
     with hosts(site, 2) as homes:
-        run_by_command(site, "tc-lora/demo", {**site.settings, **changes, "name": name})
+        run_by_command(site, "tc-lora/demo", {**site.settings, **changes, "name": made})
     seconds = time.monotonic() - begin
-    plain = f"{name}-plain"
+    plain = f"{made}-plain"
     site.finish(site.send(plain, **{**changes, "execution": {"backend": "local"}}), limit=3600)
-    library = _compared(site.library(plain), site.library(name))
+    library = _compared(site.library(plain), site.library(made))
     trained, twice = [jobs_done(home) for home in homes], _finished_twice(site, since)
     note = f"{trained[0]} jobs on one, {trained[1]} on the other, none on the run's own"
-    return Record(name, library, 1, twice, _curves(site, name), seconds, note)
+    return Record(name, library, 1, twice, _curves(site, made), seconds, note)
 
 
 def _demo() -> dict[str, Any]:
@@ -109,11 +111,13 @@ def _demo() -> dict[str, Any]:
     return {**settings, "train": train, "resources": {"jobs": 2}, "route": {}}
 
 
-def kill_at_random(ground: Ground, kills: int, keep: Callable[[Record], None]) -> None:
-    """Disturb runs by a kill each until there are so many in all."""
+def kill_at_random(
+    ground: Ground, kills: int, done: Set[str], keep: Callable[[Record], None]
+) -> None:
+    """Disturb runs by a kill each until there are so many in all, those done among them."""
     for number in range(1, kills + 1):
         name = f"kill-{number}"
-        if ground.fleet.library(name).exists():
+        if name in done:
             continue
         draw = random.Random(number)
         moment = draw.uniform(0, WHOLE)
@@ -230,10 +234,15 @@ def _small_disk(place: Path) -> Iterator[Path]:
         subprocess.run(["/bin/umount", place], check=True)
 
 
+def _records(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the last record of every drill."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
 def _show(file: Path, skipped: dict[str, str]) -> None:
     """Write the table of all records."""
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    records = {record["name"]: record for record in lines}
+    records = _records(file)
     kills = [record for name, record in records.items() if name.startswith("kill-")]
     good = sum(record["library"] == "equal" and not record["twice"] for record in kills)
     heads = {"name": "drill", "twice": "jobs done twice", "curves": "steps in MLflow"}
@@ -279,7 +288,7 @@ def main() -> None:
             for name in here:
                 two = name in (TWO_HOSTS, DEMO)
                 keep(two_hosts(ground, name) if two else disturbed(ground, name, faults[name]))
-            kill_at_random(ground, kills, keep)
+            kill_at_random(ground, kills, _records(file).keys(), keep)
     _show(file, skipped)
 
 

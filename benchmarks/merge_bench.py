@@ -1,7 +1,7 @@
 """A real library under many merges: what is merged, the rows it is measured on, a store of results.
 
 Everything measured lands in a folder as it comes, one table of items and one record per cell, so
-that a command that was stopped goes on where it was.
+that a command that was stopped goes on where it was, and several may share the work.
 """
 
 import json
@@ -13,11 +13,13 @@ from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 from tclora.activations import ActivationStatistics, collect
 from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.adapter.union import module_names
 from tclora.files import atomic_path, write_json
+from tclora.jobs.devices import exclusive
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, JOINT, OWN, cluster_name
@@ -119,26 +121,28 @@ class Bench:
         folder = self.store / "grams" / of
         files = [folder / f"{name}.safetensors" for name in self.names]
         modules = module_names(self.adapters)
-        rows = self.sample("statistics") if not all(f.exists() for f in files) else {}
-        for adapter, file in zip(self.adapters, files, strict=True):
-            if not file.exists():
-                with attached(self.model, adapter if of == "own" else None):
-                    found = collect(
-                        self.model, rows[adapter.name], adapter.name, modules,
-                        pad_id=self.loaded.pad_id, token_budget=self.budget,
-                    )  # fmt: skip
-                found.save(file)
+        with exclusive(folder.with_suffix(".lock")):
+            rows = self.sample("statistics") if not all(f.exists() for f in files) else {}
+            for adapter, file in zip(self.adapters, files, strict=True):
+                if not file.exists():
+                    with attached(self.model, adapter if of == "own" else None):
+                        found = collect(
+                            self.model, rows[adapter.name], adapter.name, modules,
+                            pad_id=self.loaded.pad_id, token_budget=self.budget,
+                        )  # fmt: skip
+                    found.save(file)
         return ActivationStatistics.load(*files)
 
     def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
         """Return the joint CP factors of the updates, and note the time that they took."""
         key = f"cp-{rank}{'-normalised' * normalise}"
         file = self.store / f"{key}.safetensors"
-        if not file.exists():
-            begin = time.process_time()
-            found = factorise(self.adapters, rank, normalise=normalise, n_starts=2)
-            write_json(self.store / f"{key}.json", {"seconds": time.process_time() - begin})
-            found.save(file)
+        with exclusive(file.with_suffix(".lock")):
+            if not file.exists():
+                begin = time.process_time()
+                found = factorise(self.adapters, rank, normalise=normalise, n_starts=2)
+                write_json(self.store / f"{key}.json", {"seconds": time.process_time() - begin})
+                found.save(file)
         return LibraryFactors.load(file)
 
     def factor_seconds(self, rank: int) -> float:
@@ -149,12 +153,13 @@ class Bench:
     def keep(self, key: str, make: Callable[[], tuple[Adapter, dict[str, Any]]]) -> Adapter:
         """Return an adapter of an earlier run, or make it; its record goes beside it."""
         folder = self.store / "merges" / key
-        if not folder.exists():
-            begin = time.process_time()
-            adapter, record = make()
-            record = {"seconds": time.process_time() - begin} | record
-            write_json(folder.with_suffix(".json"), record)
-            write_adapter(adapter, folder)
+        with exclusive(self.store / "merges" / f"{key}.lock"):
+            if not folder.exists():
+                begin = time.process_time()
+                adapter, record = make()
+                record = {"seconds": time.process_time() - begin} | record
+                write_json(folder.with_suffix(".json"), record)
+                write_adapter(adapter, folder)
         return self.read(folder, key)
 
     def record(self, key: str) -> dict[str, Any]:
@@ -164,13 +169,18 @@ class Bench:
         return found
 
     def measure(self, key: str, make: Callable[[], Adapters]) -> None:
-        """Measure an adapter, or one per cluster, on all rows, unless that has been done."""
+        """Measure an adapter, or one per cluster, on all rows, unless that has been or is done."""
         file = self.store / "cells" / f"{key}.parquet"
-        if file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(file.with_name(f"{key}.lock"), timeout=0):
+                if file.exists():
+                    return
+                items = self.items(make()).assign(method=key)
+                with atomic_path(file) as fresh:
+                    items.to_parquet(fresh)
+        except Timeout:  # another process is at it
             return
-        items = self.items(make()).assign(method=key)
-        with atomic_path(file) as fresh:
-            items.to_parquet(fresh)
         print(key, summary(items), flush=True)
 
     @torch.inference_mode()

@@ -8,7 +8,8 @@ model's loss; at the LoRA rank r and, without the refit, at its own rank. Sample
 rows, 8 per cluster for statistics, 4 others for tuning and 4 others for the refit. The control of
 the refit is a fresh LoRA trained on the same rows in as many steps, its learning rate the best of
 four. What has been measured is kept in FOLDER: a command that was stopped (or that ran out of
-``--seconds``) goes on where it was; ``--only`` takes a regular expression of cells.
+``--seconds``) goes on where it was, and several at once share the work; ``--only`` takes a regular
+expression of cells.
 ``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
 """
 

@@ -3,7 +3,6 @@
 Each step is a flow of its own, each of its stages a cached task (see `tasks.keys`).
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,17 @@ from flows.publish import publish
 from flows.train import train
 from tasks.artifact import Artifact, Artifacts
 from tclora.config import Config, load_config
-from tclora.errors import ConfigError
 from tclora.library.layout import Layout
 from tclora.preflight import Models, check
+from tclora.preflight.steps import LAST, step_named
 from tclora.registry import load_plugins
-
-logger = logging.getLogger(__name__)
-
-STEPS = ("prepare", "train", "merge", "evaluate", "publish")
-_FORMER = {
-    "read": "prepare", "embed": "prepare", "cluster": "prepare", "factorise": "merge",
-    "report": "publish",
-}  # fmt: skip
-
 
 NAME = "tc-lora"
 
 
 @flow(name=NAME, validate_parameters=False)
 def pipeline(
-    config: dict[str, Any] | str, overrides: Sequence[str] = (), until: str = STEPS[-1]
+    config: dict[str, Any] | str, overrides: Sequence[str] = (), until: str = LAST
 ) -> dict[str, str]:
     """Run the whole TC-LoRA pipeline.
 
@@ -64,7 +54,7 @@ def pipeline(
 
 @flow(name=NAME, validate_parameters=False)
 def checked_pipeline(
-    config: Config, models: Models, until: str = STEPS[-1], shared: Path | None = None
+    config: Config, models: Models, until: str = LAST, shared: Path | None = None
 ) -> dict[str, str]:
     """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`.
 
@@ -96,7 +86,7 @@ def _run_steps(context: Context, last: str, given: Prepared | None = None) -> Pa
     for step in _steps(context, last, given):
         if step == last:
             break
-    return context.config.library_dir if last == STEPS[-1] else context.where.layout.root
+    return context.config.library_dir if last == LAST else context.where.layout.root
 
 
 def _steps(context: Context, last: str, given: Prepared | None) -> Iterator[str]:
@@ -125,19 +115,3 @@ def _replicate(context: Context, prepared: Prepared, last: str) -> Artifacts:
         if items.exists():  # else nothing is held out
             measured[str(config.of_training)] = Artifact.of(root, items)
     return measured
-
-
-def step_named(until: str) -> str:
-    """Return the step of a name; those of the previous version are taken with a notice.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such step.
-    """
-    if until in STEPS:
-        return until
-    if until in _FORMER:
-        logger.warning("until=%s is now until=%s", until, _FORMER[until])
-        return _FORMER[until]
-    raise ConfigError(f"until must be one of {', '.join(STEPS)}, got {until!r}")

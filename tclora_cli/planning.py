@@ -21,7 +21,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     total = sum(stage.seconds for stage in plan.stages)
     table.add_row("all", "", "", "", "", duration(total), size(max(s.memory for s in plan.stages)))
     console.print(table)
-    console.print(_jobs(plan))
+    if plan.training:
+        console.print(_jobs(plan))
     for line in plan.assumptions:
         console.print(f"- {line}", highlight=False, soft_wrap=True, markup=False)
 

@@ -27,6 +27,7 @@ from tclora.model.locate import BUILTIN_BASE, BUILTIN_EMBEDDER, choose_dtype, de
 from tclora.preflight.models import Models
 from tclora.preflight.rates import Rates, measured_rates
 from tclora.preflight.sizes import BaseSize, RowCounts, base_size, count_rows, embedder_size
+from tclora.preflight.steps import LAST, STEPS
 from tclora.preflight.training import (
     ACTIVATION_BYTES,
     START,
@@ -38,6 +39,10 @@ from tclora.preflight.training import (
     plan_training,
 )
 
+_STEP_OF = {
+    "embed": "prepare", "features": "prepare", "train": "train", "statistics": "merge",
+    "refit": "merge", "evaluate": "evaluate",
+}  # fmt: skip
 UTILISATION = 0.35  # of the measured rate of matrix products, in evaluation and refits
 
 
@@ -93,7 +98,7 @@ class Plan:
     device: str
 
 
-def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan:
+def make_plan(config: Config, models: Models, rate: float | None = None, until: str = LAST) -> Plan:
     """Plan a run whose configuration has been checked.
 
     Parameters
@@ -104,6 +109,8 @@ def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan
         Where its models are.
     rate : float, optional
         Operations per second of one job's device; measured here by default.
+    until : str
+        Last step; see `tclora.preflight.steps`.
 
     Raises
     ------
@@ -119,6 +126,8 @@ def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan
     training = cost.training()
     repeated = [cost.train(training), *cost.statistics(), *cost.refit(), cost.evaluate()]
     stages += [_times(stage, config.seeds) for stage in repeated]
+    done = STEPS[: STEPS.index(until) + 1]
+    stages = [stage for stage in stages if _STEP_OF[stage.name] in done]
     source = "given" if rate else f"measured here in {str(dtype).removeprefix('torch.')}"
     assumptions = (
         rows.source,
@@ -126,10 +135,12 @@ def make_plan(config: Config, models: Models, rate: float | None = None) -> Plan
         f"{measured / 1e12:.3g} TFLOP/s per job ({source}), {UTILISATION:.0%} of it used outside "
         "of training",
         f"{_lanes(config, 1000)} at once that do not slow each other, {START:g} s to start each",
+        *([f"until the step {until}"] if until != LAST else []),
         *([f"{config.seeds} training seeds, one after the other"] if config.seeds > 1 else []),
         *(f"not covered: {name}" for name in uncovered(config)),
     )
-    return Plan(tuple(fetched(config)), tuple(stages), assumptions, training.jobs, _device())
+    jobs = training.jobs if "train" in done else ()
+    return Plan(tuple(fetched(config)), tuple(stages), assumptions, jobs, _device())
 
 
 def fetched(config: Config) -> Iterator[str]:

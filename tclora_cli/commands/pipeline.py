@@ -27,12 +27,14 @@ def run(
     """Run the pipeline here; stages that are already done are taken from the cache."""
     from tclora.config import load_config
     from tclora.preflight.data import check_data
+    from tclora.preflight.steps import LAST, step_named
 
+    last = step_named(until or LAST)
     values = load_config(config, overrides)
     check_data(values)
     settle_environment()
     if plan:
-        _print_plan(values, rate)
+        _print_plan(values, rate, last)
         return
     from tclora.imports import lasting
     from tclora_cli.server import TemporaryServer
@@ -43,18 +45,17 @@ def run(
     models = check_models(values)
     server.start()
     with lasting():
-        from flows.pipeline import STEPS, checked_pipeline, step_named
+        from flows.pipeline import checked_pipeline
         from tclora_cli.results import print_results
 
-    last = step_named(until or STEPS[-1])
     with server.ready():
         outcome = checked_pipeline(values, models, last)
-    print_results(outcome, console, finished=outcome["until"] == STEPS[-1])
+    print_results(outcome, console, finished=outcome["until"] == LAST)
 
 
-def _print_plan(config: "Config", rate: float | None) -> None:
+def _print_plan(config: "Config", rate: float | None, last: str) -> None:
     from tclora.preflight.models import check_models
     from tclora.preflight.plan import make_plan
     from tclora_cli.planning import print_plan
 
-    print_plan(make_plan(config, check_models(config), rate and rate * 1e12), console)
+    print_plan(make_plan(config, check_models(config), rate and rate * 1e12, last), console)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 import tclora
-from flows.pipeline import pipeline, step_named
+from flows.pipeline import pipeline
 from tasks.provenance import source_sha256
 from tclora.adapter import read_adapter
 from tclora.config import parse_config
@@ -595,8 +595,3 @@ def test_problems_are_found_before_anything_is_done(settings, tmp_path):
 def test_an_unknown_step_is_refused(settings):
     with pytest.raises(ConfigError, match=r"until must be one of prepare, train, .*, got 'tea'"):
         pipeline(settings, until="tea")
-
-
-@pytest.mark.parametrize(("former", "step"), [("cluster", "prepare"), ("report", "publish")])
-def test_stages_of_the_previous_version_name_their_step(former, step):
-    assert step_named(former) == step

@@ -213,3 +213,15 @@ def test_the_command_prints_the_plan_and_runs_nothing(config, tmp_path):
     assert "train" in done.stdout
     assert "1 TFLOP/s per job (given)" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_stops_early_is_planned_up_to_there(config):
+    made = config()
+    models = Models(made.base_model, "", made.embed.model, "")
+    whole = make_plan(made, models, RATE)
+    names = [stage.name for stage in whole.stages]
+    for until, last in (("prepare", "embed"), ("train", "train"), ("merge", "refit")):
+        short = make_plan(made, models, RATE, until)
+        assert [stage.name for stage in short.stages] == names[: names.index(last) + 1]
+        assert short.training == (() if until == "prepare" else whole.training)
+        assert f"until the step {until}" in short.assumptions

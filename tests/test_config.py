@@ -84,6 +84,11 @@ def test_values_out_of_range_are_refused(values):
         parse_config(values)
 
 
+def test_a_section_that_is_none_is_told_so():
+    with pytest.raises(ConfigError, match="train: must be a section of keys and values, got 5"):
+        parse_config({"train": 5})
+
+
 def test_a_renamed_key_keeps_working_with_a_notice(tmp_path, caplog):
     path = tmp_path / "run.yaml"
     path.write_text("route: {mode: softmax, top_k: 2}\n")

@@ -160,6 +160,8 @@ def _describe(problem: Any) -> str:  # noqa: ANN401
             known for known in config_keys() if known.endswith(f".{key}")
         ]
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "model_type":
+        return f"{key}: must be a section of keys and values, got {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
     return (
         f"{key}: {message}"

@@ -6,6 +6,8 @@ once to a safetensors copy in the cache folder, keyed by the file's digest.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from tclora.errors import ModelError
 from tclora.files import atomic_path, sha256_file, sha256_json, sha256_path
@@ -185,9 +188,10 @@ def _converted_base_model() -> Path:
     target = cache_dir() / "models" / f"{BUILTIN_BASE}-{digest}-2"  # the second way of converting
     if target.is_dir():
         return target
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_GGUF_FILE, dtype=torch.float16
-    )
+    with _quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_GGUF_FILE, dtype=torch.float16
+        )
     tokenizer = _tokenizer_of_gguf(source)
     # The weights are dequantised now; these marks would make save_pretrained refuse them.
     model.hf_quantizer = None
@@ -198,6 +202,17 @@ def _converted_base_model() -> Path:
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return target
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out advice on how to compute with quantised weights: these are converted."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _tokenizer_of_gguf(source: Path) -> PreTrainedTokenizerBase:

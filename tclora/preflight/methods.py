@@ -9,6 +9,7 @@ from tclora.errors import ConfigError
 from tclora.evaluate.lm_eval import executes_code
 from tclora.evaluate.lm_eval_tasks import check_lm_eval
 from tclora.merge import methods
+from tclora.registry import closest
 from tclora.route.router import routers
 from tclora.train.engines import engines
 
@@ -17,7 +18,10 @@ def method_problems(config: Config) -> list[str]:
     """Find unknown merge methods and settings that a method cannot work with."""
     known = [info.name for info in methods()]
     unknown = [name for name in config.merge.methods if name not in known]
-    problems = [f"merge.methods: {name!r} must be one of {known}" for name in unknown]
+    problems = [
+        f"merge.methods: a method must be a registered name, got {name!r}; {closest(name, known)}"
+        for name in unknown
+    ]
     needing = {info.name for info in methods() if info.needs == "statistics"}
     uninformed = [name for name in config.merge.methods if name in needing]
     if uninformed and not config.merge.sample_rows:

@@ -1,6 +1,7 @@
 """What several commands share: the console, the arguments they have in common, the environment."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -29,3 +30,5 @@ def settle_environment() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # PEFT 0.21 asks transformers 5.23 by a name that is on its way out; nobody here can help it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -76,7 +76,8 @@ def test_preflight_reports_every_problem(folder, tmp_path):
     with pytest.raises(ConfigError, match="cannot start, 8 problem") as caught:
         check(config)
     for wanted in (
-        "merge.methods: 'magic' must be one of", "'more magic'", "train.target_modules 'query'",
+        "merge.methods: a method must be a registered name, got 'magic'; known: cat, ",
+        "got 'more magic'", "train.target_modules 'query'",
         "train.template must be 'plain'", "embed.model: ", "humaneval run code",
         "cluster.method: clusterer must be a registered name, got 'k-means'; did you mean kmeans",
         "route.router: router must be a registered name, got 'softmx'; did you mean softmax?",

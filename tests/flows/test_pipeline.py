@@ -586,7 +586,7 @@ def test_problems_are_found_before_anything_is_done(settings, tmp_path):
     bad["merge"] |= {"primary": "uniform", "methods": ["uniform", "magic"]}
     with pytest.raises(ConfigError, match="4 problem") as caught:
         pipeline(bad)
-    for wanted in ("base_model: ", "embed.model: ", "merge.methods: a method must be a registered name, got 'magic'",
+    for wanted in ("base_model: ", "embed.model: ", "must be a registered name, got 'magic'",
                    "target_recovery needs a merge.primary whose rank is the CP rank"):  # fmt: skip
         assert wanted in str(caught.value)
     assert not (tmp_path / "runs").exists()

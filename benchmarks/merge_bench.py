@@ -41,7 +41,7 @@ class Bench:
     Parameters
     ----------
     library : Path
-        A finished library of `real_library.py`.
+        A finished library whose run's folder ``work`` is there.
     store : Path
         Folder of what has been measured.
     rows, other_rows : int

@@ -212,7 +212,8 @@ class StepLogger:
         self.run = run
         self._interval = interval
         self._buffer: list[Metric] = []
-        self._hosts: list[str] = []
+        self._hosts: dict[str, list[str]] = {}  # tag -> machines
+        self._untold: set[str] = set()  # tags
         self._samples = 0
         self._sent = time.monotonic()
 
@@ -232,11 +233,11 @@ class StepLogger:
 
         The run's tag ``tclora.host`` tells the machine; those of several attempts, in their order.
         """
-        if sample.host not in self._hosts:
-            self._hosts.append(sample.host)
-            name = metric_name(f"{_HOST}.{job}" if job else _HOST)
-            with _without_store("where a job runs"):
-                self.run.client.set_tag(self.run.run_id, name, ", ".join(self._hosts))
+        name = metric_name(f"{_HOST}.{job}" if job else _HOST)
+        hosts = self._hosts.setdefault(name, [])
+        if sample.host not in hosts:
+            hosts.append(sample.host)
+            self._untold.add(name)
         prefix = metric_name(f"{SAMPLE}/{job}/" if job else f"{SAMPLE}/")
         self.add(
             {f"{prefix}{name}": value for name, value in sample.used.items()}
@@ -247,6 +248,9 @@ class StepLogger:
     def flush(self) -> None:
         """Send what is buffered; a store that fails now is tried again at the next flush."""
         try:
+            for name in sorted(self._untold):
+                self.run.client.set_tag(self.run.run_id, name, ", ".join(self._hosts[name]))
+                self._untold.discard(name)
             while self._buffer:
                 self.run.client.log_batch(self.run.run_id, metrics=self._buffer[:_BATCH])
                 del self._buffer[:_BATCH]

@@ -20,7 +20,7 @@ from pathlib import Path
 import flows
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import exclusive
-from tclora_cli import mlflow_server
+from tclora_cli import logins, mlflow_server
 from tclora_cli.prefect_api import end_lost_runs, ensure_pool, is_online
 from tclora_cli.processes import Health, Ledger, flow_runs_here, last_lines, start, wait_until
 
@@ -29,7 +29,6 @@ _LIMIT = 180.0  # s that a service has to become healthy
 # s between a worker's looks at its pool: until then a slot that a job has left is idle.
 _QUERY = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
 _DATABASES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
-_LOGINS = ("PREFECT_SERVER_API_AUTH_STRING", mlflow_server.USER)
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class Machine:
             "TCLORA_ROOT": str(self.root),
         }
 
-    def services(self) -> "list[Service]":
-        """Return what runs, in the order of starting."""
+    def services(self, users: Mapping[str, str] | None = None) -> "list[Service]":
+        """Return what runs, in the order of starting; see `logins.mlflow_settings` for users."""
         python = [sys.executable, "-m"]
         server = [*python, "prefect", "server", "start", "--host", "127.0.0.1", "--port"]
         own = {
@@ -97,8 +96,6 @@ class Machine:
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "mlartifacts"),
             **mlflow_server.SETTINGS,
         }
-        login = mlflow_server.login_asked()
-        users = mlflow_server.login_settings(self.folder) if login else {}
         leases = "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"  # in memory, a restart ends all runs
         worker = [*python, "prefect", "worker", "start", "--type", "process", "--pool"]
         return [
@@ -115,8 +112,8 @@ class Machine:
             ),
             Service(
                 "mlflow",
-                mlflow_server.command(self.mlflow_port, login=login),
-                _unless_set(own) | users,
+                mlflow_server.command(self.mlflow_port, login=bool(users)),
+                _unless_set(own) | dict(users or {}),
                 partial(_answers, f"{self.mlflow}/health"),
                 self.mlflow_port,
             ),
@@ -149,8 +146,8 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     Raises
     ------
     ConfigError
-        If a port is taken by another process, or a database or login that the machine was started
-        with is not named any more.
+        If a port is taken by another process, a database or login that the machine was started
+        with is not named any more, or a server is more or less open than the environment says.
     JobError
         If a part does not become healthy, nor when it is started anew; others that were started go
         on, for `down` or another `up`.
@@ -158,13 +155,17 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
     machine.folder.mkdir(parents=True, exist_ok=True)
     machine.root.mkdir(parents=True, exist_ok=True)
     with exclusive(machine.folder / "machine.lock"):
-        _check_named(machine)
-        servers, workers = machine.services()[:2], machine.services()[2:]
+        _check_databases(machine)
+        logins.check_named(Ledger.read(machine.ledger).settings, machine.folder)
+        services = machine.services(logins.mlflow_settings(machine.folder))
+        servers, workers = services[:2], services[2:]
         for service in servers:
             _end_survivors(machine, service)
             _check_port(machine, service)
         for service in servers:
             _ensure(machine, service, say)
+        logins.check_servers(machine.prefect, machine.mlflow)
+        _remember(machine, logins.remembered())
         _prepare(machine, say)
         _end_lost_runs(machine, say)
         for service in workers:
@@ -202,7 +203,7 @@ def _ensure(machine: Machine, service: Service, say: Callable[[str], None]) -> N
         if started is None or started.process is None:
             started = start(service.command, service.environment, machine.root, log)
             ledger.started[service.name] = started
-            ledger.settings = _settings(machine)
+            ledger.settings |= _settings(machine)
             ledger.write(machine.ledger)
         if wait_until(service.healthy, started, _LIMIT):
             say(f"{service.name:<20}healthy")
@@ -214,31 +215,29 @@ def _ensure(machine: Machine, service: Service, say: Callable[[str], None]) -> N
     )
 
 
+def _remember(machine: Machine, settings: Mapping[str, str]) -> None:
+    ledger = Ledger.read(machine.ledger)
+    ledger.settings |= settings
+    ledger.write(machine.ledger)
+
+
 def _settings(machine: Machine) -> dict[str, str]:
     return {
         "root": str(machine.root),
         "jobs": str(machine.jobs),
         "prefect_port": str(machine.prefect_port),
         "mlflow_port": str(machine.mlflow_port),
-        "named": " ".join(name for name in (*_DATABASES, *_LOGINS) if os.environ.get(name)),
+        "databases": " ".join(name for name in _DATABASES if os.environ.get(name)),
     }
 
 
-def _check_named(machine: Machine) -> None:
-    """Refuse files in place of databases, where all runs would seem lost, and servers left open."""
-    before = Ledger.read(machine.ledger).settings.get("named", "").split()
-    missing = [name for name in before if not os.environ.get(name)]
-    if missing:
-        reason = "its runs are there" if missing[0] in _DATABASES else "all could use it else"
+def _check_databases(machine: Machine) -> None:
+    """Refuse to start with files in place of databases: all runs would seem to be lost."""
+    before = Ledger.read(machine.ledger).settings.get("databases", "").split()
+    if missing := [name for name in before if not os.environ.get(name)]:
         raise ConfigError(
-            f"{' and '.join(missing)} must be set as when this machine was started, since "
-            f"{reason}; set it, or name another --folder than {machine.folder}"
-        )
-    server, client = "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING"
-    if os.environ.get(server, "") != os.environ.get(client, ""):
-        raise ConfigError(
-            f"{client} must be what {server} is, since workers and runs log in with it; set both "
-            "to USER:PASSWORD, or neither"
+            f"{' and '.join(missing)} must be set as when this machine was started, since its runs "
+            f"are in that database; set it, or name another --folder than {machine.folder}"
         )
 
 

@@ -11,6 +11,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from tclora.errors import ConfigError
+
 _WORKER = "prefect.worker.name"  # label of a run that a worker has taken
 _BUSY = (1, 2, 4, 8, 16)  # s between attempts at a server whose database is busy
 
@@ -42,9 +44,22 @@ def ensure_pool(api: str, pool: str, template: Path, limit: int | None) -> None:
 
 
 def is_online(api: str, pool: str, worker: str) -> bool:
-    """Return whether a worker of a pool has reported lately."""
+    """Return whether a worker of a pool has reported lately.
+
+    Raises
+    ------
+    ConfigError
+        If the server wants another login.
+    """
     try:
         workers = ask(f"{api}/work_pools/{pool}/workers/filter", {})
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            raise ConfigError(
+                "PREFECT_API_AUTH_STRING must be set to the USER:PASSWORD that the Prefect server "
+                f"{api} was started with, which refuses to tell of its workers"
+            ) from None
+        return False
     except OSError:
         return False
     return any(w["name"] == worker and w["status"] == "ONLINE" for w in workers)

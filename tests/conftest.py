@@ -25,7 +25,10 @@ os.environ |= {
     "PREFECT_RESULTS_LOCAL_STORAGE_PATH": str(SCRATCH / "prefect-results"),
     "TOKENIZERS_PARALLELISM": "false",
 }
-for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+for name in (
+    "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
+    "PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING",
+):  # fmt: skip
     os.environ.pop(name, None)
 # What is computed again alone, with more threads than before, would be rounded otherwise; and
 # threads of several workers on one core wait for each other within every operation.

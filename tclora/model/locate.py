@@ -2,7 +2,7 @@
 
 ``smollm2-135m-instruct`` (base) and ``all-minilm-l6-v2`` (embedding) are carried by Python
 packages, so the demo fetches nothing at run time. The base model ships as GGUF and is converted
-once to a safetensors copy in the cache folder, keyed by the file's digest.
+once to a safetensors copy in the cache folder, keyed by the file's digest and the way it is read.
 """
 
 import importlib.util

@@ -125,8 +125,9 @@ def make_plan(config: Config, models: Models, rate: float | None = None, until: 
     stages = [_embed(config, models, rows, measured), *cost.features()]
     training = cost.training()
     repeated = [cost.train(training), *cost.statistics(), *cost.refit(), cost.evaluate()]
-    stages += [_times(stage, config.seeds) for stage in repeated]
     done = STEPS[: STEPS.index(until) + 1]
+    seeds = config.seeds if "evaluate" in done else 1  # further ones follow the merge
+    stages += [_times(stage, seeds) for stage in repeated]
     stages = [stage for stage in stages if _STEP_OF[stage.name] in done]
     source = "given" if rate else f"measured here in {str(dtype).removeprefix('torch.')}"
     assumptions = (
@@ -136,7 +137,7 @@ def make_plan(config: Config, models: Models, rate: float | None = None, until: 
         "of training",
         f"{_lanes(config, 1000)} at once that do not slow each other, {START:g} s to start each",
         *([f"until the step {until}"] if until != LAST else []),
-        *([f"{config.seeds} training seeds, one after the other"] if config.seeds > 1 else []),
+        *([f"{seeds} training seeds, one after the other"] if seeds > 1 else []),
         *(f"not covered: {name}" for name in uncovered(config)),
     )
     jobs = training.jobs if "train" in done else ()

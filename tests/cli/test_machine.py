@@ -153,8 +153,8 @@ def test_a_port_that_is_taken_is_named_before_anything_starts(machine):
     assert not machine.ledger.exists()
 
 
-@pytest.mark.parametrize("name", [*machines._DATABASES, *machines._LOGINS])
-def test_what_was_named_before_must_be_named_again(machine, monkeypatch, name):
+@pytest.mark.parametrize("name", machines._DATABASES)
+def test_a_database_that_was_named_before_must_be_named_again(machine, monkeypatch, name):
     monkeypatch.setenv(name, "postgresql://user:hunter2@host/db")
     machine.folder.mkdir()
     Ledger(settings=machines._settings(machine)).write(machine.ledger)
@@ -162,15 +162,6 @@ def test_what_was_named_before_must_be_named_again(machine, monkeypatch, name):
     with pytest.raises(ConfigError, match=f"{name} must be set as when this machine was started"):
         up(machine, lambda _: None)
     assert "hunter2" not in machine.ledger.read_text()
-
-
-def test_a_login_is_named_for_servers_and_clients(machine, monkeypatch):
-    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "me:hunter2")
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "me:hunter3")
-    with pytest.raises(ConfigError, match="PREFECT_API_AUTH_STRING must be what") as found:
-        up(machine, lambda _: None)
-    assert "hunter" not in str(found.value)
-    assert not machine.ledger.exists()
 
 
 def test_a_number_that_another_process_has_by_now_is_not_ended(machine, bystander):

@@ -7,6 +7,8 @@ import pytest
 import yaml
 from prefect.settings import get_current_settings
 
+from tclora_cli.logins import PASSWORD, RULES, USER
+
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())
 CONTAINERFILE = (ROOT / "deployments" / "Containerfile").read_text()
@@ -48,7 +50,22 @@ def test_secrets_come_from_the_environment_and_have_no_default():
     assert secrets
     assert {kind[:2] for _, kind in secrets} == {":?"}
     example = (ROOT / "deployments" / "example.env").read_text()
-    assert {name for name, _ in secrets} <= {line.partition("=")[0] for line in example.split()}
+    named = {line.partition("=")[0] for line in example.splitlines()}
+    assert {name for name, _ in secrets} <= named
+
+
+def test_mlflow_wants_the_login_that_its_clients_have():
+    services = COMPOSE["services"]
+    assert "--app-name=basic-auth" in services["mlflow"]["command"]
+    server, client = services["mlflow"]["environment"], services["worker"]["environment"]
+    for name, asked in ((USER, "USERNAME"), (PASSWORD, "PASSWORD")):
+        assert client[name] == server[f"MLFLOW_AUTH_ADMIN_{asked}"]
+    assert {name for name, s in services.items() if USER in s.get("environment", {})} == {"worker"}
+    rules = COMPOSE["configs"]["mlflow-login.ini"]["content"]
+    assert rules == RULES.format(users="/users/mlflow.db")
+    assert server["MLFLOW_AUTH_CONFIG_PATH"] == "/mlflow-login.ini"
+    assert services["mlflow"]["volumes"] == ["users:/users"]
+    assert re.search(r"--owner=1000 .*/users", CONTAINERFILE)
 
 
 def test_images_are_named_with_their_versions():

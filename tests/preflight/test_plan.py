@@ -216,12 +216,14 @@ def test_the_command_prints_the_plan_and_runs_nothing(config, tmp_path):
 
 
 def test_a_run_that_stops_early_is_planned_up_to_there(config):
-    made = config()
+    made = config().model_copy(update={"seeds": 3})
     models = Models(made.base_model, "", made.embed.model, "")
     whole = make_plan(made, models, RATE)
+    once = {stage.name: stage for stage in make_plan(config(), models, RATE).stages}
     names = [stage.name for stage in whole.stages]
     for until, last in (("prepare", "embed"), ("train", "train"), ("merge", "refit")):
         short = make_plan(made, models, RATE, until)
         assert [stage.name for stage in short.stages] == names[: names.index(last) + 1]
+        assert all(stage == once[stage.name] for stage in short.stages)  # one seed so far
         assert short.training == (() if until == "prepare" else whole.training)
         assert f"until the step {until}" in short.assumptions

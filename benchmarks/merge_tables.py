@@ -69,8 +69,9 @@ def _figures(items: pd.DataFrame) -> pd.DataFrame:
         figures = summarise(chosen[chosen["method"] == method], resamples=200)
         whole = figures[figures["group_kind"] == "all"].set_index("split")
         for split in ("test", "ood"):
-            rows[method][f"{split} nll"] = whole.loc[split, "nll"]
-            rows[method][f"{split} accuracy"] = whole.loc[split, "accuracy"]
+            there = split in whole.index  # not every library has rows of other tasks
+            rows[method][f"{split} nll"] = whole.loc[split, "nll"] if there else np.nan
+            rows[method][f"{split} accuracy"] = whole.loc[split, "accuracy"] if there else np.nan
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -111,10 +112,10 @@ def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], stor
             "recovery": _interval(f["mean"], f["low"], f["high"]),
             "minus best rival": "best rival" if key == best else _minus(items, key, best),
             "worst (rows)": "" if np.isnan(f["mean"]) else f"{100 * f['worst']:.0f} ({f['n']:.0f})",
-            "NLL": f"{f['test nll']:.3f}",
-            "exact match": f"{f['test accuracy']:.2f}",
-            "other tasks: NLL": f"{f['ood nll']:.3f}",
-            "accuracy": f"{f['ood accuracy']:.3f}",
+            "NLL": _number(f["test nll"]),
+            "exact match": _number(f["test accuracy"], 2),
+            "other tasks: NLL": _number(f["ood nll"]),
+            "accuracy": _number(f["ood accuracy"]),
             "merge (CPU s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
             "MB": f"{_bytes(kept) / 1e6:.1f}" if kept.exists() else "",
         })  # fmt: skip
@@ -126,6 +127,10 @@ def _minus(items: pd.DataFrame, key: str, best: str | None) -> str:
         return ""
     found = _recovered(_with_references(items, [key, best]), key, against=best)
     return f"{_interval(found['mean'], found['low'], found['high'])}"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _interval(value: float, low: float, high: float) -> str:
@@ -146,15 +151,18 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
     base = items[items["method"] == BASE]
     counts = base.groupby(["store", "split"]).size().unstack().iloc[0]
     tasks = base.groupby("split")["task"].unique()
+    library = json.loads((stores[0] / "library.json").read_text(encoding="utf-8"))
+    others = ""
+    if "ood" in counts:
+        others = f" and {counts['ood']} rows of others ({', '.join(sorted(tasks['ood']))})"
     clusters = base.loc[base["store"] == stores[0].name, "cluster"].nunique()
     return (
         f"# Merge methods on the adapters of {len(tasks['test'])} tasks\n\n"
-        "SmolLM2-135M-Instruct, one training seed unless a title "
+        f"{library['base']}, one training seed unless a title "
         f"says otherwise ({len(stores)} of them, each with rows and clusters of its own): "
         f"tasks {', '.join(sorted(tasks['test']))} in {clusters} text clusters, "
-        "rank r = 16 on all linear layers. Measured on "
-        f"{counts['test']} held-out rows of these tasks and {counts['ood']} rows of others "
-        f"({', '.join(sorted(tasks['ood']))}) per seed by `benchmarks/merges.py`.\n\n"
+        f"rank r = {library['rank']}. Measured on {counts['test']} held-out rows of these tasks"
+        f"{others} per seed by `benchmarks/merges.py`.\n\n"
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "
         "the mean over clusters; intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "

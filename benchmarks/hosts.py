@@ -36,10 +36,13 @@ def hosts(site: Fleet, count: int) -> Iterator[list[Path]]:
     for home in homes:
         shutil.rmtree(home, ignore_errors=True)
         (home / "tmp").mkdir(parents=True)
-    with ExitStack() as stack:
-        for home in homes:
-            stack.enter_context(_host(site, home, [other for other in homes if other != home]))
-        yield homes
+    try:
+        with ExitStack() as stack:
+            for home in homes:
+                stack.enter_context(_host(site, home, [other for other in homes if other != home]))
+            yield homes
+    finally:
+        site.heal()  # the fleet's own worker is there again
 
 
 def jobs_done(home: Path) -> int:

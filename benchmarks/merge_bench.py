@@ -72,7 +72,7 @@ class Bench:
         self.names = [cluster_name(k) for k in range(manifest.clustering.k)]
         self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
         self.r = max(f.rank for f in self.adapters[0].modules.values())
-        write_json(store / "library.json", {"base": manifest.base_model.id, "rank": self.r})
+        write_json(store / "about.json", {"base": manifest.base_model.id, "rank": self.r})
         held_out = pd.read_parquet(self.layout.held_out)
         chosen = [
             part.sample(min(len(part), rows if split == "test" else other_rows), random_state=0)

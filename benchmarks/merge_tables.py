@@ -151,7 +151,7 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
     base = items[items["method"] == BASE]
     counts = base.groupby(["store", "split"]).size().unstack().iloc[0]
     tasks = base.groupby("split")["task"].unique()
-    library = json.loads((stores[0] / "library.json").read_text(encoding="utf-8"))
+    library = json.loads((stores[0] / "about.json").read_text(encoding="utf-8"))
     others = ""
     if "ood" in counts:
         others = f" and {counts['ood']} rows of others ({', '.join(sorted(tasks['ood']))})"

@@ -1,6 +1,7 @@
 """The faults of the drills: what each does to a fleet while a run trains its adapters."""
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from fleet import FINAL, Fleet, wait_for
 from fleet_services import Postgres, Proxy
 
+from tclora.library.places import staging_area
 from tclora_cli.machine import JOBS, RUNS
 
 # What may be killed at random. Not: the drill itself, and the store, a folder in these runs.
@@ -63,6 +65,14 @@ def parent_killed(ground: Ground, run: str) -> str:
     """Kill the run while its jobs go on."""
     ground.fleet.tree()["run"][0].kill()
     return "its jobs went on"
+
+
+@fault
+def run_machine_lost(ground: Ground, run: str) -> str:
+    """Kill the run and remove the folder it works in, as if its machine were gone."""
+    ground.fleet.tree()["run"][0].kill()
+    shutil.rmtree(staging_area(ground.fleet.library(ground.fleet.run(run)["name"])))
+    return "its folder was removed; its jobs went on"
 
 
 @fault

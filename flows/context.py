@@ -14,11 +14,15 @@ from tclora.preflight import Models
 
 @dataclass(frozen=True)
 class Context:
-    """A run: its configuration, its models, and where its stages work."""
+    """A run: its configuration, its models, and where its stages work.
+
+    `shared` is the folder of records of what it has in common with other runs, if it shares.
+    """
 
     config: Config
     models: Models
     where: Where
+    shared: Path | None = None
 
     @property
     def base(self) -> Base:

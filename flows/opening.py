@@ -11,6 +11,7 @@ from flows.context import Context
 from tasks import tracking
 from tasks.executing import executing
 from tasks.progress import JobProgress
+from tasks.shared import LinkedStages, stored_stages
 from tasks.system_metrics import watching
 from tasks.tracking import Run
 from tasks.where import Where
@@ -41,14 +42,16 @@ def opened(
     staging = Layout(staging_area(library))
     with (
         exclusive(lock, on_wait=_say_waiting),
+        stored_stages(config) as stored,
         executing(config, staging, around) as executor,
         _mlflow_run(config, models) as run,
         watching(run, executor) as watched,
     ):
         begin(library)
         steps = config.train.checkpoint_steps
-        where = Where(staging, run, watched, JobProgress(), steps, shared)
-        yield Context(_settled(config), models, where)
+        records = [*([LinkedStages(shared)] if shared else []), *stored]
+        where = Where(staging, run, watched, JobProgress(), steps, records)
+        yield Context(_settled(config), models, where, shared)
 
 
 def _settled(config: Config) -> Config:

@@ -108,8 +108,7 @@ def _replicate(context: Context, prepared: Prepared, last: str) -> Artifacts:
     """Run every further training seed up to the same last step; return what each has measured."""
     measured: Artifacts = {}
     for config in context.config.replicas():
-        where = context.where
-        with opened(config, context.models, where.shared, where.executor) as replica:
+        with opened(config, context.models, context.shared, context.where.executor) as replica:
             root = _run_steps(replica, last, prepared.linked(replica.where.layout.root))
         items = Layout(root).evaluation.items
         if items.exists():  # else nothing is held out

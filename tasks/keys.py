@@ -20,7 +20,6 @@ from pydantic import BaseModel
 
 from tasks.artifact import Artifact
 from tasks.closure import closure
-from tasks.shared import record, take_over
 from tasks.where import Where
 from tclora.files import sha256_json
 from tclora.jobs import worker
@@ -78,15 +77,17 @@ def stage(name: str, run_name: str | None = None) -> Callable[[Callable[P, R]], 
 def _shared(stage: Task[..., Any], inputs: Mapping[str, Any], run: Callable[[], R]) -> R:
     """Run a stage, or take over what another run that shares with this one has made."""
     where = next((value for value in inputs.values() if isinstance(value, Where)), None)
-    if where is None or where.shared is None:
+    if where is None or not where.shared:
         return run()
     key = stage_key(stage, inputs, placed=False)
-    found: Any = take_over(where.shared, key, where.layout.root)
-    if found is not None:
-        get_run_logger().info("%s: taken over from another run", stage.name)
-        return found  # type: ignore[no-any-return]
+    for shared in where.shared:
+        found: Any = shared.take_over(key, where.layout.root)
+        if found is not None:
+            get_run_logger().info("%s: taken over from another run", stage.name)
+            return found  # type: ignore[no-any-return]
     result: Any = run()
-    record(where.shared, key, result)
+    for shared in where.shared:
+        shared.record(key, result)
     return result  # type: ignore[no-any-return]
 
 

@@ -1,41 +1,115 @@
-"""Results that runs on several libraries have in common: linked, not made again.
+"""Results that more than one run has a use for: taken over, not made again.
 
-A run that shares leaves a record of every stage: what it was given, by digests and without places,
-and the files that came of it. Another run that would do the same takes them over, if they are still
-there and unchanged. Studies share among their cells; other runs share nothing, so that what was
-deleted from a library is made anew (ADR 2).
+A run leaves a record of every stage: what it was given, by digests and without places, and the
+files that came of it. Another run that would do the same takes them over, if they are still there
+and unchanged. The cells of a study share in a folder. A run with a store keeps its own there until
+it has ended well, so that it can go on on another machine. Other runs share nothing, so that what
+was deleted from a library is made anew (ADR 2).
 """
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.artifact import Artifact, Artifacts
+from tclora.config import Config
 from tclora.files import atomic_path, write_text
+from tclora.model.place import cache_dir
+from tclora.store.objects import Store
+from tclora.store.stages import StageRecords
 
 Result = Artifact | Artifacts
 _RESULT: TypeAdapter[Result] = TypeAdapter(Result)
+_ALONE = ""  # name of an artifact that is the only one
 
 
-def record(folder: Path, key: str, result: Result) -> None:
-    """Note what a stage of this key has made."""
-    write_text(folder / f"{key}.json", _RESULT.dump_json(result).decode())
+class Shared(Protocol):
+    """Where stages leave what they have made."""
+
+    def record(self, key: str, result: Result) -> None:
+        """Note what a stage of this key has made."""
+
+    def take_over(self, key: str, root: Path) -> Result | None:
+        """Put what a stage of this key has made below a root; None if there is nothing."""
 
 
-def take_over(folder: Path, key: str, root: Path) -> Result | None:
-    """Link what another run's stage of this key has made below a root; None if there is nothing."""
-    file = folder / f"{key}.json"
-    if not file.exists():
-        return None
-    try:
-        found = _RESULT.validate_json(file.read_bytes())
-    except ValidationError:  # its files are gone or changed
-        return None
-    if isinstance(found, Artifact):
-        return _linked(found, root)
-    return {name: _linked(part, root) for name, part in found.items()}
+@dataclass(frozen=True)
+class LinkedStages:
+    """Records in a folder, for runs on one disk: files are linked.
+
+    Attributes
+    ----------
+    folder : Path
+        Of the records; files stay in the libraries.
+    """
+
+    folder: Path
+
+    def record(self, key: str, result: Result) -> None:
+        """See `Shared`."""
+        write_text(self.folder / f"{key}.json", _RESULT.dump_json(result).decode())
+
+    def take_over(self, key: str, root: Path) -> Result | None:
+        """See `Shared`."""
+        file = self.folder / f"{key}.json"
+        if not file.exists():
+            return None
+        try:
+            found = _RESULT.validate_json(file.read_bytes())
+        except ValidationError:  # its files are gone or changed
+            return None
+        if isinstance(found, Artifact):
+            return _linked(found, root)
+        return {name: _linked(part, root) for name, part in found.items()}
+
+
+@dataclass(frozen=True)
+class StoredStages:
+    """Records in a store, files as its objects, for a run that goes on where its folder is not.
+
+    Attributes
+    ----------
+    records : StageRecords
+        Of the run.
+    """
+
+    records: StageRecords
+
+    def record(self, key: str, result: Result) -> None:
+        """See `Shared`."""
+        parts = {_ALONE: result} if isinstance(result, Artifact) else result
+        files = {name: part.root / name for part in parts.values() for name in part.files}
+        described = {
+            name: part.model_dump(mode="json", exclude={"root"}) for name, part in parts.items()
+        }
+        self.records.keep(key, files, described)
+
+    def take_over(self, key: str, root: Path) -> Result | None:
+        """See `Shared`."""
+        found = self.records.place(key, root, cache_dir() / "objects")
+        if found is None:
+            return None
+        parts = {name: Artifact(root=root, **part) for name, part in found.items()}
+        return parts.get(_ALONE, parts)
+
+
+@contextmanager
+def stored_stages(config: Config) -> Iterator[list[Shared]]:
+    """Keep what a run's stages make in its store, if it has one, until the run has ended well."""
+    if not config.execution.store:
+        yield []
+        return
+    store = Store(config.execution.store)
+    store.check()
+    records = StageRecords.of_library(store, config.library_dir)
+    yield [StoredStages(records)]
+    records.forget()
 
 
 def _linked(artifact: Artifact, root: Path) -> Artifact:

@@ -1,7 +1,7 @@
 """Where the stages of a run work: the library's staging area, the executor, what is told of it."""
 
+from collections.abc import Sequence
 from copy import copy
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.progress import JobProgress
@@ -9,6 +9,7 @@ from tclora.jobs.run import Executor
 from tclora.library.layout import Layout
 
 if TYPE_CHECKING:
+    from tasks.shared import Shared
     from tasks.tracking import Run  # a job's worker knows stages, but no MLflow
 
 
@@ -27,8 +28,8 @@ class Where:
         Shows how far jobs are.
     checkpoint_steps : int
         Optimiser steps between the checkpoints of a training.
-    shared : Path, optional
-        Folder of records of what runs have in common; see `tasks.shared`.
+    shared : sequence of Shared, optional
+        Where stages leave what they have made for other runs; see `tasks.shared`.
     """
 
     def __init__(
@@ -38,14 +39,14 @@ class Where:
         executor: Executor,
         progress: JobProgress,
         checkpoint_steps: int = 20,
-        shared: Path | None = None,
+        shared: Sequence["Shared"] = (),
     ) -> None:
         self.layout = layout
         self.run = run
         self.executor = executor
         self.progress = progress
         self.checkpoint_steps = checkpoint_steps
-        self.shared = shared
+        self.shared = tuple(shared)
 
     def shared_by(self, jobs: int) -> "Where":
         """Return the same for one of so many jobs that run beside each other."""

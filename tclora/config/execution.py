@@ -52,7 +52,9 @@ class ExecutionConfig(Section):
         None,
         description="fsspec URL through which jobs and this machine exchange files, such as "
         "file:///mnt/store or s3://bucket/prefix; without credentials, which come from the "
-        "environment; Ray and Dask do without one where all workers see the output folder",
+        "environment; with any backend, what a run has done is kept there until it has ended, so "
+        "that one that was killed goes on on another machine, at the same path; Ray and Dask do "
+        "without one where all workers see the output folder",
     )
     jobs_per_host: Positive = Field(
         1, description="jobs that a worker's machine runs at once: each gets its share of cores"

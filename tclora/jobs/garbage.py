@@ -12,6 +12,7 @@ from tclora.library.manifest import read_manifest
 from tclora.library.places import is_job_store, is_staging
 from tclora.library.published import published
 from tclora.store.objects import Store
+from tclora.store.stages import RUNS, StageRecords
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Garbage:
     Attributes
     ----------
     kind : str
-        "checkpoint", "cache", "job" or "object".
+        "checkpoint", "cache", "job", "run" or "object".
     place : str
         Path, or name in the store.
     bytes : int
@@ -67,7 +68,7 @@ def local_garbage(output: Path, cache: Path, before: float) -> Iterator[Garbage]
 
 
 def store_garbage(store: Store, libraries: Iterable[Path], before: float) -> Iterator[Garbage]:
-    """Yield records of jobs that nobody came back for, and objects that nothing names.
+    """Yield records of jobs and runs that nobody came back for, and objects that nothing names.
 
     Parameters
     ----------
@@ -84,18 +85,29 @@ def store_garbage(store: Store, libraries: Iterable[Path], before: float) -> Ite
     """
     kept = {d for root in libraries for d in read_manifest(root).digests.values()}
     kept |= {b.digest for tree in published(store).values() for b in tree.files.values()}
-    jobs: dict[str, list[tuple[int, float]]] = {}
-    for name, size, written in store.entries("jobs"):
-        jobs.setdefault(name.split("/")[1], []).append((size, written))
-    for key, parts in jobs.items():
+    for key, parts in _by_second_part(store, "jobs").items():
         if max(written for _, written in parts) < before:
             total = sum(size for size, _ in parts)
             yield Garbage("job", f"jobs/{key}", total, JobRecords(store, key).forget)
         else:
             kept |= JobRecords(store, key).digests()
+    for run, parts in _by_second_part(store, RUNS).items():
+        records = StageRecords(store, run)
+        if max(written for _, written in parts) < before:
+            yield Garbage("run", f"{RUNS}/{run}", sum(size for size, _ in parts), records.forget)
+        else:
+            kept |= records.digests()
     for name, size, written in store.entries("objects"):
         if written < before and name.rpartition("/")[2] not in kept:
             yield Garbage("object", name, size, partial(store.remove, name))
+
+
+def _by_second_part(store: Store, below: str) -> dict[str, list[tuple[int, float]]]:
+    """Return sizes (bytes) and times of writing (s) of records, by the folder they are in."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, size, written in store.entries(below):
+        found.setdefault(name.split("/")[1], []).append((size, written))
+    return found
 
 
 def _unused(kind: str, paths: Iterable[Path], before: float) -> Iterator[Garbage]:

@@ -4,6 +4,7 @@
 
     objects/ab/abcd…       bytes whose SHA-256 is abcd…
     jobs/KEY/…             records of a job; see `tclora.jobs.remote`
+    runs/NAME-DIGEST/…     records of a run's stages; see `tclora.store.stages`
     libraries/NAME.json    a finished library; see `tclora.library.published`
 
 An object appears whole or not at all. What fails for a while is tried again with growing pauses.
@@ -81,9 +82,12 @@ class Store:
 
     def put(self, file: Path, blob: Blob) -> None:
         """Store one file, if it is not there yet."""
-        name = _object(blob.digest)
-        if self._retried(partial(self._size, name)) != blob.size:
-            self._retried(partial(self._upload, file, name))
+        if not self.holds(blob):
+            self._retried(partial(self._upload, file, _object(blob.digest)))
+
+    def holds(self, blob: Blob) -> bool:
+        """Return whether there is such an object."""
+        return self._retried(partial(self._size, _object(blob.digest))) == blob.size
 
     def get(self, blob: Blob, target: Path) -> None:
         """Download one object to a path that does not exist; its digest is not compared here.

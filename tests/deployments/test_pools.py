@@ -44,7 +44,6 @@ def test_a_process_job():
 
 
 def test_a_docker_job_gets_its_gpu_and_no_rights():
-    pytest.importorskip("prefect_docker")
     from docker.types import HostConfig
     from prefect_docker.worker import DockerWorkerJobConfiguration
 
@@ -60,7 +59,6 @@ def test_a_docker_job_gets_its_gpu_and_no_rights():
 
 
 def test_a_kubernetes_job_is_one_by_the_api_and_asks_for_what_is_wanted():
-    pytest.importorskip("prefect_kubernetes")
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
     job = rendered(

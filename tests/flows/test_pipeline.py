@@ -24,6 +24,7 @@ from tclora.config import parse_config
 from tclora.data.readers import source_digest
 from tclora.errors import ConfigError, JobError
 from tclora.evaluate.tables import flat_figures
+from tclora.files import sha256_path
 from tclora.jobs.run import LocalExecutor
 from tclora.library.manifest import read_manifest, verify
 from tclora.library.published import library_folder
@@ -562,6 +563,38 @@ def test_scales_are_tuned_on_the_sample_rows(library, settings, in_process):
     wanted = merge(adapters, "task-arithmetic", scale=found["scale"]).adapter.modules
     for name, factors in read_adapter(library / "merged" / "task-arithmetic").modules.items():
         assert torch.allclose(factors.delta(), wanted[name].delta(), atol=1e-6)
+
+
+def test_a_run_with_a_store_goes_on_where_its_folder_is_not(settings, tmp_path, monkeypatch):
+    """As on another machine after the first is gone: what was done before is not done again."""
+    done, lock = [], threading.Lock()
+
+    def run_isolated(self, function, /, **arguments):
+        with lock:
+            if function.__name__ in broken:
+                raise JobError("the machine went away")
+            done.append(function.__name__)
+            return function(**arguments)
+
+    monkeypatch.setattr(LocalExecutor, "run_isolated", run_isolated)
+    output, store = tmp_path / "runs", tmp_path / "store"
+    execution = {"store": f"file://{store}"}
+    own = settings | {"output": str(output), "execution": execution, "publish_to": None}
+    broken = {"collect_clusters"}
+    with pytest.raises(JobError, match="the machine went away"):
+        pipeline(own, until="merge")
+    former, broken = set(done), set()
+    assert "train_adapters" in former
+    digests = {path: sha256_path(path) for path in (output / ".mine.staging/adapters").iterdir()}
+    assert len(digests) == 3
+    for folder in (output / ".mine.staging", Path(os.environ["TCLORA_CACHE"])):
+        shutil.rmtree(folder)
+    done.clear()
+    pipeline(own, until="merge")
+    assert done and not former & set(done)
+    assert {path: sha256_path(path) for path in digests} == digests
+    assert not list((store / "runs").rglob("*.json"))  # it has ended well
+    assert list((store / "objects").rglob("*"))  # `tclora gc --store` removes them
 
 
 def test_a_run_can_stop_early(settings, tmp_path):

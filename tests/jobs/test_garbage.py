@@ -10,6 +10,7 @@ from tclora.jobs.records import JobRecords
 from tclora.library.manifest import write_manifest
 from tclora.model.place import cache_dir
 from tclora.store.objects import Store
+from tclora.store.stages import StageRecords
 from tclora_cli.main import app
 from tests.jobs import functions
 from tests.library.examples import NAMES, describe, write_files
@@ -79,18 +80,25 @@ def test_of_a_store_only_what_nothing_names_may_go(tmp_path):
     records = sent(store, "aa" * 32, given)
     records.deliver(Delivery(attempt="1", result=None, changed={0: store.push(made)}))
     abandoned = sent(store, "bb" * 32, written(tmp_path / "given2", "4"))
+    run, former = (StageRecords.of_library(store, tmp_path / name) for name in ("run", "former"))
+    run.keep("cc", {"stage": written(tmp_path / "stage", "5")}, None)
+    former.keep("cc", {"stage": written(tmp_path / "stage2", "6")}, None)
     aged(tmp_path / "store")
     records.tell("1", 0, [])  # still at work
+    run.keep("dd", {}, None)
     before = time.time() - WEEK
     found = list(store_garbage(store, [library], before))
-    wanted = [orphan, store.push(tmp_path / "given2")]
+    wanted = [orphan, store.push(tmp_path / "given2"), store.push(tmp_path / "stage2")]
     assert places(found) == sorted(
-        [f"objects/{t.file.digest[:2]}/{t.file.digest}" for t in wanted] + [f"jobs/{abandoned.key}"]
+        [f"objects/{t.file.digest[:2]}/{t.file.digest}" for t in wanted]
+        + [f"jobs/{abandoned.key}", f"runs/{former.run}"]
     )
     for part in found:
         part.remove()
     assert list(store_garbage(store, [library], before)) == []
     assert records.delivery() is not None
+    assert run.place("cc", tmp_path / "again", cache_dir()) is None  # what the stage had returned
+    assert (tmp_path / "again" / "stage").read_text() == "5"
     for blob in in_library.values():
         store.get(blob, tmp_path / blob.digest)
 

@@ -12,7 +12,13 @@ from tclora.library.names import JOINT
 from tclora.model.locate import choose_dtype, default_device
 from tclora.preflight.rates import measured_rates
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import Lengths, TrainingPlan, Workload, plan_training
+from tclora.preflight.training import (
+    Lengths,
+    TrainingPlan,
+    Workload,
+    plan_training,
+    training_slots,
+)
 from tclora.train.engines import engines
 
 
@@ -27,7 +33,7 @@ def train(context: Context, prepared: Prepared) -> Trained:
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
     planned = _plan(context, prepared, sizes) if cfg.execution.workers_here else None
     engine = planned.engine if planned else cfg.train.engine
-    groups = engines[engine].divide(sizes, context.where.executor.slots)
+    groups = engines[engine].divide(sizes, training_slots(context.where.executor.slots, cfg.train))
     where = context.where.shared_by(len(groups))
     futures = {
         (job := "+".join(names)): train_stage.submit(

@@ -48,7 +48,7 @@ class DaskTasks:
     client : Client
         Connected to the scheduler.
     gpus : int
-        What a job asks for of a worker's resource ``GPU``.
+        Whether a job asks for its GPUs, 1 or 0, of a worker's resource ``GPU``.
     name : str
         What messages call it.
     """
@@ -61,7 +61,7 @@ class DaskTasks:
     def attempt(self, job: SentJob) -> Iterator["_Attempt"]:
         """Send a job."""
         name = uuid.uuid4().hex
-        resources = {GPU: self.gpus} if self.gpus else None
+        resources = {GPU: self.gpus * job.gpus} if self.gpus else None
         given = job.records.store.url, job.records.key, name
         if self.client.status != "running":
             raise JobError(
@@ -199,7 +199,7 @@ def _scheduler(address: str | None, workers: int) -> Iterator[str]:
             host="127.0.0.1",
             dashboard_address=None,
             memory_limit=None,  # it would count the worker, and not its jobs
-            resources={GPU: 1} if visible_gpus() else None,
+            resources={GPU: len(gpus)} if (gpus := visible_gpus()) else None,  # locks share them
         ) as cluster,
     ):
         yield cluster.scheduler_address

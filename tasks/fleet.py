@@ -86,8 +86,11 @@ class Fleet(Protocol):
 class SentJob:
     """A job that is waited for, and how much of what its attempts tell was heard."""
 
-    def __init__(self, name: str, records: JobRecords, on_event: EventCallback) -> None:
+    def __init__(
+        self, name: str, records: JobRecords, on_event: EventCallback, gpus: int = 1
+    ) -> None:
         self.name = name
+        self.gpus = gpus  # that it has, where there are any
         self.records = records
         self._on_event = on_event
         self._parts: dict[str, int] = {}

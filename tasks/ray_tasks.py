@@ -34,7 +34,7 @@ class RayTasks:
     Attributes
     ----------
     gpus : int
-        GPUs that a job asks for; Ray shows its worker no others.
+        Whether a job asks for its GPUs, 1 or 0; Ray shows its worker no others.
     name : str
         What messages call it.
     """
@@ -48,7 +48,8 @@ class RayTasks:
         import ray
 
         # `do_job` waits for a process of its own, which leases the GPU that Ray has given.
-        options = {"num_cpus": 1, "num_gpus": self.gpus, "max_retries": 0, "name": job.name}
+        options = {"num_cpus": 1, "max_retries": 0, "name": job.name}
+        options["num_gpus"] = self.gpus * job.gpus
         name = uuid.uuid4().hex
         given = job.records.store.url, job.records.key, name
         yield _Attempt(name, job.name, ray.remote(do_job).options(**options).remote(*given))

@@ -65,6 +65,8 @@ class RemoteExecutor:
         Jobs that share this machine's cores, where the workers are this machine's.
     on_sample : callable or None
         Called with a job's name and a sample of what it uses where it runs.
+    gpus : int
+        GPUs of each job, where there are any.
     """
 
     fleet: Fleet
@@ -76,6 +78,7 @@ class RemoteExecutor:
     pause: float = 2.0
     beside: int | None = None
     on_sample: SampleCallback | None = None
+    gpus: int = 1
     _sent: _Sent = field(default_factory=_Sent, repr=False)
 
     def shared_by(self, jobs: int) -> "RemoteExecutor":
@@ -86,6 +89,10 @@ class RemoteExecutor:
         if self.beside is None:
             return self
         return replace(self, beside=max(1, min(jobs, self.slots)))
+
+    def with_gpus(self, count: int) -> "RemoteExecutor":
+        """Return the executor for jobs of so many GPUs each, where there are any."""
+        return replace(self, gpus=count)
 
     def watched_by(self, on_sample: SampleCallback) -> "RemoteExecutor":
         """Return the executor with a callback for samples of what its jobs use."""
@@ -110,7 +117,8 @@ class RemoteExecutor:
         key = sha256_json([current_key(), packed.function, packed.arguments, paths])
         name = current_name()
         on_sample = self.on_sample and partial(self.on_sample, name)
-        job = SentJob(name, JobRecords(self.store, key), sorted_out(on_event, on_sample))
+        hear = sorted_out(on_event, on_sample)
+        job = SentJob(name, JobRecords(self.store, key), hear, self.gpus)
         self._sent.keys.add(key)
         delivery = job.records.delivery()
         if delivery is None:
@@ -140,6 +148,7 @@ class RemoteExecutor:
             self.scratch,
             source=job_source(Call(function=packed.function, arguments=packed.arguments)),
             beside=self.beside or self.config.jobs_per_host,
+            gpus=self.gpus,
             timeout=self.timeout,
             lost_after=self.config.lost_after,
             models=self.config.store is not None,  # else workers see this machine's folders

@@ -64,7 +64,8 @@ def train(
             for logger in live.values():
                 logger.add_sample(sample)
 
-        results = where.executor.watched_by(on_sample).run_isolated(
+        executor = where.executor.with_gpus(config.data_parallel).watched_by(on_sample)
+        results = executor.run_isolated(
             train_adapters,
             engine=engine,
             base=base,

@@ -37,6 +37,11 @@ class AdapterConfig(Section):
         description="tokens per forward pass, to which a step is split, padding counted; by "
         "default 2048, in training on a GPU 32768; halved where a GPU's memory lacks",
     )
+    data_parallel: Positive = Field(
+        1,
+        description="processes of a training job that share the rows of every step, each with a "
+        "GPU (or its share of the cores) and a copy of the base model; gradients are added up",
+    )
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")

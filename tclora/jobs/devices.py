@@ -9,8 +9,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -46,26 +46,31 @@ def parallel_jobs(configured: int | str) -> int:
     return len(visible_gpus()) or min(8, os.cpu_count() or 1)
 
 
-def job_environment(jobs: int, gpu: str | None = None) -> dict[str, str]:
-    """Environment of one of `jobs` concurrent jobs: its GPU, or its share of the cores."""
+def job_environment(jobs: int, gpus: Sequence[str] = ()) -> dict[str, str]:
+    """Environment of one of `jobs` concurrent jobs: its GPUs, or its share of the cores."""
     common = {"TOKENIZERS_PARALLELISM": "false"}
-    if gpu is not None:
-        return common | {"CUDA_VISIBLE_DEVICES": gpu}
+    if gpus:
+        return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # All of them: a Dask worker has set each to 1 for what it runs.
     return common | dict.fromkeys(_THREADS, str(threads))
 
 
 @contextmanager
-def lease_gpu(
-    gpus: list[str], folder: Path | None = None, stopped: threading.Event | None = None
-) -> Iterator[str | None]:
-    """Hold one of the GPUs for the duration of a block; wait until one is free.
+def lease_gpus(
+    gpus: list[str],
+    count: int = 1,
+    folder: Path | None = None,
+    stopped: threading.Event | None = None,
+) -> Iterator[list[str]]:
+    """Hold some of the GPUs for the duration of a block; wait until they are free.
 
     Parameters
     ----------
     gpus : list of str
         Ids to choose from; none on a machine without.
+    count : int
+        How many; those that want several gather them one after the other, so that all come to it.
     folder : Path, optional
         Where the lock files live; shared by all runs that must not collide.
     stopped : Event, optional
@@ -73,37 +78,63 @@ def lease_gpu(
 
     Yields
     ------
-    str or None
-        The id of the leased GPU.
+    list of str
+        The ids of the leased GPUs; none on a machine without.
 
     Raises
     ------
     JobError
-        If the wait was ended.
+        If there are fewer, or the wait was ended.
     """
     if not gpus:
-        yield None
+        yield []
         return
+    if count > len(gpus):
+        raise JobError(
+            f"a job of train.data_parallel={count} must have {count} GPUs, this machine has "
+            f"{len(gpus)}; lower it"
+        )
     folder = folder or _LEASES
     folder.mkdir(parents=True, exist_ok=True)
     with suppress(PermissionError):  # another user's, and then open to all
         folder.chmod(0o1777)
     stopped = stopped or threading.Event()
-    while not stopped.is_set():
-        for gpu in gpus:
-            place = folder / f"gpu{gpu}.lock"
-            lock = FileLock(place, timeout=0, mode=0o666, thread_local=False)
-            try:
-                lock.acquire()
-            except Timeout:
-                continue
-            try:
-                yield gpu
-                return
-            finally:
-                lock.release()
-        stopped.wait(_POLL_SECONDS)
-    raise JobError("a GPU was waited for when the run was interrupted")
+    with ExitStack() as held:
+        taken = _gathered(gpus, count, folder, stopped, held)
+        if len(taken) < count:
+            raise JobError("a GPU was waited for when the run was interrupted")
+        yield taken
+
+
+def _gathered(
+    gpus: list[str], count: int, folder: Path, stopped: threading.Event, held: ExitStack
+) -> list[str]:
+    """Return leased GPUs, fewer than wanted if the wait was ended; `held` gives them back."""
+    taken: list[str] = []
+    with ExitStack() as queue:
+        while count > 1 and not _locked(folder / "several.lock", queue):
+            if stopped.wait(_POLL_SECONDS):
+                return taken
+        while not stopped.is_set():
+            for gpu in gpus:
+                wanted = len(taken) < count and gpu not in taken
+                if wanted and _locked(folder / f"gpu{gpu}.lock", held):
+                    taken.append(gpu)
+            if len(taken) == count:
+                break
+            stopped.wait(_POLL_SECONDS)
+    return taken
+
+
+def _locked(place: Path, held: ExitStack) -> bool:
+    """Take a lock that is free until a stack is left."""
+    lock = FileLock(place, timeout=0, mode=0o666, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    held.callback(lock.release)
+    return True
 
 
 @contextmanager

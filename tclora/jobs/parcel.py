@@ -59,6 +59,8 @@ class Parcel(BaseModel):
         Digest of the source that the job executes; a worker with another one refuses it.
     beside : int
         Jobs that share the worker's host.
+    gpus : int
+        GPUs that it has there, if there are any.
     timeout : float or None
         Longest time it may take (s).
     lost_after : float or None
@@ -73,6 +75,7 @@ class Parcel(BaseModel):
     models: dict[Digest, Tree] = {}
     source: str
     beside: int = 1
+    gpus: int = 1
     timeout: float | None = None
     lost_after: float | None = None
 
@@ -138,6 +141,7 @@ class Packed(BaseModel):
         source: str,
         beside: int,
         timeout: float | None,
+        gpus: int = 1,
         lost_after: float | None = None,
         models: bool = True,
     ) -> Parcel:
@@ -159,6 +163,7 @@ class Packed(BaseModel):
             models={digest: tree for digest, tree in stored.items() if tree},
             source=source,
             beside=beside,
+            gpus=gpus,
             timeout=timeout,
             lost_after=lost_after,
         )

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 def local_executor(parcel: Parcel) -> LocalExecutor:
-    """Return what runs a job here: beside as many others as it says, in the time it says."""
-    return LocalExecutor(parcel.beside, parcel.timeout, parcel.beside)
+    """Return what runs a job here: beside as many others, with as many GPUs, as it says."""
+    return LocalExecutor(parcel.beside, parcel.timeout, parcel.beside, gpus=parcel.gpus)
 
 
 def perform(

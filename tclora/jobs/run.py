@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 
 from tclora.errors import JobError
 from tclora.jobs.call import EVENTS, Call, EventCallback, result_type
-from tclora.jobs.devices import job_environment, lease_gpu, parallel_jobs, visible_gpus
+from tclora.jobs.devices import job_environment, lease_gpus, parallel_jobs, visible_gpus
 from tclora.jobs.usage import Sample, sorted_out
 
 P = ParamSpec("P")
@@ -48,6 +48,9 @@ class Executor(Protocol):
     def shared_by(self, jobs: int) -> "Executor":
         """Return the executor for one of so many jobs that run beside each other."""
 
+    def with_gpus(self, count: int) -> "Executor":
+        """Return the executor for jobs of so many GPUs each, where there are any."""
+
     def watched_by(self, on_sample: SampleCallback) -> "Executor":
         """Return the executor with a callback for samples of what its jobs use."""
 
@@ -65,7 +68,7 @@ class _Running:
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Runs each job in a process of its own, with a GPU leased to it or its share of the cores.
+    """Runs each job in a process of its own, with GPUs leased to it or its share of the cores.
 
     Attributes
     ----------
@@ -77,12 +80,15 @@ class LocalExecutor:
         Jobs that share the cores; one alone gets them all.
     on_sample : callable or None
         Called with a job's name and a sample of what its process uses; see `tclora.jobs.usage`.
+    gpus : int
+        GPUs of each job, where there are any.
     """
 
     slots: int = 1
     timeout: float | None = None
     parallel: int = 1
     on_sample: SampleCallback | None = None
+    gpus: int = 1
     _running: _Running = field(default_factory=_Running, repr=False)
 
     @classmethod
@@ -93,6 +99,10 @@ class LocalExecutor:
     def shared_by(self, jobs: int) -> "LocalExecutor":
         """Return the executor for one of so many jobs that run beside each other."""
         return replace(self, parallel=max(1, min(jobs, self.slots)))
+
+    def with_gpus(self, count: int) -> "LocalExecutor":
+        """Return the executor for jobs of so many GPUs each, where there are any."""
+        return replace(self, gpus=count)
 
     def watched_by(self, on_sample: SampleCallback) -> "LocalExecutor":
         """Return the executor with a callback for samples of what its jobs use."""
@@ -137,12 +147,12 @@ class LocalExecutor:
         if self._running.stopped.is_set():
             raise JobError(f"job {name} was not started: the run was interrupted")
         with (
-            lease_gpu(visible_gpus(), stopped=self._running.stopped) as gpu,
+            lease_gpus(visible_gpus(), self.gpus, stopped=self._running.stopped) as gpus,
             tempfile.TemporaryDirectory(prefix="tclora-job-") as scratch,
         ):
             spec, log = Path(scratch) / "call.json", Path(scratch) / "stderr"
             spec.write_text(call.model_dump_json(), encoding="utf-8")
-            with log.open("wb") as errors, self._process(spec, errors, gpu) as process:
+            with log.open("wb") as errors, self._process(spec, errors, gpus) as process:
                 outcome = _follow(process, on_event)
             if outcome is None:
                 raise JobError(_death_notice(name, process.returncode, self.timeout, log))
@@ -161,7 +171,7 @@ class LocalExecutor:
 
     @contextmanager
     def _process(
-        self, spec: Path, errors: BinaryIO, gpu: str | None
+        self, spec: Path, errors: BinaryIO, gpus: list[str]
     ) -> Iterator[subprocess.Popen[str]]:
         """Start the job; whatever ends the block (time, an exception, a signal), it ends too."""
         process = subprocess.Popen(
@@ -170,7 +180,7 @@ class LocalExecutor:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **job_environment(self.parallel, gpu)},
+            env={**os.environ, **job_environment(self.parallel, gpus)},
         )
         timer = threading.Timer(self.timeout, process.kill) if self.timeout else None
         if timer:

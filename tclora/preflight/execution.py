@@ -5,6 +5,7 @@ import socket
 
 from tclora.config import Config
 from tclora.errors import ConfigError, StoreError
+from tclora.jobs.devices import visible_gpus
 from tclora.store.objects import Store
 
 _PACKAGES = {"ray": "ray", "dask": "distributed"}
@@ -13,7 +14,7 @@ _PAUSES = (0.5, 1.0, 2.0)  # s between attempts at a store
 
 
 def execution_problems(config: Config) -> list[str]:
-    """Find a package that is missing, a cluster that does not answer, a store that is closed."""
+    """Find missing packages and GPUs, a cluster that does not answer, a store that is closed."""
     execution, problems = config.execution, []
     backend, address = execution.backend, execution.address
     package = _PACKAGES.get(backend)
@@ -26,6 +27,12 @@ def execution_problems(config: Config) -> list[str]:
             f"execution.{backend}_address must be reachable from here, got {address!r} "
             f"({error}); start the cluster, correct the address, or leave it out for a cluster of "
             "the run's own"
+        )
+    team, gpus = config.train.data_parallel, len(visible_gpus()) if execution.workers_here else 0
+    if gpus and team > gpus:
+        problems.append(
+            f"train.data_parallel must be at most the number of GPUs, got {team}, "
+            f"{gpus} are visible; lower it"
         )
     if config.publish_to:
         try:

@@ -71,7 +71,7 @@ class JobCost:
     rows, tokens, steps : int
         Rows and tokens that are trained on, repetitions counted; optimiser steps of all adapters.
     seconds : float
-        Alone on its device, with its start.
+        Alone on its devices, with its start; those of a team share the work evenly.
     loop : float
         Its loop beside the others that run at once (s).
     memory : float
@@ -173,6 +173,11 @@ def plan_training(engine: str, work: Workload, rates: Rates = NOMINAL) -> Traini
     return replace(_planned(chosen.engine, work, rates), reason=reason)
 
 
+def training_slots(slots: int, config: AdapterConfig) -> int:
+    """Return how many training jobs run at once where so many of one process do."""
+    return max(1, slots // config.data_parallel)
+
+
 def device_memory() -> float:
     """Return the memory of the first visible GPU, or of the machine (bytes)."""
     if visible_gpus() and torch.cuda.is_available():
@@ -234,10 +239,11 @@ def job_memory(
 
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
-    base, lengths, slots = work.base, work.lengths, work.slots
+    base, lengths = work.base, work.lengths
+    slots, team = training_slots(work.slots, work.config), work.config.data_parallel
     groups = engines[engine].divide(work.sizes, slots)
     at_once = max(1, min(slots, len(groups)))
-    gpus = len(visible_gpus())
+    gpus = len(visible_gpus()) // team
     part = min(at_once, gpus or 1) / at_once  # of a device, or of the cores, that a job has
     jobs = []
     beside = at_once if not gpus else -(-at_once // gpus)
@@ -247,11 +253,12 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
         alone, loop = (
-            training_seconds(base, config, lengths, tokens, steps, at)
+            training_seconds(base, config, lengths, tokens, steps, at) / (team if gpus else 1)
             for at in (rates, rates.part(part))
         )
         tokens_at_once = _tokens_at_once(config)
         memory = job_memory(base, config, lengths, len(names), work.itemsize, tokens_at_once)
+        memory *= 1 if gpus else team  # of one GPU, or of the machine
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
     largest = sorted((job.memory for job in jobs), reverse=True)
     ends = [START + job.loop for job in jobs]

@@ -117,7 +117,7 @@ class Course:
         self._previous = now
         self.history.append(record)
         self.destination.on_step(record)
-        checkpoint = self.destination.checkpoint
+        checkpoint = self.destination.checkpoint if self.destination.writes else None
         if checkpoint and ((step + 1) % checkpoint.every == 0 or self.done):
             self._optimiser.save(checkpoint.folder, self.history)
 
@@ -154,7 +154,8 @@ class Course:
         target, base_model = self.destination.target, self.destination.base_model
         weights = self._optimiser.best or self._optimiser.masters
         factors = _factors(weights, self.config.scaling)
-        write_adapter(Adapter(self.name, factors, base_model), target)
+        if self.destination.writes:
+            write_adapter(Adapter(self.name, factors, base_model), target)
         tail = self.history[-max(1, len(self.history) // 10) :]
         return TrainingResult(
             history=tuple(self.history),

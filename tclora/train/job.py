@@ -34,6 +34,7 @@ from tclora.train.course import Course, hold_out, peak_memory
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
 from tclora.train.records import Destination, StepLoss, TrainingResult
+from tclora.train.team import Team
 
 logger = logging.getLogger(__name__)
 Weights = dict[str, nn.Parameter]
@@ -60,7 +61,10 @@ class Trainee:
 
 
 def train_side_by_side(
-    model: PreTrainedModel, trainees: Mapping[str, Trainee], config: AdapterConfig
+    model: PreTrainedModel,
+    trainees: Mapping[str, Trainee],
+    config: AdapterConfig,
+    team: Team = Team(),  # noqa: B008  # frozen
 ) -> dict[str, TrainingResult]:
     """Train adapters on one model and write them as stock PEFT directories.
 
@@ -72,6 +76,8 @@ def train_side_by_side(
         By name, at least one. Their order makes no difference.
     config : AdapterConfig
         Rank, learning rate, batch and so on, the same for all.
+    team : Team
+        Processes that train the same adapters on the same rows, this one among them.
 
     Returns
     -------
@@ -100,7 +106,7 @@ def train_side_by_side(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with read.ready():
         model.train()
-        place = _Place(model, read, mixed, config, budget)
+        place = _Place(model, read, mixed, config, budget, team)
         members = [
             place.member(owner, name, trainees[name], weights[owner])
             for owner, name in enumerate(names)
@@ -149,6 +155,7 @@ class _Place(NamedTuple):
     mixed: MixedLora
     config: AdapterConfig
     budget: TokenBudget
+    team: Team
 
     def member(self, owner: int, name: str, trainee: Trainee, weights: Weights) -> _Member:
         """Begin or resume the course of one adapter."""
@@ -167,10 +174,11 @@ class _Place(NamedTuple):
 
     def _validate(self, owner: int, rows: Sequence[TokenRow]) -> float:
         """Return the mean loss on rows held out, nats per response token."""
+        own = self.team.share(rows, [len(row) for row in rows])
 
         def summed(tokens: int) -> float:
             total = 0.0
-            for part in self.read.parts(rows, tokens):
+            for part in self.read.parts(own, tokens):
                 with self.mixed.rows([owner] * len(part.rows), part.lengths):
                     total += float(self.read.losses(part).sum())
             return total
@@ -179,6 +187,7 @@ class _Place(NamedTuple):
         with torch.no_grad():  # which leaves nothing to undo
             total = self.budget.within(summed, lambda: None, max(map(len, rows)))
         self.model.train()
+        (total,) = self.team.sums([total])
         return total / sum(len(row.response) for row in rows)
 
     def gradients(
@@ -191,6 +200,14 @@ class _Place(NamedTuple):
             losses.sum().backward()
         found: list[float] = losses.tolist()
         return found
+
+
+class _Computed(NamedTuple):
+    """Losses by adapter; tokens and positions that went through the model."""
+
+    losses: dict[int, float]
+    tokens: int
+    positions: int
 
 
 class _Job(NamedTuple):
@@ -227,18 +244,28 @@ class _Job(NamedTuple):
     def _step(self, step: int, rows: Sequence[_Row]) -> dict[int, NonFiniteLossError]:
         """Take a step with every adapter that has not taken it before a resume."""
         tokens: Counter[int] = Counter()
+        read: Counter[int] = Counter()
         for row in rows:
             tokens[row.owner] += len(row.tokens.response)
+            read[row.owner] += len(row.tokens)
         live = {owner for owner in tokens if len(self.members[owner].course.history) == step}
-        compute = partial(self._losses, step, rows, tokens, live)
+        team, mixed = self.place.team, self.place.mixed
+        own = team.share(rows, [len(row.tokens) for row in rows])
+        compute = partial(self._losses, step, own, tokens, live)
         forget = partial(self._forget, tokens)
         longest = max(len(row.tokens) for row in rows)
-        seen = self.place.budget.within(compute, forget, longest)
-        mixed = self.place.mixed
+        found = self.place.budget.within(compute, forget, longest)
         if mixed.stacked and len(tokens) > 1 and not mixed.finite():
             forget()
             with mixed.apart():  # so that it stays with the adapter it comes from
-                seen = self.place.budget.within(compute, forget, longest)
+                found = self.place.budget.within(compute, forget, longest)
+        team.add_up(mixed.gradients)
+        *losses, held, computed = team.sums([*found.losses.values(), found.tokens, found.positions])
+        padding, memory = 1 - held / computed if computed else 0.0, peak_memory()
+        seen = {
+            owner: StepLoss(loss, tokens[owner], read[owner], padding, memory)
+            for owner, loss in zip(found.losses, losses, strict=True)
+        }
         self._forget(set(tokens) - live)
         failed = {}
         for owner in sorted(live):
@@ -257,8 +284,8 @@ class _Job(NamedTuple):
         tokens: Mapping[int, int],
         live: set[int],
         token_budget: int,
-    ) -> dict[int, StepLoss]:
-        """Add up the gradients of a step; return every adapter's loss."""
+    ) -> _Computed:
+        """Add up the gradients of this process's rows of a step; return every adapter's loss."""
         losses = dict.fromkeys(tokens, 0.0)
         read = computed = 0
         groups = [row.owner for row in rows]
@@ -268,17 +295,13 @@ class _Job(NamedTuple):
             if live.isdisjoint(owners):
                 continue
             if self.place.config.dropout:  # the same after a resume
-                torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + number)
+                seed = (self.seed * 1_000_003 + step) * 1_009 + number
+                torch.manual_seed(seed * self.place.team.size + self.place.team.rank)
             shares = [1 / tokens[owner] for owner in owners]
             for owner, loss in zip(owners, self.place.gradients(part, owners, shares), strict=True):
                 losses[owner] += loss
             read, computed = read + part.tokens, computed + part.positions
-        padding = 1 - read / computed if computed else 0.0
-        own: Counter[int] = Counter()
-        for row in rows:
-            own[row.owner] += len(row.tokens)
-        memory = peak_memory()
-        return {o: StepLoss(losses[o], tokens[o], own[o], padding, memory) for o in tokens}
+        return _Computed(losses, read, computed)
 
     def _forget(self, owners: Iterable[int]) -> None:
         for owner in owners:

@@ -93,10 +93,14 @@ class MixedLora:
         finally:
             self.stacked = before
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of all adapters, per module and factor."""
+        return [d for own in self._updates for d in (own.grad_a, own.grad_b) if d is not None]
+
     def finite(self) -> bool:
         """Return whether all gradients are finite."""
-        found = [d for own in self._updates for d in (own.grad_a, own.grad_b) if d is not None]
-        norms = torch._foreach_norm(found, 2, dtype=torch.float32)
+        norms = torch._foreach_norm(self.gradients, 2, dtype=torch.float32)
         return bool(torch.stack(norms).isfinite().all())
 
     def _place(self, model: PreTrainedModel, updates: Updates) -> None:

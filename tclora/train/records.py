@@ -93,9 +93,12 @@ class Destination:
         Where and how often to write checkpoints; also after the last step.
     on_step : callable
         Called after each step with its record; after a resume, with the earlier ones first.
+    writes : bool
+        Whether files are written; else checkpoints are resumed only.
     """
 
     target: Path
     base_model: str
     checkpoint: Checkpoint | None = None
     on_step: StepCallback = lambda _: None
+    writes: bool = True

@@ -6,7 +6,7 @@ as if it had been trained alone, so that the choice is one of speed and memory o
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,8 +14,7 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
 from tclora.registry import Registry
-from tclora.train.job import Trainee, train_side_by_side
-from tclora.train.records import Checkpoint, Destination, StepCallback, TrainingResult
+from tclora.train.records import TrainingResult
 
 
 class AdapterRequest(BaseModel):
@@ -78,36 +77,3 @@ class TrainingEngine(Protocol):
 
 
 engines: Registry[TrainingEngine] = Registry("training engine")
-
-
-def train_requests(
-    base: Base,
-    requests: Sequence[AdapterRequest],
-    config: AdapterConfig,
-    checkpoint_steps: int,
-    on_event: EventCallback,
-) -> dict[str, TrainingResult]:
-    """Train adapters side by side on one copy of the base model; see `TrainingEngine.train`."""
-
-    def on_step(name: str) -> StepCallback:
-        def send(record: dict[str, Any]) -> None:
-            on_event({"name": name, **record})
-
-        return send
-
-    loaded = base.load(config.quantisation)
-    trainees = {
-        request.name: Trainee(
-            loaded.rows(request.rows),
-            request.seed,
-            request.init_seed,
-            Destination(
-                request.target,
-                base.location,
-                Checkpoint(request.checkpoint, checkpoint_steps),
-                on_step(request.name),
-            ),
-        )
-        for request in requests
-    }
-    return train_side_by_side(loaded.model, trainees, config)

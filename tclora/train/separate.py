@@ -6,7 +6,8 @@ from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
 from tclora.train.records import TrainingResult
-from tclora.train.registry import AdapterRequest, engines, train_requests
+from tclora.train.registry import AdapterRequest, engines
+from tclora.train.requests import train_requests
 
 
 class Separate:

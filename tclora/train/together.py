@@ -7,7 +7,8 @@ from tclora.jobs.call import EventCallback
 from tclora.jobs.devices import visible_gpus
 from tclora.model.base import Base
 from tclora.train.records import TrainingResult
-from tclora.train.registry import AdapterRequest, engines, train_requests
+from tclora.train.registry import AdapterRequest, engines
+from tclora.train.requests import train_requests
 
 
 class Together:

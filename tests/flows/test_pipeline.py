@@ -591,7 +591,8 @@ def test_a_run_with_a_store_goes_on_where_its_folder_is_not(settings, tmp_path, 
         shutil.rmtree(folder)
     done.clear()
     pipeline(own, until="merge")
-    assert done and not former & set(done)
+    assert done
+    assert not former & set(done)
     assert {path: sha256_path(path) for path in digests} == digests
     assert not list((store / "runs").rglob("*.json"))  # it has ended well
     assert list((store / "objects").rglob("*"))  # `tclora gc --store` removes them

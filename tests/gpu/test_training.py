@@ -104,6 +104,13 @@ def test_in_half_precision_rows_are_packed_and_stay_close(train, changes):
             assert all(record["padding"] == 0 for record in found[name].history)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_team_gives_the_same_adapters(train):
+    _, wanted = train("together", "alone")
+    _, found = train("together", "team", data_parallel=2)
+    assert_close(wanted, found, 1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_what_is_not_finite_stays_with_its_adapter(
     train, tiny_model, tiny_model_dir, tmp_path, dtype, tolerance

@@ -8,14 +8,14 @@ import time
 import pytest
 
 from tclora.errors import JobError
-from tclora.jobs.devices import exclusive, job_environment, lease_gpu, parallel_jobs, visible_gpus
+from tclora.jobs.devices import exclusive, job_environment, lease_gpus, parallel_jobs, visible_gpus
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from tclora.jobs.devices import exclusive, lease_gpu
+from tclora.jobs.devices import exclusive, lease_gpus
 path = Path(sys.argv[1])
-with exclusive(path) if sys.argv[2] == "lock" else lease_gpu(["0"], path):
+with exclusive(path) if sys.argv[2] == "lock" else lease_gpus(["0"], folder=path):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -61,7 +61,7 @@ def test_a_wait_for_a_gpu_ends_when_the_run_is_stopped(holder):
     threading.Timer(0.3, stopped.set).start()
     with (
         pytest.raises(JobError, match="when the run was interrupted"),
-        lease_gpu(["0"], folder, stopped),
+        lease_gpus(["0"], folder=folder, stopped=stopped),
     ):
         pytest.fail("another process holds it")
 
@@ -76,10 +76,10 @@ def test_leases_are_open_to_all_users_of_a_machine(holder):
 @pytest.mark.parametrize("holder", ["gpu"], indirect=True)
 def test_a_killed_holder_gives_its_gpu_back(holder):
     folder, process = holder
-    with lease_gpu(["0", "1"], folder) as gpu:
+    with lease_gpus(["0", "1"], folder=folder) as (gpu,):
         assert gpu == "1"
     started = kill_soon(process)
-    with lease_gpu(["0"], folder) as gpu:
+    with lease_gpus(["0"], folder=folder) as (gpu,):
         assert gpu == "0"
         assert time.monotonic() - started > 0.4
 
@@ -87,20 +87,46 @@ def test_a_killed_holder_gives_its_gpu_back(holder):
 def test_leases_are_of_different_gpus_and_return(tmp_path):
     gpus = ["0", "1", "GPU-abc"]
     with (
-        lease_gpu(gpus, tmp_path) as a,
-        lease_gpu(gpus, tmp_path) as b,
-        lease_gpu(gpus, tmp_path) as c,
+        lease_gpus(gpus, folder=tmp_path) as [a],
+        lease_gpus(gpus, folder=tmp_path) as [b],
+        lease_gpus(gpus, folder=tmp_path) as [c],
     ):
         assert {a, b, c} == set(gpus)
-    with lease_gpu(gpus, tmp_path) as again:
-        assert again == "0"
+    with lease_gpus(gpus, folder=tmp_path) as again:
+        assert again == ["0"]
+
+
+def test_jobs_of_several_gpus_take_turns_without_standing_in_each_others_way(tmp_path):
+    """Each of two holds one of two GPUs and waits for the other: that must not come about."""
+    done = []
+
+    def work():
+        for _ in range(5):
+            with lease_gpus(["0", "1"], 2, tmp_path) as gpus:
+                done.append(gpus)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    with lease_gpus(["0", "1"], folder=tmp_path) as one:
+        assert len(one) == 1
+    for thread in threads:
+        thread.join(60)
+    assert len(done) == 15
+    assert all(sorted(gpus) == ["0", "1"] for gpus in done)
+
+
+def test_more_gpus_than_there_are_cannot_be_leased(tmp_path):
+    wanted = r"train.data_parallel=3 must have 3 GPUs, this machine has 2; lower it"
+    with pytest.raises(JobError, match=wanted), lease_gpus(["0", "1"], 3, tmp_path):
+        pytest.fail("there are two")
 
 
 def test_more_threads_than_gpus_take_turns(tmp_path):
     holding, most, seen = set(), [], []
 
     def work():
-        with lease_gpu(["0", "1"], tmp_path) as gpu:
+        with lease_gpus(["0", "1"], folder=tmp_path) as (gpu,):
             assert gpu not in holding
             holding.add(gpu)
             most.append(len(holding))
@@ -118,8 +144,8 @@ def test_more_threads_than_gpus_take_turns(tmp_path):
 
 
 def test_a_machine_without_gpu_leases_none(tmp_path):
-    with lease_gpu([], tmp_path / "none") as gpu:
-        assert gpu is None
+    with lease_gpus([], folder=tmp_path / "none") as gpus:
+        assert gpus == []
     assert not (tmp_path / "none").exists()
 
 
@@ -140,3 +166,4 @@ def test_parallel_jobs(monkeypatch):
     assert parallel_jobs("auto") == 8
     assert job_environment(8)["OMP_NUM_THREADS"] == "8"
     assert job_environment(100)["OMP_NUM_THREADS"] == "1"
+    assert job_environment(1, ["0", "2"])["CUDA_VISIBLE_DEVICES"] == "0,2"

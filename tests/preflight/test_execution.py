@@ -50,6 +50,14 @@ def test_other_back_ends_need_no_cluster(backend):
     assert execution_problems(given) == []
 
 
+@pytest.mark.parametrize(("gpus", "wanted"), [("0,1", 1), ("0,1,2", 0), ("", 0)])
+def test_a_team_has_no_more_processes_than_there_are_gpus(monkeypatch, gpus, wanted):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    found = execution_problems(load_config({"train": {"data_parallel": 3}}))
+    message = "train.data_parallel must be at most the number of GPUs, got 3, 2 are visible; "
+    assert found == [f"{message}lower it"] * wanted
+
+
 def test_a_store_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "_PAUSES", ())
     (tmp_path / "file").write_text("no folder")

@@ -70,6 +70,24 @@ def test_jobs_beside_each_other_share_the_cores():
     assert alone.seconds == pytest.approx(sum(job.seconds for job in alone.jobs))
 
 
+def test_a_team_of_gpus_takes_its_share_of_the_time(monkeypatch):
+    team = CONFIG.model_copy(update={"data_parallel": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    wanted = plan("together", slots=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    found = plan("together", slots=4, config=team)
+    assert [job.names for job in found.jobs] == [job.names for job in wanted.jobs]
+    assert [2 * job.loop for job in found.jobs] == pytest.approx([j.loop for j in wanted.jobs])
+    assert [job.memory for job in found.jobs] == [job.memory for job in wanted.jobs]
+
+
+def test_a_team_on_a_cpu_has_as_many_copies():
+    team = CONFIG.model_copy(update={"data_parallel": 2})
+    (alone,), (shared,) = plan("together").jobs, plan("together", config=team).jobs
+    assert shared.memory == 2 * alone.memory
+    assert shared.loop == alone.loop
+
+
 def test_one_copy_of_the_base_is_less_memory():
     separate, together = plan("separate", slots=4), plan("together", slots=4)
     assert separate.memory > 3 * BASE.parameters * 4

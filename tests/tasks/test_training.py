@@ -11,6 +11,7 @@ from tasks.progress import JobProgress
 from tasks.where import Where
 from tclora.adapter import read_adapter
 from tclora.config import AdapterConfig
+from tclora.errors import JobError
 from tclora.jobs.usage import Sample
 from tclora.model.token_file import SUFFIX, write_tokens
 from tests.tasks.conftest import Inline, cluster_row_files
@@ -104,3 +105,13 @@ def test_what_a_training_uses_is_in_its_own_run(logged, base):
     curve = client.get_metric_history(nested.info.run_id, "system/cpu_utilization_percentage")
     assert [(point.step, point.value) for point in curve] == [(0, 50.0), (1, 75.0)]
     assert nested.data.tags["tclora.host"] == "host-50, host-75"
+
+
+def test_a_job_has_a_gpu_for_each_of_its_processes(logged, base):
+    class Full(Inline):
+        def run_isolated(self, function, /, **arguments):
+            raise JobError(f"no {self.gpus} GPUs are free")
+
+    where = Where(logged.layout, logged.run, Full(), JobProgress())
+    with pytest.raises(JobError, match="no 2 GPUs are free"):
+        train(cluster_row_files(logged), base, where, data_parallel=2)

@@ -108,6 +108,31 @@ def digests(folder, names=tuple(ROWS)):
     return {name: sha256_path(folder / name) for name in names}
 
 
+@pytest.mark.timeout(600)  # processes that import torch
+def test_a_team_gives_the_same_adapters(train):
+    changes = {"validation_fraction": 0.3, "validation_steps": 2, "patience": 2}
+    alone, events, one = train(folder="alone", **changes)
+    team, told, two = train(folder="team", data_parallel=2, **changes)
+    assert_same_adapters(one, two)
+    assert_same_results(alone, team)
+    assert [(e["name"], e["step"]) for e in told] == [(e["name"], e["step"]) for e in events]
+
+
+@pytest.mark.timeout(600)
+def test_a_team_goes_on_where_it_was_ended(train):
+    def end(event):
+        if event["step"] == 12:
+            raise KeyboardInterrupt
+
+    whole, _, one = train(folder="whole", names=("animals", "cars"), data_parallel=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(names=("animals", "cars"), data_parallel=2, on_event=end)
+    again, told, two = train(names=("animals", "cars"), data_parallel=2)
+    assert digests(one, ("animals", "cars")) == digests(two, ("animals", "cars"))
+    assert histories(again) == histories(whole)
+    assert len(told) == sum(result.steps for result in whole.values())
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -14,6 +14,7 @@ from tclora.evaluate.compare import METRICS, Comparison, compare_items, result_i
 from tclora.evaluate.tables import ITEMS
 from tclora.library.layout import Layout
 from tclora.report.notation import MISSING
+from tclora_cli.tables import print_whole
 
 
 def print_comparison(
@@ -37,7 +38,7 @@ def print_comparison(
         table.add_column(column, justify="left" if column == "task" else "right", no_wrap=True)
     for line in found:
         table.add_row(*_cells(line))
-    console.print(table)
+    print_whole(table, console)
 
 
 def _open(spec: str) -> tuple[pd.DataFrame, str]:

@@ -25,6 +25,7 @@ from tclora.jobs.call import Event
 from tclora.library.names import OWN
 from tclora.library.published import library_folder
 from tclora.route import routers
+from tclora_cli.tables import print_whole
 
 _ONE_OF = {
     "template": ("chat", "plain"),
@@ -70,7 +71,7 @@ def run_evaluation(request: EvaluationRequest, console: Console) -> None:
     tables = Tables.of(evaluate_target(target, plan, results, show), seed=request.seed)
     files = write_tables(tables, results.root)
     for title, table in tables.shown().items():
-        console.print(_terminal(title, table))
+        print_whole(_terminal(title, table), console)
     console.print(f"{'results':<16}{results.root}", highlight=False, soft_wrap=True, markup=False)
     if request.track:
         _track(request, target, plan, tables, files, console)

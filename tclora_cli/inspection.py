@@ -12,6 +12,7 @@ from rich.table import Table
 from tclora.adapter.union import module_names
 from tclora.merge import MethodInfo, methods
 from tclora_cli.folders import read_adapters
+from tclora_cli.tables import print_whole
 
 if TYPE_CHECKING:
     from tclora.tensor.interference import Interference
@@ -45,7 +46,13 @@ def print_inspection(specs: Sequence[str], picture: Path | None, console: Consol
     table = Table("adapter", "modules", "ranks", "norm of update", "base model")
     for adapter in adapters:
         ranks, square = set(), 0.0
-        for module in track(module_names([adapter]), adapter.name, console=console, transient=True):
+        for module in track(
+            module_names([adapter]),
+            adapter.name,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
             B, A = adapter.modules[module]
             ranks.add(A.shape[0])
             square += float(((B.T.double() @ B.double()) * (A.double() @ A.T.double())).sum())
@@ -53,11 +60,11 @@ def print_inspection(specs: Sequence[str], picture: Path | None, console: Consol
             adapter.name, str(len(adapter.modules)), ", ".join(map(str, sorted(ranks))),
             f"{square**0.5:.4g}", adapter.base_model or "-",
         )  # fmt: skip
-    console.print(table)
+    print_whole(table, console)
     if len(adapters) > 1:
         measured = interference(adapters)
         for name in MEASURES:
-            console.print(_matrix(name.replace("_", " "), getattr(measured, name)))
+            print_whole(_matrix(name.replace("_", " "), getattr(measured, name)), console)
         if picture:
             _draw(measured, picture)
             console.print(f"picture: {picture}", highlight=False, soft_wrap=True)

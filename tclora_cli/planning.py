@@ -5,6 +5,7 @@ from rich.table import Table
 
 from tclora.preflight.plan import Plan
 from tclora.report.notation import duration, number, size
+from tclora_cli.tables import print_whole
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -20,9 +21,9 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row(stage.name, *map(number, counts), duration(stage.seconds), size(stage.memory))
     total = sum(stage.seconds for stage in plan.stages)
     table.add_row("all", "", "", "", "", duration(total), size(max(s.memory for s in plan.stages)))
-    console.print(table)
+    print_whole(table, console)
     if plan.training:
-        console.print(_jobs(plan))
+        print_whole(_jobs(plan), console)
     for line in plan.assumptions:
         console.print(f"- {line}", highlight=False, soft_wrap=True, markup=False)
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, OWN
+from tclora_cli.tables import print_whole
 
 Row = Mapping[Any, Any]
 _SPLITS = {"test": "in-domain", "ood": "OOD", "composition": "composition"}
@@ -21,7 +22,7 @@ def print_results(outcome: Mapping[str, str], console: Console, *, finished: boo
     """Print the places of all results, and the method table of a run that went to its end."""
     library = Path(outcome["library"])
     if finished and Layout(library).evaluation.summary.exists():
-        console.print(method_table(library))
+        print_whole(method_table(library), console)
     for label, place in _places(outcome, library, finished):
         console.print(f"{label:<15} {place}", highlight=False, soft_wrap=True, markup=False)
 

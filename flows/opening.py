@@ -42,14 +42,13 @@ def opened(
     staging = Layout(staging_area(library))
     with (
         exclusive(lock, on_wait=_say_waiting),
-        stored_stages(config) as stored,
         executing(config, staging, around) as executor,
         _mlflow_run(config, models) as run,
         watching(run, executor) as watched,
     ):
         begin(library)
         steps = config.train.checkpoint_steps
-        records = [*([LinkedStages(shared)] if shared else []), *stored]
+        records = [*([LinkedStages(shared)] if shared else []), *stored_stages(config)]
         where = Where(staging, run, watched, JobProgress(), steps, records)
         yield Context(_settled(config), models, where, shared)
 

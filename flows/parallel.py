@@ -14,8 +14,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def parallel_flow(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a flow, whose first argument is the context, that runs jobs beside each other."""
+def _slots(context: Context) -> int:
+    return context.where.executor.slots
+
+
+def parallel_flow(
+    name: str, slots: Callable[[Context], int] = _slots
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a flow, whose first argument is the context, that runs jobs beside each other.
+
+    `slots` says how many; by default as many as the executor takes.
+    """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         made: Flow[P, R] = flow(name=name, validate_parameters=False)(function)
@@ -24,8 +33,8 @@ def parallel_flow(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             context = args[0]
             if not isinstance(context, Context):
                 raise TypeError(f"the first argument of {name} must be a Context, got {context!r}")
-            slots = context.where.executor.slots
-            runner: Any = ThreadPoolTaskRunner(max_workers=slots)  # its stubs and Flow's disagree
+            threads = slots(context)
+            runner: Any = ThreadPoolTaskRunner(max_workers=threads)  # its stubs and Flow's disagree
             with context.where.progress.shown():
                 return made.with_options(task_runner=runner)(*args, **kwargs)
 

@@ -17,6 +17,7 @@ from flows.prepare import prepare
 from flows.publish import publish
 from flows.train import train
 from tasks.artifact import Artifact, Artifacts
+from tasks.shared import forget_stages
 from tclora.config import Config, load_config
 from tclora.library.layout import Layout
 from tclora.preflight import Models, check
@@ -71,6 +72,8 @@ def run(config: Config, last: str) -> dict[str, str]:
 def _run(config: Config, models: Models, last: str, shared: Path | None = None) -> dict[str, str]:
     with opened(config, models, shared) as context:
         library = _run_steps(context, last)
+    if last == LAST and shared is None:  # those of a study are forgotten when it ends
+        forget_stages(config)
     run = context.where.run
     return {
         "until": last,

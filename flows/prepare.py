@@ -47,7 +47,7 @@ def _features(context: Context, examples: Artifact, embeddings: Artifact) -> Art
             examples,
             embeddings,
             cfg.cluster.only(FeatureConfig),
-            cfg.train.only(AdapterConfig),
+            cfg.train.only(AdapterConfig).model_copy(update={"data_parallel": 1}),
             context.base,
             cfg.seed,
             context.where,

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 
 from flows.pipeline import checked_pipeline
+from tasks.shared import forget_stages
 from tclora.config import Config
 from tclora.errors import ConfigError, JobError, TcloraError
 from tclora.library.layout import Layout
@@ -69,6 +70,8 @@ def study(name: str, config: Config, axes: Axes) -> dict[str, str]:
         write_study(layout, f"{config.name}: {kind.summary}", outcome)
     if failed:
         raise JobError(_failures(failed, len(cells)))
+    for cell in cells:
+        forget_stages(cell.config)
     return {"folder": str(layout.folder), "summary": str(layout.summary)}
 
 

@@ -22,7 +22,12 @@ from tclora.preflight.training import (
 from tclora.train.engines import engines
 
 
-@parallel_flow("train-library")
+def _slots(context: Context) -> int:
+    config = context.config
+    return training_slots(config.resources.jobs, context.where.executor.slots, config.train)
+
+
+@parallel_flow("train-library", _slots)
 def train(context: Context, prepared: Prepared) -> Trained:
     """Train the joint adapter and one per cluster, as the engine divides them among jobs."""
     cfg = context.config
@@ -33,8 +38,9 @@ def train(context: Context, prepared: Prepared) -> Trained:
     sizes = {name: int(part.info["rows"]) for name, part in rows.items()}
     planned = _plan(context, prepared, sizes) if cfg.execution.workers_here else None
     engine = planned.engine if planned else cfg.train.engine
-    groups = engines[engine].divide(sizes, training_slots(context.where.executor.slots, cfg.train))
-    where = context.where.shared_by(len(groups))
+    slots = _slots(context)
+    groups = engines[engine].divide(sizes, slots)
+    where = context.where.shared_by(min(len(groups), slots))
     futures = {
         (job := "+".join(names)): train_stage.submit(
             job,
@@ -64,7 +70,7 @@ def _plan(context: Context, prepared: Prepared, sizes: Mapping[str, int]) -> Tra
         base_size(context.base.location, train),
         train.only(AdapterConfig),
         Lengths(prompt + response, response),
-        slots=context.where.executor.slots,
+        slots=_slots(context),
         itemsize=dtype.itemsize,
     )
     planned = plan_training(train.engine, work, measured_rates(dtype, seconds=0.1))

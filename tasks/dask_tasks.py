@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.attempts import do_job
-from tasks.fleet import Ending, Fate, SentJob, Sign
+from tasks.fleet import Ending, Fate, SentJob, Sign, gpus_asked
 from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import visible_gpus
 from tclora.jobs.records import JobRecords
@@ -145,7 +145,9 @@ def _while_wanted(executor: LocalExecutor) -> Iterator[None]:
 
 
 @contextmanager
-def dask_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[DaskTasks]:
+def dask_tasks(
+    address: str | None, gpus: int | str, workers: int, most: int = 1
+) -> Iterator[DaskTasks]:
     """Connect to a Dask scheduler, or start a cluster here that ends with the block.
 
     Parameters
@@ -156,6 +158,8 @@ def dask_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[D
         What a job asks for of the resource ``GPU``; "auto": one if any worker has it.
     workers : int
         Workers of a cluster of this run's own.
+    most : int
+        GPUs of the largest job.
 
     Yields
     ------
@@ -164,7 +168,7 @@ def dask_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[D
     Raises
     ------
     ConfigError
-        If there is no such scheduler.
+        If there is no such scheduler, or all its workers have fewer GPUs than the largest job.
     """
     from distributed import Client
 
@@ -178,8 +182,8 @@ def dask_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[D
             ) from error
         with client:
             there = client.scheduler_info(n_workers=-1)["workers"].values()
-            found = any(worker["resources"].get(GPU) for worker in there)
-            yield DaskTasks(client, int(found) if gpus == "auto" else int(gpus))
+            largest = max((int(worker["resources"].get(GPU, 0)) for worker in there), default=0)
+            yield DaskTasks(client, gpus_asked(gpus, largest, most, "a Dask worker's resource GPU"))
 
 
 @contextmanager

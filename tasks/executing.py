@@ -71,14 +71,14 @@ def executing(config: Config, layout: Layout, around: Executor | None = None) ->
 
 @contextmanager
 def _fleet(config: Config, workers: int, around: Executor | None) -> Iterator[Fleet]:
-    execution = config.execution
+    execution, most = config.execution, config.train.data_parallel
     if isinstance(around, RemoteExecutor):
         yield around.fleet
     elif execution.backend == "ray":
-        with ray_tasks(execution.ray_address, execution.gpus_per_job, workers) as ray:
+        with ray_tasks(execution.ray_address, execution.gpus_per_job, workers, most) as ray:
             yield ray
     elif execution.backend == "dask":
-        with dask_tasks(execution.dask_address, execution.gpus_per_job, workers) as dask:
+        with dask_tasks(execution.dask_address, execution.gpus_per_job, workers, most) as dask:
             yield dask
     else:
         flow_runs = FlowRuns(execution.deployment, execution.lost_after)

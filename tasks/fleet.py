@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from tclora.errors import ConfigError
 from tclora.jobs.call import EventCallback
 from tclora.jobs.records import JobRecords
 
@@ -105,3 +106,32 @@ class SentJob:
             self._parts[attempt] = self.heard(attempt) + 1
             for event in events:
                 self._on_event(event)
+
+
+def gpus_asked(asked: int | str, largest: int, most: int, where: str) -> int:
+    """Return whether jobs of a cluster ask for their GPUs, 1 or 0.
+
+    Parameters
+    ----------
+    asked : int or "auto"
+        `execution.gpus_per_job`; "auto": if there are any.
+    largest : int
+        GPUs of the largest machine of the cluster.
+    most : int
+        GPUs of the largest job.
+    where : str
+        What such a machine is called.
+
+    Raises
+    ------
+    ConfigError
+        If the largest job can run nowhere, and no autoscaler is waited for.
+    """
+    if asked != "auto":
+        return int(asked)
+    if 0 < largest < most:
+        raise ConfigError(
+            f"train.data_parallel must be at most the GPUs of {where}, got {most}, the largest "
+            f"has {largest}; lower it, or set execution.gpus_per_job=1 to wait for a larger one"
+        )
+    return min(1, largest)

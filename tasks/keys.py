@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from tasks.artifact import Artifact
 from tasks.closure import closure
+from tasks.shared import Result, Shared
 from tasks.where import Where
 from tclora.files import sha256_json
 from tclora.jobs import worker
@@ -80,15 +81,36 @@ def _shared(stage: Task[..., Any], inputs: Mapping[str, Any], run: Callable[[], 
     if where is None or not where.shared:
         return run()
     key = stage_key(stage, inputs, placed=False)
+    found = next(filter(None, (_taken(s, stage, key, where) for s in where.shared)), None)
+    result: Any = run() if found is None else found[0]
     for shared in where.shared:
-        found: Any = shared.take_over(key, where.layout.root)
-        if found is not None:
-            get_run_logger().info("%s: taken over from another run", stage.name)
-            return found  # type: ignore[no-any-return]
-    result: Any = run()
-    for shared in where.shared:
-        shared.record(key, result)
+        if found is None or shared is not found[1]:
+            _recorded(shared, stage, key, result)
     return result  # type: ignore[no-any-return]
+
+
+def _taken(
+    shared: Shared, stage: Task[..., Any], key: str, where: Where
+) -> tuple[Result, Shared] | None:
+    """Return what another run has left, and where; None where there is nothing."""
+    try:
+        found = shared.take_over(key, where.layout.root)
+    except shared.failures as error:
+        get_run_logger().warning("%s: nothing is taken over: %s", stage.name, error)
+        return None
+    if found is None:
+        return None
+    get_run_logger().info("%s: taken over from another run", stage.name)
+    return found, shared
+
+
+def _recorded(shared: Shared, stage: Task[..., Any], key: str, result: Result) -> None:
+    """Leave what a stage has made for others; it is made whether that works or not."""
+    try:
+        shared.record(key, result)
+    except shared.failures as error:
+        message = "%s: what it has made is not kept for a run on another machine: %s"
+        get_run_logger().warning(message, stage.name, error)
 
 
 def stage_key(stage: Task[..., Any], inputs: Mapping[str, Any], *, placed: bool = True) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.attempts import do_job
-from tasks.fleet import Ending, Fate, SentJob, Sign
+from tasks.fleet import Ending, Fate, SentJob, Sign, gpus_asked
 from tclora.errors import ConfigError
 from tclora.jobs.devices import visible_gpus
 
@@ -93,7 +93,9 @@ class _Attempt:
 
 
 @contextmanager
-def ray_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[RayTasks]:
+def ray_tasks(
+    address: str | None, gpus: int | str, workers: int, most: int = 1
+) -> Iterator[RayTasks]:
     """Connect to a Ray cluster, or start one here that ends with the block or this process.
 
     Parameters
@@ -105,6 +107,8 @@ def ray_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[Ra
         GPUs that a job asks for; "auto": one if the cluster has any.
     workers : int
         Jobs at once of a cluster of this run's own.
+    most : int
+        GPUs of the largest job.
 
     Yields
     ------
@@ -113,7 +117,7 @@ def ray_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[Ra
     Raises
     ------
     ConfigError
-        If there is no such cluster.
+        If there is no such cluster, or all its nodes have fewer GPUs than the largest job.
 
     Notes
     -----
@@ -138,8 +142,9 @@ def ray_tasks(address: str | None, gpus: int | str, workers: int) -> Iterator[Ra
                 "write ray://HOST:10001"
             ) from error
     try:
-        there = ray.cluster_resources().get("GPU", 0)
-        yield RayTasks(min(1, int(there)) if gpus == "auto" else int(gpus))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        largest = max((int(node.get("GPU", 0)) for node in nodes), default=0)
+        yield RayTasks(gpus_asked(gpus, largest, most, "a Ray node"))
     finally:
         if not connected:
             ray.shutdown()

@@ -3,23 +3,24 @@
 A run leaves a record of every stage: what it was given, by digests and without places, and the
 files that came of it. Another run that would do the same takes them over, if they are still there
 and unchanged. The cells of a study share in a folder. A run with a store keeps its own there until
-it has ended well, so that it can go on on another machine. Other runs share nothing, so that what
-was deleted from a library is made anew (ADR 2).
+it has ended well, so that it can go on on another machine. Other runs share nothing, and a run that
+finds its finished library takes nothing from the store, so that what was deleted from a library is
+made anew (ADR 2).
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from prefect import get_run_logger
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.artifact import Artifact, Artifacts
 from tclora.config import Config
 from tclora.files import atomic_path, write_text
+from tclora.library.layout import Layout
 from tclora.model.place import cache_dir
 from tclora.store.objects import Store
 from tclora.store.stages import StageRecords
@@ -30,7 +31,17 @@ _ALONE = ""  # name of an artifact that is the only one
 
 
 class Shared(Protocol):
-    """Where stages leave what they have made."""
+    """Where stages leave what they have made.
+
+    Attributes
+    ----------
+    failures : tuple of type
+        What is raised where that place cannot be used; a run does without it then.
+    """
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What is raised where that place cannot be used."""
 
     def record(self, key: str, result: Result) -> None:
         """Note what a stage of this key has made."""
@@ -50,6 +61,7 @@ class LinkedStages:
     """
 
     folder: Path
+    failures: tuple[type[Exception], ...] = ()
 
     def record(self, key: str, result: Result) -> None:
         """See `Shared`."""
@@ -77,9 +89,17 @@ class StoredStages:
     ----------
     records : StageRecords
         Of the run.
+    reads : bool
+        Whether anything is taken over.
     """
 
     records: StageRecords
+    reads: bool = True
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """See `Shared`."""
+        return self.records.store.failures
 
     def record(self, key: str, result: Result) -> None:
         """See `Shared`."""
@@ -92,24 +112,36 @@ class StoredStages:
 
     def take_over(self, key: str, root: Path) -> Result | None:
         """See `Shared`."""
-        found = self.records.place(key, root, cache_dir() / "objects")
+        found = self.records.place(key, root, cache_dir() / "objects") if self.reads else None
         if found is None:
             return None
-        parts = {name: Artifact(root=root, **part) for name, part in found.items()}
+        try:
+            parts = {name: Artifact(root=root, **part) for name, part in found.items()}
+        except ValidationError:  # another version's, or a figure that JSON does not have
+            return None
         return parts.get(_ALONE, parts)
 
 
-@contextmanager
-def stored_stages(config: Config) -> Iterator[list[Shared]]:
-    """Keep what a run's stages make in its store, if it has one, until the run has ended well."""
+def stored_stages(config: Config) -> list[Shared]:
+    """Return where a run keeps what its stages make until it has ended well, if it has a store."""
     if not config.execution.store:
-        yield []
+        return []
+    store = Store(config.execution.store)
+    finished = Layout(config.library_dir).manifest.exists()
+    return [StoredStages(StageRecords.of_library(store, config.library_dir), reads=not finished)]
+
+
+def forget_stages(config: Config) -> None:
+    """Remove the records of a run that has ended well, and of its further training seeds."""
+    if not config.execution.store:
         return
     store = Store(config.execution.store)
-    store.check()
-    records = StageRecords.of_library(store, config.library_dir)
-    yield [StoredStages(records)]
-    records.forget()
+    for part in (config, *config.replicas()):
+        try:
+            StageRecords.of_library(store, part.library_dir).forget()
+        except store.failures as error:
+            message = "records of %s stay in %s until `tclora gc` removes them: %s"
+            get_run_logger().warning(message, part.name, store.url, error)
 
 
 def _linked(artifact: Artifact, root: Path) -> Artifact:

@@ -45,15 +45,15 @@ class ExecutionConfig(Section):
     )
     gpus_per_job: Literal["auto", 0, 1] = Field(
         "auto",
-        description="GPUs that a Ray job asks for, or of a Dask worker's resource GPU; auto: one "
-        "if the cluster has any",
+        description="GPUs that a Ray job asks for, or of a Dask worker's resource GPU, for each of "
+        "its processes (train.data_parallel); auto: one if the cluster has any",
     )
     store: str | None = Field(
         None,
         description="fsspec URL through which jobs and this machine exchange files, such as "
         "file:///mnt/store or s3://bucket/prefix; without credentials, which come from the "
         "environment; with any backend, what a run has done is kept there until it has ended, so "
-        "that one that was killed goes on on another machine, at the same path; Ray and Dask do "
+        "that one that was killed goes on on another machine made alike; Ray and Dask do "
         "without one where all workers see the output folder",
     )
     jobs_per_host: Positive = Field(

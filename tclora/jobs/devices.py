@@ -112,9 +112,11 @@ def _gathered(
     """Return leased GPUs, fewer than wanted if the wait was ended; `held` gives them back."""
     taken: list[str] = []
     with ExitStack() as queue:
-        while count > 1 and not _locked(folder / "several.lock", queue):
-            if stopped.wait(_POLL_SECONDS):
-                return taken
+        # Who gathers several keeps others who would from the same ones; in the same order for all.
+        for gpu in sorted(gpus) if count > 1 else ():
+            while not _locked(folder / f"several-gpu{gpu}.lock", queue):
+                if stopped.wait(_POLL_SECONDS):
+                    return taken
         while not stopped.is_set():
             for gpu in gpus:
                 wanted = len(taken) < count and gpu not in taken

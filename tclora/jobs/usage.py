@@ -8,6 +8,7 @@ NVML's, in the order of the PCI bus.
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -61,11 +62,17 @@ class Sampling(Repeating):
         Takes a sample.
     pause : float
         Time between two samples (s); shares of a processor are means over it.
+    family : bool
+        Whether processes that it has started count too.
     """
 
-    def __init__(self, tell: Callable[[Sample], None], pause: float = 10.0) -> None:
+    def __init__(
+        self, tell: Callable[[Sample], None], pause: float = 10.0, *, family: bool = False
+    ) -> None:
         super().__init__(lambda: tell(self._sample()), pause)
         self._process, self._gpus = psutil.Process(), list(_gpus())
+        self._family = family
+        self._children: dict[int, psutil.Process] = {}
         self._host = socket.gethostname()
 
     def __enter__(self) -> Self:
@@ -75,16 +82,29 @@ class Sampling(Repeating):
 
     def _sample(self) -> Sample:
         memory = psutil.virtual_memory()
+        cpu, resident = self._used()
         sample = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / _MEGABYTE,
             "system_memory_usage_percentage": 100 * memory.used / memory.total,
-            "process_cpu_utilization_percentage": self._process.cpu_percent(),  # of one core
-            "process_memory_usage_megabytes": self._process.memory_info().rss / _MEGABYTE,
+            "process_cpu_utilization_percentage": cpu,  # of one core
+            "process_memory_usage_megabytes": resident / _MEGABYTE,
         }
         for gpu in self._gpus:
             sample |= gpu()
         return Sample(self._host, {name: round(value, 1) for name, value in sample.items()})
+
+    def _used(self) -> tuple[float, float]:
+        """Return what is used: % of one core, and bytes."""
+        children = self._process.children(recursive=True) if self._family else ()
+        # Those that are known remember their former times.
+        self._children = {child.pid: self._children.get(child.pid, child) for child in children}
+        cpu = resident = 0.0
+        for process in (self._process, *self._children.values()):
+            with suppress(psutil.Error):  # it has ended
+                cpu += process.cpu_percent()
+                resident += process.memory_info().rss
+        return cpu, resident
 
 
 def _gpus() -> Iterator[Callable[[], dict[str, float]]]:

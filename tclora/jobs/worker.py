@@ -37,7 +37,7 @@ def main(path: str) -> None:
         call = Call.model_validate_json(Path(path).read_text(encoding="utf-8"))
         with lasting():
             call.load()
-        with Sampling(lambda sample: on_event({SAMPLE: sample})):
+        with Sampling(lambda sample: on_event({SAMPLE: sample}), family=True):
             result = call.run(on_event)
         send({"result": result})
     except (TcloraError, OSError) as error:

@@ -25,6 +25,11 @@ def installed() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
+def _present(device: str) -> str:
+    """Return a device with its number: "cuda" alone is the first GPU to transformers."""
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
 def load_quantised(location: str, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """Load a causal LM with its linear layers in NF4, in evaluation mode.
 
@@ -49,7 +54,10 @@ def load_quantised(location: str, dtype: torch.dtype, device: str = "cpu") -> Pr
     )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, quantization_config=quantisation, device_map=device
+            location,
+            dtype=dtype,
+            quantization_config=quantisation,
+            device_map={"": _present(device)},
         )
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -34,11 +34,12 @@ def execution_problems(config: Config) -> list[str]:
             f"train.data_parallel must be at most the number of GPUs, got {team}, "
             f"{gpus} are visible; lower it"
         )
-    if config.publish_to:
+    for field, url in (("publish_to", config.publish_to), ("execution.store", execution.store)):
         try:
-            Store(config.publish_to, _PAUSES).check()
+            if url:
+                Store(url, _PAUSES).check()
         except (ConfigError, StoreError) as error:
-            problems.append(f"publish_to: {error}")
+            problems.append(f"{field}: {error}")
     return problems
 
 

@@ -37,6 +37,7 @@ from tclora.preflight.training import (
     Workload,
     job_memory,
     plan_training,
+    training_slots,
 )
 
 _STEP_OF = {
@@ -199,12 +200,12 @@ class _Costs:
 
     def training(self) -> TrainingPlan:
         """Plan the training of all adapters, the clusters' of equal size."""
-        train, rows = self._config.train, self._rows
+        train, rows, jobs = self._config.train, self._rows, self._config.resources.jobs
         sizes = {cluster_name(k): rows.train // self._k for k in range(self._k)}
         sizes |= {JOINT: rows.train} if train.joint else {}
         work = Workload(
             sizes, self._shape, train.only(AdapterConfig), self._lengths(),
-            slots=parallel_jobs(self._config.resources.jobs), itemsize=self._itemsize,
+            slots=training_slots(jobs, parallel_jobs(jobs), train), itemsize=self._itemsize,
         )  # fmt: skip
         return plan_training(train.engine, work, self._rates)
 

@@ -173,9 +173,19 @@ def plan_training(engine: str, work: Workload, rates: Rates = NOMINAL) -> Traini
     return replace(_planned(chosen.engine, work, rates), reason=reason)
 
 
-def training_slots(slots: int, config: AdapterConfig) -> int:
-    """Return how many training jobs run at once where so many of one process do."""
-    return max(1, slots // config.data_parallel)
+def training_slots(configured: int | str, slots: int, config: AdapterConfig) -> int:
+    """Return how many training jobs run at once.
+
+    Parameters
+    ----------
+    configured : int or "auto"
+        ``resources.jobs``; if given, it counts jobs, of however many processes.
+    slots : int
+        How many jobs of one process run at once.
+    config : AdapterConfig
+        Of the training.
+    """
+    return slots if configured != "auto" else max(1, slots // config.data_parallel)
 
 
 def device_memory() -> float:
@@ -240,7 +250,7 @@ def job_memory(
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
     base, lengths = work.base, work.lengths
-    slots, team = training_slots(work.slots, work.config), work.config.data_parallel
+    slots, team = work.slots, work.config.data_parallel
     groups = engines[engine].divide(work.sizes, slots)
     at_once = max(1, min(slots, len(groups)))
     gpus = len(visible_gpus()) // team

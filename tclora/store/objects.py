@@ -43,6 +43,11 @@ class Store:
     pauses : tuple of float
         Waits between attempts (s) at what fails for a while.
 
+    Attributes
+    ----------
+    failures : tuple of type
+        What is raised where the store cannot be used.
+
     Raises
     ------
     ConfigError
@@ -66,6 +71,7 @@ class Store:
         passing, final = _client_errors(fs)
         self._passing: _Errors = (OSError, *passing)
         self._final: _Errors = (*_FINAL, *final)
+        self.failures: _Errors = (StoreError, *self._passing, *self._final)
 
     def push(self, path: Path) -> Tree | None:
         """Store a file, or all files of a folder, that are not there yet.

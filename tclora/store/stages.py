@@ -4,7 +4,8 @@
 
     runs/NAME-DIGEST/KEY.json     what a stage of this key has made; its files are objects
 
-They are there while the run may be interrupted; see `StageRecords.forget`.
+They are there while the run may be interrupted; see `StageRecords.forget`. Whoever runs under the
+same name at the same path with the same store goes on with them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tclora.files import sha256_json
 from tclora.store.cache import Cache
@@ -20,6 +21,7 @@ from tclora.store.objects import Store
 from tclora.store.trees import Blob, InsideName, Tree
 
 RUNS = "runs"
+_SUFFIX = ".json"  # what has another is being written
 
 
 class StageRecord(BaseModel):
@@ -76,18 +78,16 @@ class StageRecords:
         Returns
         -------
         Any
-            What the stage had returned; None if there is no record, or an object is gone.
+            What the stage had returned; None if there is no record of this version, or an object is
+            gone.
 
         Raises
         ------
         StoreError
             If an object has not its digest, or the disk is too small.
         """
-        found = self.store.read(self._name(key))
-        if found is None:
-            return None
-        record = StageRecord.model_validate_json(found)
-        if not all(map(self.store.holds, record.blobs)):
+        record = self._read(self._name(key))
+        if record is None or not all(map(self.store.holds, record.blobs)):
             return None
         copies = Cache(cache, self.store)
         for name, tree in record.files.items():
@@ -96,13 +96,22 @@ class StageRecords:
 
     def digests(self) -> set[str]:
         """Return the digests of all objects that the records name."""
-        contents = (self.store.read(name) for name, _ in self.store.names(f"{RUNS}/{self.run}"))
-        records = [StageRecord.model_validate_json(found) for found in contents if found]
-        return {blob.digest for record in records for blob in record.blobs}
+        names = [name for name, _ in self.store.names(f"{RUNS}/{self.run}")]
+        records = [self._read(name) for name in names if name.endswith(_SUFFIX)]
+        return {blob.digest for record in records if record for blob in record.blobs}
 
     def forget(self) -> None:
         """Remove all records; objects stay, for others that need them."""
         self.store.remove(f"{RUNS}/{self.run}")
 
+    def _read(self, name: str) -> StageRecord | None:
+        found = self.store.read(name)
+        if found is None:
+            return None
+        try:
+            return StageRecord.model_validate_json(found)
+        except ValidationError:  # another version's
+            return None
+
     def _name(self, key: str) -> str:
-        return f"{RUNS}/{self.run}/{key}.json"
+        return f"{RUNS}/{self.run}/{key}{_SUFFIX}"

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tclora.config import AdapterConfig
-from tclora.errors import NonFiniteLossError
+from tclora.errors import JobError, NonFiniteLossError
 from tclora.model.reading import Part, Reading, reading
 from tclora.model.tokens import TokenRow
 from tclora.train.budget import TokenBudget
@@ -185,7 +185,7 @@ class _Place(NamedTuple):
 
         self.model.eval()
         with torch.no_grad():  # which leaves nothing to undo
-            total = self.budget.within(summed, lambda: None, max(map(len, rows)))
+            total = self.budget.within(summed, lambda: None, max(map(len, own), default=0))
         self.model.train()
         (total,) = self.team.sums([total])
         return total / sum(len(row.response) for row in rows)
@@ -220,6 +220,11 @@ class _Job(NamedTuple):
     def run(self) -> dict[str, TrainingResult]:
         """Take all steps of all adapters; return the results by name."""
         courses = [member.course for member in self.members]
+        if not self.place.team.agrees([len(course.history) for course in courses]):
+            raise JobError(
+                "all processes of a training must go on from the same steps, but one could not "
+                "read a checkpoint; run again"
+            )
         start = min(len(course.history) for course in courses)
         orders = [course.orders(start) for course in courses]
         results: dict[str, TrainingResult] = {}
@@ -238,6 +243,7 @@ class _Job(NamedTuple):
             if rows:
                 failed |= self._step(step, rows)
         if failed:
+            self.place.team.wait()  # until the others' files are written
             raise NonFiniteLossError("; ".join(str(error) for error in failed.values()))
         return results
 
@@ -253,7 +259,7 @@ class _Job(NamedTuple):
         own = team.share(rows, [len(row.tokens) for row in rows])
         compute = partial(self._losses, step, own, tokens, live)
         forget = partial(self._forget, tokens)
-        longest = max(len(row.tokens) for row in rows)
+        longest = max((len(row.tokens) for row in own), default=0)
         found = self.place.budget.within(compute, forget, longest)
         if mixed.stacked and len(tokens) > 1 and not mixed.finite():
             forget()

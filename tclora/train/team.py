@@ -11,7 +11,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import (
     start_processes,
 )
 
+import tclora.errors
 from tclora.errors import JobError, TcloraError
 from tclora.jobs.call import Event, EventCallback
 from tclora.registry import load_plugins
@@ -34,6 +35,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 _PAUSE = 0.2  # s between looks at the processes
+_BUCKET = 2**24  # values that are added up at once
 _EVENT, _RESULT, _ERROR = "event", "result", "error"
 _Messages = Any  # a queue of (kind, content); multiprocessing's is no type
 
@@ -70,13 +72,13 @@ class Team:
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Put the sums over all processes in the place of tensors, added in fp32."""
-        if self.size == 1:
-            return
-        total = torch.cat([tensor.flatten().float() for tensor in tensors])
-        torch.distributed.all_reduce(total)
-        parts = total.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        if self.size > 1:
+            for some in _in_buckets(tensors):
+                total = torch.cat([tensor.flatten().float() for tensor in some])
+                torch.distributed.all_reduce(total)
+                parts = total.split([tensor.numel() for tensor in some])
+                for tensor, part in zip(some, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums of numbers over all processes, to which they are the same bits."""
@@ -87,6 +89,29 @@ class Team:
         torch.distributed.all_reduce(total)
         found: list[float] = total.tolist()
         return found
+
+    def agrees(self, values: Sequence[float]) -> bool:
+        """Return whether all processes have the same numbers."""
+        squares = [value * value for value in values]
+        sums = self.sums([*values, *squares])
+        return sums == [self.size * value for value in [*values, *squares]]
+
+    def wait(self) -> None:
+        """Wait for the others to come here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def _in_buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors, so many together that their sums are few and need little memory."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(map(torch.numel, some)) + tensor.numel() > _BUCKET:
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
 
 
 def run_team(
@@ -113,9 +138,9 @@ def run_team(
     Raises
     ------
     JobError
-        If there are fewer GPUs, or a process dies; the others are ended.
+        If there are fewer GPUs, or a process dies or fails otherwise; the others are ended.
     TcloraError
-        As the function raises it.
+        As the function raises it, if it is of `tclora.errors`.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and gpus < size:
@@ -130,7 +155,7 @@ def run_team(
         given = (size, threads, place, messages, function, args, arguments)
         started: Any = start_processes(_member, given, size, join=False, start_method="spawn")
         results: list[R] = []
-        errors: list[TcloraError] = []
+        errors: list[tuple[str, str]] = []
 
         def hear(pause: float) -> bool:
             """Take a message, if one comes within so many seconds."""
@@ -145,20 +170,25 @@ def run_team(
             return True
 
         try:
-            while not started.join(timeout=0):
+            while not errors and not started.join(timeout=0):
                 hear(_PAUSE)
             while hear(_PAUSE):  # what came with the end
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
             while hear(_PAUSE):
                 pass
-            if errors:
-                raise errors[0] from None
-            raise JobError(f"a process of {size} that train together died: {error}") from error
+            if not errors:
+                raise JobError(
+                    f"one of {size} processes that train together died: {error}; if memory "
+                    "lacked, lower train.data_parallel or train.tokens_per_forward"
+                ) from error
         finally:
             for process in started.processes:
                 process.kill()
                 process.join()
+    if errors:
+        kind, message = errors[0]
+        raise getattr(tclora.errors, kind, JobError)(message)
     return results[0]
 
 
@@ -174,30 +204,39 @@ def _member(
 ) -> None:
     """Be one process of a team."""
     _end_with_parent()
-    load_plugins()
     team = Team(rank, size)
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-        backend = "nccl"
-    else:
-        torch.set_num_threads(threads)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    torch.distributed.init_process_group(backend, init_method=place, rank=rank, world_size=size)
 
     def tell(event: Event) -> None:
         if team.leads:
             messages.put((_EVENT, dict(event)))
 
     try:
+        load_plugins()
+        _meet(team, place, threads)
         result = function(team, tell, *args, **arguments)
-        if team.leads:
-            messages.put((_RESULT, result))
-    except TcloraError as error:
-        messages.put((_ERROR, error))
+    except (TcloraError, OSError) as error:
+        named = isinstance(error, TcloraError)
+        message = str(error) if named else f"{type(error).__name__}: {error}"
+        messages.put((_ERROR, (type(error).__name__, message)))
         raise
-    torch.distributed.barrier()  # whoever ends first would end the others' connections
+    if team.leads:
+        messages.put((_RESULT, result))
+    team.wait()  # whoever ends first would end the others' connections
     torch.distributed.destroy_process_group()
+
+
+def _meet(team: Team, place: str, threads: int) -> None:
+    """Take a GPU, or a share of the threads, and find the other processes."""
+    given: dict[str, Any] = {"rank": team.rank, "world_size": team.size, "init_method": place}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(team.rank)
+        # Named, so that NCCL takes its memory now, and not when a model has all of it.
+        device = torch.device("cuda", team.rank)
+        torch.distributed.init_process_group("nccl", device_id=device, **given)
+    else:
+        torch.set_num_threads(threads)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+        torch.distributed.init_process_group("gloo", **given)
 
 
 def _loopback() -> str:

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 
 from flows.pipeline import pipeline
 from tasks.dask_tasks import dask_tasks
+from tasks.fleet import gpus_asked
 from tasks.ray_tasks import ray_tasks
-from tclora.errors import JobError
+from tclora.errors import ConfigError, JobError
 from tclora.files import sha256_path
 from tclora.jobs.records import JobRecords
 from tclora.library.manifest import read_manifest, verify
@@ -179,6 +180,23 @@ def assert_same_library(root, other):
 
 def losses(log):
     return [(record["step"], record["loss"]) for record in json.loads(log.read_text())]
+
+
+@pytest.mark.parametrize(
+    ("asked", "largest", "most", "wanted"),
+    [("auto", 0, 4, 0), ("auto", 4, 4, 1), ("auto", 8, 1, 1), (1, 0, 4, 1), (0, 8, 4, 0)],
+)
+def test_jobs_ask_for_gpus_where_there_are_some(asked, largest, most, wanted):
+    assert gpus_asked(asked, largest, most, "a Ray node") == wanted
+
+
+def test_a_job_that_no_machine_of_a_cluster_could_take_is_refused():
+    message = (
+        r"train.data_parallel must be at most the GPUs of a Ray node, got 4, the largest has 2; "
+        r"lower it, or set execution.gpus_per_job=1 to wait for a larger one"
+    )
+    with pytest.raises(ConfigError, match=message):
+        gpus_asked("auto", 2, 4, "a Ray node")
 
 
 @both

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 
 import psutil
@@ -35,6 +37,21 @@ def test_a_block_is_sampled_now_and_then_and_at_its_end():
     assert max(sample.used["process_cpu_utilization_percentage"] for sample in samples) > 20
     used = psutil.Process(os.getpid()).memory_info().rss / 1e6
     assert samples[-1].used["process_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
+
+
+def test_processes_that_were_started_count_where_they_are_asked_for():
+    script = "import time\nheld = bytearray(200_000_000)\nprint(flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", script]
+    found = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        for family in (False, True):
+            samples = []
+            with Sampling(samples.append, pause=60, family=family):
+                pass
+            found[family] = samples[-1].used["process_memory_usage_megabytes"]
+        child.kill()
+    assert found[True] > found[False] + 150
 
 
 def test_a_job_tells_what_its_own_process_uses():

@@ -45,8 +45,8 @@ def test_an_address_where_nobody_answers_is_named(backend):
 
 
 @pytest.mark.parametrize("backend", ["local", "deployment"])
-def test_other_back_ends_need_no_cluster(backend):
-    given = config(backend, store="file:///mnt/store", ray_address="127.0.0.1:1")
+def test_other_back_ends_need_no_cluster(backend, tmp_path):
+    given = config(backend, store=f"file://{tmp_path}/store", ray_address="127.0.0.1:1")
     assert execution_problems(given) == []
 
 
@@ -58,11 +58,15 @@ def test_a_team_has_no_more_processes_than_there_are_gpus(monkeypatch, gpus, wan
     assert found == [f"{message}lower it"] * wanted
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("field", ["publish_to", "execution.store"])
+def test_a_store_that_cannot_be_written_is_named(tmp_path, monkeypatch, field):
+    def given(place):
+        section, _, name = field.rpartition(".")
+        value = {name: f"file://{tmp_path}/{place}"}
+        return load_config({section: value} if section else value)
+
     monkeypatch.setattr(execution, "_PAUSES", ())
     (tmp_path / "file").write_text("no folder")
-    wanted = load_config({"publish_to": f"file://{tmp_path}/file/store"})
-    (problem,) = execution_problems(wanted)
-    assert problem.startswith(f"publish_to: store file://{tmp_path}/file/store must be writable")
-    good = load_config({"publish_to": f"file://{tmp_path}/store"})
-    assert execution_problems(good) == []
+    (problem,) = execution_problems(given("file/store"))
+    assert problem.startswith(f"{field}: store file://{tmp_path}/file/store must be writable")
+    assert execution_problems(given("store")) == []

@@ -8,7 +8,14 @@ from tclora.config import AdapterConfig
 from tclora.preflight import training
 from tclora.preflight.rates import Rates
 from tclora.preflight.sizes import BaseSize
-from tclora.preflight.training import START, Lengths, Workload, plan_training, training_seconds
+from tclora.preflight.training import (
+    START,
+    Lengths,
+    Workload,
+    plan_training,
+    training_seconds,
+    training_slots,
+)
 
 BASE = BaseSize(
     parameters=134_000_000, trained=4_880_000, linear=106_000_000,
@@ -75,10 +82,21 @@ def test_a_team_of_gpus_takes_its_share_of_the_time(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     wanted = plan("together", slots=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    found = plan("together", slots=4, config=team)
+    found = plan("together", slots=training_slots("auto", 4, team), config=team)
     assert [job.names for job in found.jobs] == [job.names for job in wanted.jobs]
     assert [2 * job.loop for job in found.jobs] == pytest.approx([j.loop for j in wanted.jobs])
     assert [job.memory for job in found.jobs] == [job.memory for job in wanted.jobs]
+
+
+@pytest.mark.parametrize(
+    ("configured", "slots", "team", "wanted"),
+    [("auto", 8, 1, 8), ("auto", 8, 3, 2), ("auto", 2, 4, 1), (2, 2, 2, 2)],
+)
+def test_jobs_of_several_processes_are_fewer_unless_they_are_counted(
+    configured, slots, team, wanted
+):
+    config = CONFIG.model_copy(update={"data_parallel": team})
+    assert training_slots(configured, slots, config) == wanted
 
 
 def test_a_team_on_a_cpu_has_as_many_copies():

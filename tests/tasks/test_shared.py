@@ -1,16 +1,19 @@
 """What runs on several libraries have in common is linked, not made again."""
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 from prefect import flow
 
+from tasks import keys
 from tasks.artifact import Artifact, Artifacts
 from tasks.keys import stage
 from tasks.progress import JobProgress
-from tasks.shared import LinkedStages, StoredStages
+from tasks.shared import LinkedStages, StoredStages, forget_stages, stored_stages
 from tasks.where import Where
+from tclora.config import load_config
 from tclora.files import sha256_path
 from tclora.jobs.run import LocalExecutor
 from tclora.library.layout import Layout
@@ -118,6 +121,53 @@ def test_a_stage_whose_objects_are_gone_is_made_anew(tmp_path):
     shared.records.store.remove(f"objects/{digest[:2]}/{digest}")
     assert shared.take_over("key", tmp_path / "two") is None
     assert not (tmp_path / "two").exists()
+
+
+def test_a_record_of_another_version_is_none(tmp_path):
+    shared, root = stored(tmp_path), tmp_path / "one"
+    shared.record("key", Artifact.of(root, write(root, "x", "1"), metrics={"m": float("nan")}))
+    shared.records.store.write(f"runs/{shared.records.run}/other.json", b'{"files": 1}')
+    shared.records.store.write(f"runs/{shared.records.run}/new.json.0a.part", b"{")
+    assert shared.take_over("key", tmp_path / "two") is None  # JSON has no such figure
+    assert shared.take_over("other", tmp_path / "two") is None
+    assert shared.records.digests() == {sha256_path(root / "x")}
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_store_that_fails_costs_a_run_nothing_but_what_it_keeps(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(keys, "get_run_logger", lambda: logging.getLogger("keys"))
+    place = tmp_path / "store"
+    place.write_text("no folder")
+    records = StageRecords.of_library(Store(f"file://{place}", pauses=()), tmp_path / "library")
+    made = shouting(tmp_path / "a", "hello", 1, [StoredStages(records)])
+    assert (made.path / "shout").read_text() == "HELLO"
+    assert "shout: nothing is taken over: " in caplog.text
+    assert "shout: what it has made is not kept for a run on another machine: " in caplog.text
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_one_place_has_is_recorded_in_the_others(tmp_path):
+    """A cell of a study that takes a stage over can go on on another machine too."""
+    folder, places = LinkedStages(tmp_path / "shared"), [stored(tmp_path / name) for name in "ab"]
+    first = shouting(tmp_path / "one", "hello", 1, [folder, places[0]])
+    second = shouting(tmp_path / "two", "hello", 1, [folder, places[1]])
+    assert second.files == first.files
+    assert all(len(place.records.digests()) == 1 for place in places)
+
+
+def test_where_the_finished_library_is_nothing_is_taken_from_the_store(tmp_path):
+    settings = {"name": "mine", "output": str(tmp_path / "runs"), "train": {"dtype": "float32"}}
+    assert stored_stages(load_config(settings)) == []
+    config = load_config({**settings, "execution": {"store": f"file://{tmp_path}/store"}})
+    (place,) = stored_stages(config)
+    root = tmp_path / "one"
+    place.record("key", Artifact.of(root, write(root, "x", "1")))
+    assert place.take_over("key", tmp_path / "two") is not None
+    write(tmp_path / "runs" / "mine", "library.json", "{}")
+    (place,) = stored_stages(config)
+    assert place.take_over("key", tmp_path / "three") is None
+    forget_stages(config)
+    assert place.records.digests() == set()
 
 
 def test_what_is_forgotten_is_not_taken_over(tmp_path):

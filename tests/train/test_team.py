@@ -62,6 +62,13 @@ def refuse(team, on_event):
     team.sums([1.0])
 
 
+def lack(team, on_event):
+    """Fail in the second process, as where a disk is full."""
+    if team.rank == 1:
+        raise OSError(28, "No space left on device")
+    team.sums([1.0])
+
+
 def fall(team, on_event):
     """Be killed in the second process, while the first waits for it."""
     if team.rank == 1:
@@ -72,8 +79,9 @@ def fall(team, on_event):
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (refuse, ModelError, "rows must fit"),
-        (fall, JobError, r"a process of 2 that train together died: .* SIGKILL"),
+        (refuse, ModelError, "^rows must fit$"),
+        (lack, JobError, "^OSError: .* No space left on device"),
+        (fall, JobError, r"one of 2 processes that train together died: .* SIGKILL"),
     ],
 )
 def test_the_end_of_one_is_the_end_of_all(function, error, message):

@@ -119,6 +119,27 @@ def test_a_team_gives_the_same_adapters(train):
 
 
 @pytest.mark.timeout(600)
+def test_in_a_team_what_is_not_finite_ends_its_adapter_alone(
+    train, base, rows, tiny_model, tiny_model_dir, tmp_path
+):
+    """One row a step, so that one process has nothing to do; a token that is not a number."""
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    with torch.no_grad():
+        tiny_model.model.embed_tokens.weight[base.load().tokenizer("~").input_ids] = math.nan
+    tiny_model.save_pretrained(tmp_path / "model")
+    pd.DataFrame({"prompt": ["~"], "response": ["x"]}).to_parquet(rows / "broken")
+    changes = {"batch_size": 1, "epochs": 1, "on": base.model_copy(
+        update={"location": str(tmp_path / "model")})}  # fmt: skip
+    _, _, one = train(folder="alone", names=("cars",), **changes)
+    seen, two = [], tmp_path / "team"
+    with pytest.raises(NonFiniteLossError, match="loss of adapter 'broken' became nan at step 0"):
+        train(folder="team", names=("broken", "cars"), data_parallel=2, on_event=seen.append,
+              **changes)  # fmt: skip
+    assert [event["name"] for event in seen] == ["cars"] * 5
+    assert_same_adapters(one, two, ("cars",))
+
+
+@pytest.mark.timeout(600)
 def test_a_team_goes_on_where_it_was_ended(train):
     def end(event):
         if event["step"] == 12:

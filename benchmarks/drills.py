@@ -4,8 +4,8 @@ Servers, pools and workers are those of ``tclora up``, on this machine; jobs go 
 drill starts a run of the deployed pipeline on a model of random weights, does harm while adapters
 are trained (see `faults`), heals by ``tclora up`` as a user would, and starts the run again where
 it has ended. Then the library is compared, file by file, with that of an undisturbed run whose jobs
-were on the same worker (with another share of cores some CPUs round otherwise), and no job may have
-been finished twice. Records are kept in a folder, so that drills can be run one by one.
+were on the same worker, and no job may have been finished twice. Records are kept in a folder, so
+that drills can be run one by one.
 Usage: ``python benchmarks/drills.py [NAME ...] [--kills N] [--folder FOLDER]``.
 """
 
@@ -88,15 +88,22 @@ def disturbed(ground: Ground, name: str, harm: Fault, *, training: bool = True) 
 
 
 def two_hosts(ground: Ground, name: str) -> Record:
-    """Run by `prefect deployment run` with jobs, measurements too, on two hosts."""
+    """Run by `prefect deployment run` with jobs, measurements too, on two hosts.
+
+    Compared with a run whose jobs are local, one after the other: with as many threads each, since
+    some CPUs round otherwise with another number.
+    """
     site, begin, since = ground.fleet, time.monotonic(), time.time()
-    changes = _demo() if name == DEMO else {"data": {"path": "rows.jsonl", "test_fraction": 0.2}}
+    rows = {"data": {"path": "rows.jsonl", "test_fraction": 0.2}}
+    changes: dict[str, Any] = _demo() if name == DEMO else rows
+    changes["execution"] = {**site.settings["execution"], "jobs_per_host": 1}
     made = f"{name}-{since:.0f}"
     with hosts(site, 2) as homes:
         run_by_command(site, "tc-lora/demo", {**site.settings, **changes, "name": made})
     seconds = time.monotonic() - begin
     plain = f"{made}-plain"
-    site.finish(site.send(plain, **{**changes, "execution": {"backend": "local"}}), limit=3600)
+    changes |= {"execution": {"backend": "local"}, "resources": {"jobs": 1}}
+    site.finish(site.send(plain, **changes), limit=3600)
     library = _compared(site.library(plain), site.library(made))
     trained, twice = [jobs_done(home) for home in homes], _finished_twice(site, since)
     note = f"{trained[0]} jobs on one, {trained[1]} on the other, none on the run's own"

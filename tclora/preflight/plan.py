@@ -142,7 +142,13 @@ def make_plan(config: Config, models: Models, rate: float | None = None, until: 
         *(f"not covered: {name}" for name in uncovered(config)),
     )
     jobs = training.jobs if "train" in done else ()
-    return Plan(tuple(fetched(config)), tuple(stages), assumptions, jobs, _device())
+    return Plan(
+        tuple(fetched(config)),
+        tuple(stages),
+        assumptions,
+        jobs,
+        _device(config.train.data_parallel),
+    )
 
 
 def fetched(config: Config) -> Iterator[str]:
@@ -300,5 +306,7 @@ def _lanes(config: Config, jobs: int) -> int:
     return max(1, min(at_once, len(visible_gpus()) or 1))
 
 
-def _device() -> str:
-    return "one GPU" if visible_gpus() else "CPU"
+def _device(processes: int) -> str:
+    if not visible_gpus():
+        return "CPU"
+    return "one GPU" if processes == 1 else f"{processes} GPUs"

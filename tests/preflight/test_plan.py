@@ -90,6 +90,15 @@ def test_every_training_job_is_listed(config):
     assert stages["train"].memory == max(job.memory for job in made.training)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "wanted"), [("", 2, "CPU"), ("0,1", 1, "one GPU"), ("0,1", 2, "2 GPUs")]
+)
+def test_what_a_training_job_runs_on(config, monkeypatch, gpus, processes, wanted):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    made, _ = plan(config(train={"data_parallel": processes}))
+    assert made.device == wanted
+
+
 def test_the_engine_that_auto_stands_for_is_explained(config):
     made, stages = plan(config(train={"engine": "auto"}))
     (reason,) = (line for line in made.assumptions if "train.engine auto is" in line)

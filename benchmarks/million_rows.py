@@ -161,7 +161,7 @@ def main() -> None:
             print(json.dumps(figures[-1]), flush=True)
     report(
         "million_rows",
-        "Rows through read, embed, cluster and divide",
+        "Rows through read, tokenise, embed, cluster and divide",
         pd.DataFrame(figures),
         f"Embeddings given (D = {WIDTH}), k-means with K = {KINDS} on a sample of 50 000 rows; the "
         "whole command, with imports, the check of the rows before the run and a temporary Prefect "

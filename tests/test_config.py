@@ -248,12 +248,26 @@ def test_the_weights_type_is_to_be_named_where_workers_are_not_this_machines(add
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"output": "s3://bucket/x"}, "set publish_to=s3://bucket/x to have the finished library"),
+        ({"output": "s3://me:secret@bucket/x"}, "output must hold no credentials"),
+        ({"output": "s3://bucket/../x"}, "output must not climb up"),
+        ({"output": "s3://a/x", "publish_to": "s3://b/x"}, "publish_to must be left out where"),
         ({"publish_to": "bucket"}, "publish_to must be a URL such as"),
         ({"publish_to": "s3://me:secret@bucket/x"}, "publish_to must hold no credentials"),
     ],
 )
-def test_runs_work_in_folders_and_publish_to_stores(values, message):
+def test_stores_are_urls_without_secrets(values, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         parse_config(values)
     assert "secret" not in str(caught.value)
+    assert " : " not in str(caught.value)
+
+
+@pytest.mark.parametrize("execution", [{}, {"execution": None}, {"execution": {"retries": 1}}])
+def test_an_output_that_is_a_url_is_where_jobs_exchange_files_and_the_library_goes(execution):
+    config = parse_config({"output": "s3://bucket/x/", "name": "mine", **execution})
+    assert config.publish_to == config.execution.store == "s3://bucket/x"
+    assert config.library_dir == Path("runs/mine").absolute()
+    assert parse_config(config.model_dump(mode="json")) == config
+    own = load_config({"output": "s3://bucket/x"}, ["execution.store=file:///mnt/store"])
+    assert own.publish_to == "s3://bucket/x"
+    assert own.execution.store == "file:///mnt/store"

@@ -162,7 +162,9 @@ def _describe(problem: Any) -> str:  # noqa: ANN401
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "model_type":
         return f"{key}: must be a section of keys and values, got {problem['input']!r}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not key:  # of several keys, which the message names
+        return message
     return (
         f"{key}: {message}"
         if problem["type"] == "value_error"

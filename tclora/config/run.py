@@ -1,6 +1,7 @@
 """A whole run: its sections, and what they must be together."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +14,8 @@ from tclora.config.training import TrainConfig
 from tclora.errors import ConfigError
 from tclora.store.url import check_url
 
+_FOLDER = Path("runs")
+
 
 class Config(Section):
     """A whole run."""
@@ -20,7 +23,12 @@ class Config(Section):
     name: str = Field(
         "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder and label"
     )
-    output: Path = Field(Path("runs"), description="folder of libraries, MLflow store and caches")
+    output: Path = Field(
+        _FOLDER,
+        description="folder of libraries, MLflow store and caches; or the fsspec URL of a store, "
+        "such as s3://bucket/prefix: the run then works in the folder 'runs', and the URL is "
+        "publish_to, and execution.store unless that is another one",
+    )
     publish_to: str | None = Field(
         None,
         description="fsspec URL of a store, such as s3://bucket/prefix, into which the finished "
@@ -52,15 +60,26 @@ class Config(Section):
     resources: ResourceConfig = ResourceConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
-    @field_validator("output", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _check_output(cls, output: object) -> object:
-        if "://" in str(output):
+    def _open_output(cls, values: Any) -> Any:  # noqa: ANN401
+        """Take an output that is a store's URL apart: where a run works, and where things go."""
+        if not isinstance(values, dict) or "://" not in str(values.get("output")):
+            return values
+        try:
+            url = check_url(str(values["output"]), "output")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if (other := values.get("publish_to")) and str(other).rstrip("/") != url:
             raise ValueError(
-                f"output must be a folder of this machine, where a run works, got {str(output)!r}; "
-                f"set publish_to={output} to have the finished library there"
+                f"publish_to must be left out where output is a URL, got {other!r} and output "
+                f"{url!r}; name a folder as output, or one of the two"
             )
-        return output
+        opened = {**values, "output": _FOLDER, "publish_to": url}
+        execution = values.get("execution") or {}
+        if isinstance(execution, dict) and execution.get("store") is None:
+            opened["execution"] = {**execution, "store": url}
+        return opened
 
     @field_validator("publish_to")
     @classmethod

@@ -35,8 +35,8 @@ from tclora.config import AdapterConfig
 from tclora.model.token_file import SUFFIX, TokenFile
 from tclora.model.tokens import TokenRow
 from tclora.preflight.rates import measured_rates
-from tclora.train.job import Trainee, train_side_by_side
-from tclora.train.records import Destination
+from tclora.train.job import train_side_by_side
+from tclora.train.records import Destination, Trainee
 
 
 def ours(

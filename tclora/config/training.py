@@ -42,6 +42,11 @@ class AdapterConfig(Section):
         description="processes of a training job that share the rows of every step, each with a "
         "GPU (or its share of the cores) and a copy of the base model; gradients are added up",
     )
+    adapters_at_once: Positive | None = Field(
+        None,
+        description="adapters of a training job that the device holds at once, the longest first; "
+        "as one finishes, the next takes its place; all by default",
+    )
     epochs: float = Field(1.0, gt=0, description="passes over a cluster's rows")
     max_steps: Positive | None = Field(None, description="stop earlier, after this many steps")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")

@@ -4,7 +4,7 @@ Time of a job of S optimiser steps over N tokens, a share s of them supervised, 
 
     N (4 P + 6 Q + 4 V d s + 14 T d L) / products
     + 2.4 (N (L (41 d + 10 f) + 3 Q / r) + 25 Q S) / elements
-    + 0.014 L max(N / F, steps of its longest adapter)
+    + 0.014 L max(N / F, steps of the job)
 
 The first line is what matrix products need: forward pass and gradients of activations of the
 linear layers, all three products of the adapters, the output layer where a response token is
@@ -216,7 +216,7 @@ def training_seconds(
     return (
         tokens * products / rates.products
         + _PASSES * (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
-        + _CALLS * L * max(tokens / _tokens_at_once(config), max(steps))
+        + _CALLS * L * max(tokens / _tokens_at_once(config), _job_steps(config, steps))
     )
 
 
@@ -230,7 +230,7 @@ def job_memory(
 ) -> float:
     """Return the bytes of a training job, beside what Python and its libraries take.
 
-    `tokens` are those of a forward pass.
+    `adapters` are those that it holds at once, `tokens` those of a forward pass.
     """
     layers = 1 if config.gradient_checkpointing else base.layers
     activations = ACTIVATION_BYTES * itemsize * tokens * base.width * layers
@@ -258,7 +258,7 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     jobs = []
     beside = at_once if not gpus else -(-at_once // gpus)
     for names in groups:
-        config = _fitting(work, len(names), beside)
+        config = _fitting(work, _held_at_once(work.config, len(names)), beside)
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
@@ -267,12 +267,23 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
             for at in (rates, rates.part(part))
         )
         tokens_at_once = _tokens_at_once(config)
-        memory = job_memory(base, config, lengths, len(names), work.itemsize, tokens_at_once)
+        held = _held_at_once(config, len(names))
+        memory = job_memory(base, config, lengths, held, work.itemsize, tokens_at_once)
         memory *= 1 if gpus else team  # of one GPU, or of the machine
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
     largest = sorted((job.memory for job in jobs), reverse=True)
     ends = [START + job.loop for job in jobs]
     return TrainingPlan(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
+
+
+def _held_at_once(config: AdapterConfig, adapters: int) -> int:
+    """Return how many of its adapters a job holds at once."""
+    return min(adapters, config.adapters_at_once or adapters)
+
+
+def _job_steps(config: AdapterConfig, steps: Sequence[int]) -> float:
+    """Return the steps of a job until the last of its adapters has taken all of its own."""
+    return _makespan(sorted(steps, reverse=True), _held_at_once(config, len(steps)))
 
 
 def _tokens_at_once(config: AdapterConfig) -> int:

@@ -7,8 +7,14 @@ from transformers import PreTrainedModel
 
 from tclora.config import AdapterConfig
 from tclora.model.tokens import TokenRow
-from tclora.train.job import Trainee, train_side_by_side
-from tclora.train.records import Checkpoint, Destination, StepCallback, TrainingResult
+from tclora.train.job import train_side_by_side
+from tclora.train.records import (
+    Checkpoint,
+    Destination,
+    StepCallback,
+    Trainee,
+    TrainingResult,
+)
 
 
 def train_adapter(

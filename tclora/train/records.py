@@ -1,8 +1,10 @@
 """What a training is given and what it returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tclora.model.tokens import TokenRow
 
 StepCallback = Callable[[dict[str, float]], None]
 
@@ -102,3 +104,23 @@ class Destination:
     checkpoint: Checkpoint | None = None
     on_step: StepCallback = lambda _: None
     writes: bool = True
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """An adapter to train.
+
+    Attributes
+    ----------
+    rows : sequence of TokenRow
+        At least one.
+    seed, init_seed : int
+        Seeds of the row order and dropout, and of A_0.
+    destination : Destination
+        Where checkpoints, records and the adapter go.
+    """
+
+    rows: Sequence[TokenRow]
+    seed: int
+    init_seed: int
+    destination: Destination

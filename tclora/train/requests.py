@@ -6,8 +6,14 @@ from typing import Any
 from tclora.config import AdapterConfig
 from tclora.jobs.call import EventCallback
 from tclora.model.base import Base
-from tclora.train.job import Trainee, train_side_by_side
-from tclora.train.records import Checkpoint, Destination, StepCallback, TrainingResult
+from tclora.train.job import train_side_by_side
+from tclora.train.records import (
+    Checkpoint,
+    Destination,
+    StepCallback,
+    Trainee,
+    TrainingResult,
+)
 from tclora.train.registry import AdapterRequest
 from tclora.train.team import Team, run_team
 

@@ -112,6 +112,16 @@ def test_one_copy_of_the_base_is_less_memory():
     assert together.memory < separate.memory
 
 
+def test_fewer_adapters_at_once_are_less_memory_and_may_be_more_steps():
+    fewer = {n: CONFIG.model_copy(update={"adapters_at_once": n}) for n in (1, 2, 9)}
+    all_at_once, found = plan("together"), {n: plan("together", config=fewer[n]) for n in fewer}
+    assert found[9] == all_at_once
+    own = BASE.trained * 24  # weight, gradient, master, its gradient, two moments
+    assert all_at_once.memory - found[2].memory == 2 * own
+    assert found[2].memory - found[1].memory == own
+    assert all_at_once.seconds == found[2].seconds < found[1].seconds
+
+
 def test_a_long_job_alone_on_its_share_of_the_cores_speaks_for_together():
     found = plan("auto", slots=4)
     assert found.engine == "together"

@@ -170,6 +170,11 @@ def test_a_team_goes_on_where_it_was_ended(train):
             "lr_ratio": 2.0,
         },
         {"target_modules": ("q_proj", "lm_head"), "epochs": 3},
+        {"adapters_at_once": 1},
+        {"adapters_at_once": 2, "validation_fraction": 0.3, "validation_steps": 2, "patience": 2},
+        {"adapters_at_once": 2, "freeze_a": True},
+        {"adapters_at_once": 2, "freeze_a": True, "inits": {"cars": 5}},
+        {"adapters_at_once": 2, "inits": {"animals": 1, "cars": 2}},
     ],
     ids=str,
 )
@@ -236,6 +241,17 @@ def test_whose_rows_share_a_micro_batch(train, tokenizer, engine):
         assert all(owners == sorted(owners) for owners in seen)
 
 
+def test_whoever_finishes_leaves_its_place_to_the_next(train, tokenizer):
+    seen = []
+    handle = observe_batches(tokenizer, seen)
+    train(adapters_at_once=2)
+    handle.remove()
+    shared = [tuple(dict.fromkeys(owners)) for owners in seen]
+    mixed = [owners for owners in shared if len(owners) > 1]
+    assert list(dict.fromkeys(mixed)) == [("animals", "birds"), ("animals", "cars")]
+    assert sum(len(owners) for owners in seen) == 4 * (51 + 27 + 15)
+
+
 def test_micro_batches_respect_the_token_budget(train, tokenizer):
     sizes = []
 
@@ -262,6 +278,18 @@ class StopHereError(Exception):
         ({}, ("animals", 33)),
         ({"freeze_a": True}, ("birds", 9)),
         ({"dropout": 0.3}, ("birds", 11)),
+        ({"adapters_at_once": 2}, ("cars", 7)),
+        ({"adapters_at_once": 2}, ("animals", 50)),
+        ({"adapters_at_once": 1, "dropout": 0.3}, ("birds", 11)),
+        (
+            {
+                "adapters_at_once": 2,
+                "validation_fraction": 0.3,
+                "validation_steps": 2,
+                "patience": 2,
+            },
+            ("cars", 3),
+        ),
     ],
     ids=str,
 )
@@ -380,6 +408,19 @@ def test_a_loss_that_is_not_finite_names_the_adapter_and_its_siblings_go_on(
     assert_same_adapters(alone, tmp_path / "out", ("birds",))
 
 
+def test_a_broken_adapter_leaves_its_place_to_the_next(train, breaking, rows, tmp_path):
+    seen = []
+    pd.DataFrame({"prompt": ["~"] * 12, "response": ["x"] * 12}).to_parquet(rows / "broken")
+    with pytest.raises(NonFiniteLossError, match=r"loss of adapter 'broken' became nan at step 0"):
+        train(
+            names=("cars", "broken", "birds"), on_event=seen.append, on=breaking, batch_size=1,
+            epochs=1, adapters_at_once=1,
+        )  # fmt: skip
+    train(names=("birds", "cars"), folder="good", on=breaking, batch_size=1, epochs=1)
+    assert [event["name"] for event in seen] == ["birds"] * 9 + ["cars"] * 5
+    assert_same_adapters(tmp_path / "good", tmp_path / "out", ("birds", "cars"))
+
+
 def test_stacked_products_are_taken_again_once_a_broken_adapter_has_left(
     train, breaking, tmp_path, monkeypatch
 ):
@@ -388,7 +429,7 @@ def test_stacked_products_are_taken_again_once_a_broken_adapter_has_left(
     given["tokens_per_forward"] = 10_000  # one part a step
     _, _, alone = train("separate", "alone", **given | {"names": ("animals", "birds")})
     stacked, seen = partial(MixedLora, stacked=True), []
-    monkeypatch.setattr("tclora.train.job.MixedLora", stacked)
+    monkeypatch.setattr("tclora.train.seats.MixedLora", stacked)
     monkeypatch.setattr(
         MixedLora, "rows", lambda self, *args: seen.append(self.stacked) or ROWS_OF(self, *args)
     )

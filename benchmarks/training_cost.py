@@ -24,7 +24,7 @@ from tclora.model.base import Base
 from tclora.model.locate import BUILTIN_BASE, load_tokenizer, locate_base_model
 from tclora.preflight.rates import Rates, measured_rates
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import Lengths, training_seconds
+from tclora.preflight.training_cost import Lengths, training_seconds
 
 TOLERANCE = 0.25
 

@@ -12,13 +12,8 @@ from tclora.library.names import JOINT
 from tclora.model.locate import choose_dtype, default_device
 from tclora.preflight.rates import measured_rates
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import (
-    Lengths,
-    TrainingPlan,
-    Workload,
-    plan_training,
-    training_slots,
-)
+from tclora.preflight.training import TrainingPlan, Workload, plan_training, training_slots
+from tclora.preflight.training_cost import Lengths
 from tclora.train.engines import engines
 
 

@@ -29,16 +29,14 @@ from tclora.preflight.rates import Rates, measured_rates
 from tclora.preflight.sizes import BaseSize, RowCounts, base_size, count_rows, embedder_size
 from tclora.preflight.steps import LAST, STEPS
 from tclora.preflight.training import (
-    ACTIVATION_BYTES,
     START,
     JobCost,
-    Lengths,
     TrainingPlan,
     Workload,
-    job_memory,
     plan_training,
     training_slots,
 )
+from tclora.preflight.training_cost import ACTIVATION_BYTES, Lengths, job_memory
 
 _STEP_OF = {
     "embed": "prepare", "features": "prepare", "train": "train", "statistics": "merge",

@@ -1,63 +1,33 @@
-"""What training costs: time and memory of every job, and which engine `auto` stands for.
+"""How adapters would be trained: the jobs of every engine, and which engine `auto` stands for.
 
-Time of a job of S optimiser steps over N tokens, a share s of them supervised, in rows of T:
-
-    N (4 P + 6 Q + 4 V d s + 14 T d L) / products
-    + 2.4 (N (L (41 d + 10 f) + 3 Q / r) + 25 Q S) / elements
-    + 0.014 L max(N / F, steps of the job)
-
-The first line is what matrix products need: forward pass and gradients of activations of the
-linear layers, all three products of the adapters, the output layer where a response token is
-predicted, and attention. The second counts passes over activations (as `tclora.model.kernels` makes
-them, forward and backward) and over an adapter's weights in its optimiser; the third the calls of
-operators, per layer and forward pass. The factors 2.4 and 0.014 were fitted on trainings of SmolLM2
-and of two smaller Llamas in fp32 and bf16 on two cores with AMX; ``benchmarks/training_cost.py``
-holds the whole against measured trainings. It was not measured on a GPU.
-
-Memory is the weights, every adapter with gradients and optimiser state, the activations of one
-forward pass, and its logits.
-
-Symbols: P weights of the linear layers, Q of an adapter, r its rank, L layers, d width, f inner
-width, V vocabulary, F tokens per forward pass.
-
-References
-----------
-.. [1] Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", 2022
-   (34 d bytes per token and layer at 16 bits).
+What a job costs is `tclora.preflight.training_cost`'s to say.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from tclora.config import AdapterConfig
 from tclora.jobs.devices import visible_gpus
-from tclora.model.quantised import NF4_BYTES
 from tclora.preflight.rates import Rates
 from tclora.preflight.sizes import BaseSize
+from tclora.preflight.training_cost import (
+    Lengths,
+    forward_tokens,
+    held_at_once,
+    job_memory,
+    makespan,
+    training_seconds,
+)
 from tclora.train.course import total_steps
 from tclora.train.engines import engines
 
 START = 6.0  # of a job: imports and loading a small model (s)
 AUTO = ("separate", "together")  # what the engine `auto` chooses from
-ACTIVATION_BYTES = 17  # per token, layer, hidden unit and byte of the weights' type
-_LOGITS = 2048  # positions whose logits are held at once
-_MODULES = 7  # of a layer, that adapters update
-_ADAPTER_BYTES = 16  # per weight beside its copy in the model: master, gradient, two moments
-_PASSES = 2.4  # of a real pass over activations, in passes as `Rates.elements` measures them
-_CALLS = 14e-3  # of operators, per layer and forward pass with its backward pass (s)
 _LEAST_TOKENS = 1024  # per forward pass, that a GPU of little memory is planned with
 NOMINAL = Rates.given(1e11)  # a choice must not follow what else the machine does
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Mean tokens of a row, and of its response."""
-
-    row: float
-    response: float
 
 
 @dataclass(frozen=True)
@@ -195,58 +165,6 @@ def device_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def training_seconds(
-    base: BaseSize,
-    config: AdapterConfig,
-    lengths: Lengths,
-    tokens: float,
-    steps: Sequence[int],
-    rates: Rates,
-) -> float:
-    """Return the seconds of a job's loop over so many tokens, by the formula of this module.
-
-    `steps` are those of each of its adapters.
-    """
-    d, L = base.width, base.layers
-    supervised = base.vocabulary * d * lengths.response / lengths.row
-    passes = 1.5 if config.gradient_checkpointing else 1.0
-    products = 4 * base.linear * passes + 6 * base.trained + 4 * supervised
-    products += 14 * lengths.row * d * L
-    elements = L * (41 * d + 10 * base.inner) * passes + 3 * base.trained / config.r
-    return (
-        tokens * products / rates.products
-        + _PASSES * (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
-        + _CALLS * L * max(tokens / _tokens_at_once(config), _job_steps(config, steps))
-    )
-
-
-def job_memory(
-    base: BaseSize,
-    config: AdapterConfig,
-    lengths: Lengths,
-    adapters: int,
-    itemsize: int,
-    tokens: int,
-) -> float:
-    """Return the bytes of a training job, beside what Python and its libraries take.
-
-    `adapters` are those that it holds at once, `tokens` those of a forward pass.
-    """
-    layers = 1 if config.gradient_checkpointing else base.layers
-    activations = ACTIVATION_BYTES * itemsize * tokens * base.width * layers
-    if config.gradient_checkpointing:
-        activations += itemsize * tokens * base.width * base.layers
-    own = adapters * base.trained * (_ADAPTER_BYTES + 2 * itemsize)  # weights and gradients there
-    mixed = adapters if visible_gpus() else 1  # whose A x is computed for every token
-    activations += itemsize * tokens * mixed * config.r * _MODULES * layers
-    supervised = min(tokens * lengths.response / lengths.row, _LOGITS)
-    logits = supervised * base.vocabulary * (itemsize + 4)
-    weights = float(base.parameters * itemsize)
-    if config.quantisation:
-        weights -= base.linear * (itemsize - NF4_BYTES)
-    return weights + own + activations + logits
-
-
 def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     """Plan the training by one engine."""
     base, lengths = work.base, work.lengths
@@ -258,7 +176,7 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     jobs = []
     beside = at_once if not gpus else -(-at_once // gpus)
     for names in groups:
-        config = _fitting(work, _held_at_once(work.config, len(names)), beside)
+        config = _fitting(work, held_at_once(work.config, len(names)), beside)
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
@@ -266,28 +184,14 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
             training_seconds(base, config, lengths, tokens, steps, at) / (team if gpus else 1)
             for at in (rates, rates.part(part))
         )
-        tokens_at_once = _tokens_at_once(config)
-        held = _held_at_once(config, len(names))
+        tokens_at_once = forward_tokens(config)
+        held = held_at_once(config, len(names))
         memory = job_memory(base, config, lengths, held, work.itemsize, tokens_at_once)
         memory *= 1 if gpus else team  # of one GPU, or of the machine
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
     largest = sorted((job.memory for job in jobs), reverse=True)
     ends = [START + job.loop for job in jobs]
-    return TrainingPlan(engine, tuple(jobs), _makespan(ends, at_once), sum(largest[:beside]))
-
-
-def _held_at_once(config: AdapterConfig, adapters: int) -> int:
-    """Return how many of its adapters a job holds at once."""
-    return min(adapters, config.adapters_at_once or adapters)
-
-
-def _job_steps(config: AdapterConfig, steps: Sequence[int]) -> float:
-    """Return the steps of a job until the last of its adapters has taken all of its own."""
-    return _makespan(sorted(steps, reverse=True), _held_at_once(config, len(steps)))
-
-
-def _tokens_at_once(config: AdapterConfig) -> int:
-    return config.tokens_at_once(gpu=bool(visible_gpus()))
+    return TrainingPlan(engine, tuple(jobs), makespan(ends, at_once), sum(largest[:beside]))
 
 
 def _fitting(work: Workload, adapters: int, beside: int) -> AdapterConfig:
@@ -295,7 +199,7 @@ def _fitting(work: Workload, adapters: int, beside: int) -> AdapterConfig:
 
     `beside` jobs share the GPU.
     """
-    tokens = _tokens_at_once(work.config)
+    tokens = forward_tokens(work.config)
     if visible_gpus():
         room = device_memory() / beside
         while tokens > _LEAST_TOKENS and room < job_memory(
@@ -303,12 +207,3 @@ def _fitting(work: Workload, adapters: int, beside: int) -> AdapterConfig:
         ):
             tokens //= 2
     return work.config.model_copy(update={"tokens_per_forward": tokens})
-
-
-def _makespan(seconds: Sequence[float], lanes: int) -> float:
-    """Return when the last job ends if each starts in its order where a lane is free."""
-    ends = [0.0] * lanes
-    for duration in seconds:
-        first = min(range(lanes), key=lambda lane: ends[lane])
-        ends[first] += duration
-    return max(ends)

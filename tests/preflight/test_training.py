@@ -8,14 +8,8 @@ from tclora.config import AdapterConfig
 from tclora.preflight import training
 from tclora.preflight.rates import Rates
 from tclora.preflight.sizes import BaseSize
-from tclora.preflight.training import (
-    START,
-    Lengths,
-    Workload,
-    plan_training,
-    training_seconds,
-    training_slots,
-)
+from tclora.preflight.training import START, Workload, plan_training, training_slots
+from tclora.preflight.training_cost import Lengths, training_seconds
 
 BASE = BaseSize(
     parameters=134_000_000, trained=4_880_000, linear=106_000_000,

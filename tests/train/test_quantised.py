@@ -15,7 +15,7 @@ from tclora.model.base import Base
 from tclora.model.quantised import NF4_BYTES, load_quantised
 from tclora.model.reading import Packed, reading
 from tclora.preflight.sizes import base_size
-from tclora.preflight.training import Lengths, job_memory
+from tclora.preflight.training_cost import Lengths, job_memory
 from tclora.train.engines import AdapterRequest, train_adapters
 from tests.train.test_together import assert_same_adapters, assert_same_results
 

@@ -145,10 +145,11 @@ def test_a_team_goes_on_where_it_was_ended(train):
         if event["step"] == 12:
             raise KeyboardInterrupt
 
-    whole, _, one = train(folder="whole", names=("animals", "cars"), data_parallel=2)
+    given = {"names": ("animals", "cars"), "data_parallel": 2, "dropout": 0.3}
+    whole, _, one = train(folder="whole", **given)
     with pytest.raises(KeyboardInterrupt):
-        train(names=("animals", "cars"), data_parallel=2, on_event=end)
-    again, told, two = train(names=("animals", "cars"), data_parallel=2)
+        train(on_event=end, **given)
+    again, told, two = train(**given)
     assert digests(one, ("animals", "cars")) == digests(two, ("animals", "cars"))
     assert histories(again) == histories(whole)
     assert len(told) == sum(result.steps for result in whole.values())

@@ -6,6 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from tclora.config import Config, config_keys, load_config, parse_config
+from tclora.config.execution import ExecutionConfig
 from tclora.config.loading import RENAMED
 from tclora.errors import ConfigError
 
@@ -250,7 +251,9 @@ def test_the_weights_type_is_to_be_named_where_workers_are_not_this_machines(add
     [
         ({"output": "s3://me:secret@bucket/x"}, "output must hold no credentials"),
         ({"output": "s3://bucket/../x"}, "output must not climb up"),
-        ({"output": "s3://a/x", "publish_to": "s3://b/x"}, "publish_to must be left out where"),
+        ({"output": "s3://a/x", "publish_to": "s3://b/x"}, "output and publish_to must be one URL"),
+        ({"output": "s3://a/x", "publish_to": "s3://me:secret@b/x"}, "must hold no credentials"),
+        ({"output": "s3://a/../x", "sed": 1}, "sed: unknown key"),
         ({"publish_to": "bucket"}, "publish_to must be a URL such as"),
         ({"publish_to": "s3://me:secret@bucket/x"}, "publish_to must hold no credentials"),
     ],
@@ -262,12 +265,26 @@ def test_stores_are_urls_without_secrets(values, message):
     assert " : " not in str(caught.value)
 
 
-@pytest.mark.parametrize("execution", [{}, {"execution": None}, {"execution": {"retries": 1}}])
+@pytest.mark.parametrize("execution", [{}, {"retries": 1}, ExecutionConfig(retries=1)])
 def test_an_output_that_is_a_url_is_where_jobs_exchange_files_and_the_library_goes(execution):
-    config = parse_config({"output": "s3://bucket/x/", "name": "mine", **execution})
+    config = parse_config({"output": "s3://bucket/x/", "name": "mine", "execution": execution})
     assert config.publish_to == config.execution.store == "s3://bucket/x"
+    assert config.execution.retries == ExecutionConfig.model_validate(execution).retries
     assert config.library_dir == Path("runs/mine").absolute()
     assert parse_config(config.model_dump(mode="json")) == config
+    assert Config.model_validate_json('{"output": "s3://bucket/x", "name": "mine"}').publish_to
     own = load_config({"output": "s3://bucket/x"}, ["execution.store=file:///mnt/store"])
     assert own.publish_to == "s3://bucket/x"
     assert own.execution.store == "file:///mnt/store"
+
+
+def test_a_resolved_configuration_takes_another_output():
+    resolved = parse_config({"output": "s3://bucket/x"}).model_dump(mode="json")
+    other = load_config(resolved, ["output=s3://bucket/y"])
+    assert other.publish_to == other.execution.store == "s3://bucket/y"
+    given = ["output=s3://bucket/y", "execution.store=file:///s"]
+    with pytest.raises(ConfigError, match="or set publish_to=null"):
+        load_config(resolved, given)
+    apart = load_config(resolved, [*given, "publish_to=null"])
+    assert apart.publish_to == "s3://bucket/y"
+    assert apart.execution.store == "file:///s"

@@ -64,22 +64,39 @@ class Config(Section):
     @classmethod
     def _open_output(cls, values: Any) -> Any:  # noqa: ANN401
         """Take an output that is a store's URL apart: where a run works, and where things go."""
-        if not isinstance(values, dict) or "://" not in str(values.get("output")):
-            return values
         try:
-            url = check_url(str(values["output"]), "output")
-        except ConfigError as error:
-            raise ValueError(str(error)) from None
-        if (other := values.get("publish_to")) and str(other).rstrip("/") != url:
-            raise ValueError(
-                f"publish_to must be left out where output is a URL, got {other!r} and output "
-                f"{url!r}; name a folder as output, or one of the two"
+            url = (
+                _url(values["output"]) if isinstance(values, dict) and "output" in values else None
             )
-        opened = {**values, "output": _FOLDER, "publish_to": url}
-        execution = values.get("execution") or {}
-        if isinstance(execution, dict) and execution.get("store") is None:
+        except ConfigError:  # `_check_output` refuses it
+            url = None
+        if url is None:
+            return values
+        execution = values.get("execution", {})
+        if isinstance(execution, ExecutionConfig):
+            execution = execution.model_dump(exclude_unset=True)
+        store = execution.get("store") if isinstance(execution, dict) else None
+        # Both are of a former output where a resolved configuration is given another one.
+        if (former := values.get("publish_to")) not in (None, url, store):
+            return values
+        opened = {**values, "output": str(_FOLDER), "publish_to": url}
+        if isinstance(execution, dict) and store in (None, former):
             opened["execution"] = {**execution, "store": url}
         return opened
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _check_output(cls, output: object) -> object:
+        try:
+            url = _url(output)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if url is not None:  # else it was taken apart
+            raise ValueError(
+                f"output and publish_to must be one URL, got {url!r} and another; name a folder "
+                "as output, or set publish_to=null"
+            )
+        return output
 
     @field_validator("publish_to")
     @classmethod
@@ -118,3 +135,8 @@ class Config(Section):
     def library_dir(self) -> Path:
         """Absolute folder of the run's library."""
         return (self.output / self.name).absolute()
+
+
+def _url(output: object) -> str | None:
+    """Return an output that is a store's URL; None for a folder."""
+    return check_url(str(output), "output") if "://" in str(output) else None

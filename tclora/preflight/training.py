@@ -83,7 +83,7 @@ class TrainingPlan:
 
     @property
     def adapters(self) -> dict[str, float]:
-        """Adapter → seconds of the loop that trains it, beside other jobs."""
+        """Adapter → seconds of its job's loop, which it may leave or enter on the way."""
         return {name: job.loop for job in self.jobs for name in job.names}
 
 
@@ -176,7 +176,8 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     jobs = []
     beside = at_once if not gpus else -(-at_once // gpus)
     for names in groups:
-        config = _fitting(work, held_at_once(work.config, len(names)), beside)
+        held = held_at_once(work.config, len(names))
+        config = _fitting(work, held, beside)
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size
         tokens = int(rows * lengths.row)
@@ -185,7 +186,6 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
             for at in (rates, rates.part(part))
         )
         tokens_at_once = forward_tokens(config)
-        held = held_at_once(config, len(names))
         memory = job_memory(base, config, lengths, held, work.itemsize, tokens_at_once)
         memory *= 1 if gpus else team  # of one GPU, or of the machine
         jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))

@@ -14,8 +14,8 @@ operators, per layer and forward pass. The factors 2.4 and 0.014 were fitted on 
 and of two smaller Llamas in fp32 and bf16 on two cores with AMX; ``benchmarks/training_cost.py``
 holds the whole against measured trainings. It was not measured on a GPU.
 
-Memory is the weights, every adapter with gradients and optimiser state, the activations of one
-forward pass, and its logits.
+Memory is the weights, every adapter that is held at once with gradients and optimiser state, the
+activations of one forward pass, and its logits.
 
 Symbols: P weights of the linear layers, Q of an adapter, r its rank, L layers, d width, f inner
 width, V vocabulary, F tokens per forward pass.

@@ -88,6 +88,8 @@ def _check_axis(names: str, given: Sequence[Any], known: Sequence[str]) -> None:
     for key in keys:
         if key not in known:
             raise ConfigError(f"axis must be a key, got {key!r}; {closest(key, known)}")
+        if key in ("name", "output"):
+            raise ConfigError(f"axis must be no place, got {key!r}: every cell has its own")
     for value in given if len(keys) > 1 else ():
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(keys):
             example = ", ".join(f"VALUE{number}" for number in range(1, len(keys) + 1))

@@ -84,7 +84,7 @@ class _Row(NamedTuple):
 
 
 class _Computed(NamedTuple):
-    """Losses by adapter; tokens and positions that went through the model."""
+    """Losses by seat; tokens and positions that went through the model."""
 
     losses: dict[int, float]
     tokens: int
@@ -108,25 +108,30 @@ class _Job:
     def run(self) -> dict[str, TrainingResult]:
         """Take all steps of all adapters; return the results by name."""
         results: dict[str, TrainingResult] = {}
-        failures: list[NonFiniteLossError] = []
+        failures: list[str] = []
         for step in count():
-            gone = [seat for seat, member in self._seated.items() if member.gone(step)]
-            for member in map(self._seated.pop, gone):
-                results[member.name] = member.course.finish()
+            results |= self._leave(step)
             self._fill(step)
             if not self._seated:
                 break
-            rows = [
-                _Row(seat, row)
-                for seat, member in sorted(self._seated.items())
-                for row in member.next_rows()
-            ]
+            orders = {seat: self._seated[seat].next_order() for seat in sorted(self._seated)}
             if any(member.live(step) for member in self._seated.values()):
+                rows = [
+                    _Row(seat, self._seated[seat].row(index))
+                    for seat, order in orders.items()
+                    for index in order
+                ]
                 failures += self._step(step, rows)
         if failures:
             self._team.wait()  # until the others' files are written
-            raise NonFiniteLossError("; ".join(str(error) for error in failures))
+            raise NonFiniteLossError("; ".join(failures))
         return results
+
+    def _leave(self, step: int) -> dict[str, TrainingResult]:
+        """Write the adapters that have taken their last step, and empty their seats."""
+        gone = [seat for seat, member in self._seated.items() if member.gone(step)]
+        members = map(self._seated.pop, gone)
+        return {member.name: member.course.finish() for member in members}
 
     def _fill(self, step: int) -> None:
         """Give empty seats to those that wait."""
@@ -142,8 +147,8 @@ class _Job:
                 "read a checkpoint; run again"
             )
 
-    def _step(self, step: int, rows: Sequence[_Row]) -> list[NonFiniteLossError]:
-        """Take a step with every adapter that has not taken it before a resume."""
+    def _step(self, step: int, rows: Sequence[_Row]) -> list[str]:
+        """Take a step with every adapter that has not taken it before a resume; say what broke."""
         tokens: Counter[int] = Counter()
         read: Counter[int] = Counter()
         for row in rows:
@@ -174,7 +179,7 @@ class _Job:
                 self._seated[seat].course.advance(seen[seat])
             except NonFiniteLossError as error:  # its siblings go on; raised at the end
                 logger.error("%s", error)
-                failures.append(error)
+                failures.append(str(error))
                 self._forget([seat])  # nothing of it is left for the others' steps
                 del self._seated[seat]
         return failures

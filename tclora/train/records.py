@@ -43,7 +43,8 @@ class TrainingResult:
     final_loss : float
         Mean over the last tenth of the steps, nats per response token.
     seconds : float
-        Wall-clock time of this process; less than the whole after a resume.
+        Wall-clock time from where it takes its place in the job; less than the whole after a
+        resume.
     validation_nll : float or None
         Lowest loss on the rows held out, nats per response token; the adapter is the one that had
         it. None where no rows were held out.

@@ -5,6 +5,7 @@ seat's weights are of one place in the stacks of `tclora.train.updates`; an adap
 finds the values it starts from, and no gradient.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -35,7 +36,9 @@ class Member:
     since : int
         Step of the job at which it took its seat.
     rows : sequence of TokenRow
-        Those it is trained on.
+        All of its rows; read when they are used.
+    trained_on : sequence of int
+        Which of them it is trained on.
     course : Course
         On its way.
 
@@ -45,16 +48,27 @@ class Member:
         As given.
     """
 
-    def __init__(self, name: str, since: int, rows: Sequence[TokenRow], course: Course) -> None:
+    def __init__(
+        self,
+        name: str,
+        since: int,
+        rows: Sequence[TokenRow],
+        trained_on: Sequence[int],
+        course: Course,
+    ) -> None:
         self.name = name
         self.since = since
         self.course = course
-        self._rows = rows
+        self._rows, self._trained_on = rows, trained_on
         self._orders = course.orders(0)
 
-    def next_rows(self) -> list[TokenRow]:
-        """Return the rows of its next step; none once it is done."""
-        return [self._rows[index] for index in next(self._orders, ())]
+    def next_order(self) -> list[int]:
+        """Return which rows its next step takes; none once it is done."""
+        return next(self._orders, [])
+
+    def row(self, index: int) -> TokenRow:
+        """Read a row of an order."""
+        return self._rows[self._trained_on[index]]
 
     def gone(self, step: int) -> bool:
         """Return whether it had taken its last step before this one of the job."""
@@ -102,6 +116,7 @@ class Seats:
         self._model, self._trainees, self._config, self._team = model, trainees, config, team
         seeds = sorted({trainee.init_seed for trainee in trainees.values()})
         self._fresh = {seed: _values(fresh_weights(model, config, seed)) for seed in seeds}
+        self._waiting = Counter(trainee.init_seed for trainee in trainees.values())
         self._weights = list(self._empty(seeds, model.device))
         self.mixed = MixedLora(model, self._weights, scaling=config.scaling, dropout=config.dropout)
         head = model.get_output_embeddings()
@@ -136,6 +151,9 @@ class Seats:
         weights, fresh = self._weights[seat], self._fresh[trainee.init_seed]
         for key, weight in weights.items():
             weight.detach().copy_(fresh[key])
+        self._waiting[trainee.init_seed] -= 1
+        if not self._waiting[trainee.init_seed]:
+            del self._fresh[trainee.init_seed]
         kept, held = hold_out(len(trainee.rows), config.validation_fraction, trainee.seed)
         watched = [trainee.rows[place] for place in held]
         course = Course(
@@ -146,7 +164,7 @@ class Seats:
             destination=trainee.destination,
             validate=partial(self._validate, seat, watched) if watched else None,
         )
-        return Member(name, step, [trainee.rows[place] for place in kept], course)
+        return Member(name, step, trainee.rows, kept, course)
 
     def _validate(self, seat: int, rows: Sequence[TokenRow]) -> float:
         """Return the mean loss on rows held out, nats per response token."""

@@ -1,4 +1,4 @@
-"""The engine `together`: all adapters of a job at once, on one copy of the base model."""
+"""The engine `together`: the adapters of a job side by side, on one copy of the base model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ from tclora.train.requests import train_requests
 
 
 class Together:
-    """All adapters of a device at once, on one base model; see `tclora.train.job`."""
+    """The adapters of a device side by side, on one base model; see `tclora.train.job`."""
 
     def divide(self, sizes: Mapping[str, int], slots: int) -> list[list[str]]:
         """Put all adapters in one job; with several GPUs and slots, in one for each.

@@ -1,8 +1,10 @@
 """The engine `together` against `separate`: the same adapters, whatever shares their batches."""
 
+import gc
 import math
 import re
 import shutil
+import weakref
 from functools import partial
 
 import pandas as pd
@@ -18,9 +20,11 @@ from tclora.files import sha256_path
 from tclora.jobs.run import LocalExecutor
 from tclora.model.base import Base
 from tclora.model.token_file import SUFFIX, write_tokens
+from tclora.train.course import Course
 from tclora.train.engines import AdapterRequest, engines, train_adapters
 from tclora.train.lora import fresh_weights
 from tclora.train.mixed import MixedLora
+from tclora.train.seats import Member
 
 FAST = {"r": 4, "alpha": 8, "lr": 1e-3, "batch_size": 4, "epochs": 12, "tokens_per_forward": 150}
 ROWS = {"animals": 17, "birds": 9, "cars": 5}  # 51, 27 and 15 steps
@@ -111,6 +115,7 @@ def digests(folder, names=tuple(ROWS)):
 @pytest.mark.timeout(600)  # processes that import torch
 def test_a_team_gives_the_same_adapters(train):
     changes = {"validation_fraction": 0.3, "validation_steps": 2, "patience": 2}
+    changes["adapters_at_once"] = 2
     alone, events, one = train(folder="alone", **changes)
     team, told, two = train(folder="team", data_parallel=2, **changes)
     assert_same_adapters(one, two)
@@ -251,6 +256,30 @@ def test_whoever_finishes_leaves_its_place_to_the_next(train, tokenizer):
     mixed = [owners for owners in shared if len(owners) > 1]
     assert list(dict.fromkeys(mixed)) == [("animals", "birds"), ("animals", "cars")]
     assert sum(len(owners) for owners in seen) == 4 * (51 + 27 + 15)
+
+
+def test_nothing_of_a_finished_adapter_stays(train, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Seen(Course):
+        def __init__(self, *args, **arguments):
+            gc.collect()
+            most.append(len(alive))
+            super().__init__(*args, **arguments)
+            alive.add(self)
+
+    monkeypatch.setattr("tclora.train.seats.Course", Seen)
+    train(adapters_at_once=1, max_steps=2)
+    assert most == [0, 0, 0]
+
+
+def test_rows_are_read_when_they_are_used(train, monkeypatch):
+    seen, read = [], Member.row
+    monkeypatch.setattr(Member, "row", lambda self, index: seen.append(index) or read(self, index))
+    train(max_steps=2)
+    assert len(seen) == 2 * 4 * len(ROWS)
+    train(max_steps=2)
+    assert len(seen) == 2 * 4 * len(ROWS)
 
 
 def test_micro_batches_respect_the_token_budget(train, tokenizer):

@@ -18,7 +18,8 @@ from tclora.preflight.training_cost import (
     forward_tokens,
     held_at_once,
     job_memory,
-    makespan,
+    shares_of_loop,
+    spans,
     training_seconds,
 )
 from tclora.train.course import total_steps
@@ -46,6 +47,8 @@ class JobCost:
         Its loop beside the others that run at once (s).
     memory : float
         Bytes, beside what Python and its libraries take.
+    shares : tuple of float
+        Part of the loop in which each adapter is held (0 to 1).
     """
 
     names: tuple[str, ...]
@@ -55,6 +58,7 @@ class JobCost:
     seconds: float
     loop: float
     memory: float
+    shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,12 @@ class TrainingPlan:
 
     @property
     def adapters(self) -> dict[str, float]:
-        """Adapter → seconds of its job's loop, which it may leave or enter on the way."""
-        return {name: job.loop for job in self.jobs for name in job.names}
+        """Adapter → seconds of its part in the loop of its job, beside other jobs."""
+        return {
+            name: share * job.loop
+            for job in self.jobs
+            for name, share in zip(job.names, job.shares, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -188,10 +196,13 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
         tokens_at_once = forward_tokens(config)
         memory = job_memory(base, config, lengths, held, work.itemsize, tokens_at_once)
         memory *= 1 if gpus else team  # of one GPU, or of the machine
-        jobs.append(JobCost(tuple(names), rows, tokens, sum(steps), START + alone, loop, memory))
+        counts = rows, tokens, sum(steps)
+        shares = tuple(shares_of_loop(config, steps))
+        jobs.append(JobCost(tuple(names), *counts, START + alone, loop, memory, shares))
     largest = sorted((job.memory for job in jobs), reverse=True)
     ends = [START + job.loop for job in jobs]
-    return TrainingPlan(engine, tuple(jobs), makespan(ends, at_once), sum(largest[:beside]))
+    last = max(end for _, end in spans(ends, at_once))
+    return TrainingPlan(engine, tuple(jobs), last, sum(largest[:beside]))
 
 
 def _fitting(work: Workload, adapters: int, beside: int) -> AdapterConfig:

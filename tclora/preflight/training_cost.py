@@ -66,13 +66,14 @@ def training_seconds(
     d, L = base.width, base.layers
     supervised = base.vocabulary * d * lengths.response / lengths.row
     passes = 1.5 if config.gradient_checkpointing else 1.0
+    job_steps = max(end for _, end in _stays(config, steps))
     products = 4 * base.linear * passes + 6 * base.trained + 4 * supervised
     products += 14 * lengths.row * d * L
     elements = L * (41 * d + 10 * base.inner) * passes + 3 * base.trained / config.r
     return (
         tokens * products / rates.products
         + _PASSES * (tokens * elements + 25 * base.trained * sum(steps)) / rates.elements
-        + _CALLS * L * max(tokens / forward_tokens(config), _job_steps(config, steps))
+        + _CALLS * L * max(tokens / forward_tokens(config), job_steps)
     )
 
 
@@ -113,15 +114,30 @@ def forward_tokens(config: AdapterConfig) -> int:
     return config.tokens_at_once(gpu=bool(visible_gpus()))
 
 
-def makespan(seconds: Sequence[float], lanes: int) -> float:
-    """Return when the last job ends if each starts in its order where a lane is free."""
-    ends = [0.0] * lanes
-    for duration in seconds:
-        first = min(range(lanes), key=lambda lane: ends[lane])
-        ends[first] += duration
-    return max(ends)
+def spans(durations: Sequence[float], lanes: int) -> list[tuple[float, float]]:
+    """Return begin and end of each if they start in their order where a lane is free."""
+    free, found = [0.0] * lanes, []
+    for duration in durations:
+        lane = min(range(lanes), key=free.__getitem__)
+        begin, free[lane] = free[lane], free[lane] + duration
+        found.append((begin, free[lane]))
+    return found
 
 
-def _job_steps(config: AdapterConfig, steps: Sequence[int]) -> float:
-    """Return the steps of a job until the last of its adapters has taken all of its own."""
-    return makespan(sorted(steps, reverse=True), held_at_once(config, len(steps)))
+def shares_of_loop(config: AdapterConfig, steps: Sequence[int]) -> list[float]:
+    """Return for which part of a job's loop each of its adapters takes part in it (0 to 1).
+
+    A step takes as long as there are adapters in it.
+    """
+    stays = _stays(config, steps)
+    return [
+        sum(max(0.0, min(end, other[1]) - max(begin, other[0])) for other in stays) / sum(steps)
+        for begin, end in stays
+    ]
+
+
+def _stays(config: AdapterConfig, steps: Sequence[int]) -> list[tuple[float, float]]:
+    """Return from which to which step of a job each of its adapters is held."""
+    order = sorted(range(len(steps)), key=lambda k: -steps[k])
+    found = spans([steps[k] for k in order], held_at_once(config, len(steps)))
+    return [stay for _, stay in sorted(zip(order, found, strict=True))]

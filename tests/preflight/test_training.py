@@ -116,6 +116,21 @@ def test_fewer_adapters_at_once_are_less_memory_and_may_be_more_steps():
     assert all_at_once.seconds == found[2].seconds < found[1].seconds
 
 
+def test_an_adapter_is_planned_for_as_long_as_it_is_held():
+    sizes = {"c": 400, "b": 200, "a": 100}  # 40, 20, 10 steps
+    (job,) = plan("together", sizes).jobs
+    assert job.names == ("c", "b", "a")
+    assert job.shares == pytest.approx((1.0, (3 * 10 + 2 * 10) / 70, 3 * 10 / 70))
+    assert plan("together", sizes).adapters["b"] == job.shares[1] * job.loop
+    one = CONFIG.model_copy(update={"adapters_at_once": 1})
+    assert plan("together", sizes, config=one).jobs[0].shares == pytest.approx(
+        (4 / 7, 2 / 7, 1 / 7)
+    )
+    two = CONFIG.model_copy(update={"adapters_at_once": 2})  # b beside c, then a beside c
+    (job,) = plan("together", sizes, config=two).jobs
+    assert job.shares == pytest.approx((1, 4 / 7, 2 / 7))
+
+
 def test_a_long_job_alone_on_its_share_of_the_cores_speaks_for_together():
     found = plan("auto", slots=4)
     assert found.engine == "together"

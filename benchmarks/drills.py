@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
@@ -27,7 +26,7 @@ import psutil
 import yaml
 from faults import VICTIMS, Fault, Ground, faults, killed
 from fleet import FINAL, Fleet, contents, fleet, wait_for
-from fleet_services import has_postgres, has_s3, postgres, s3_store
+from fleet_services import has_postgres, has_s3, postgres, s3_store, small_disk
 from hosts import hosts, jobs_done, run_by_command
 from mlflow import MlflowClient
 from tables import report
@@ -221,7 +220,7 @@ def _ground(place: str | None, folder: Path) -> Iterator[Ground]:
         if place == ON_S3:
             url, proxy = stack.enter_context(s3_store())
         if place == ON_DISK:
-            url = f"file://{stack.enter_context(_small_disk(folder / 'root' / 'disk'))}"
+            url = f"file://{stack.enter_context(small_disk(folder / 'root' / 'disk'))}"
         site = stack.enter_context(fleet(folder, f"state-{place or 'plain'}"))
         if not site.library("undisturbed").exists():
             site.finish(site.send("undisturbed"))
@@ -229,16 +228,6 @@ def _ground(place: str | None, folder: Path) -> Iterator[Ground]:
             execution = {**site.settings["execution"], "store": url}
             site = replace(site, settings={**site.settings, "execution": execution})
         yield Ground(site, proxy, database)
-
-
-@contextmanager
-def _small_disk(place: Path) -> Iterator[Path]:
-    place.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=64m", "none", place], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["/bin/umount", place], check=True)
 
 
 def _records(file: Path) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from fleet import FINAL, Fleet, wait_for
 from fleet_services import Postgres, Proxy
 
 from tclora.library.places import staging_area
-from tclora_cli.machine import JOBS, RUNS
+from tclora_cli.services import JOBS, RUNS
 
 # What may be killed at random. Not: the drill itself, and the store, a folder in these runs.
 VICTIMS = (

@@ -25,8 +25,8 @@ from tclora.files import sha256_file
 from tclora.library.layout import Layout
 from tclora.library.manifest import read_manifest
 from tclora_cli import machine as machines
-from tclora_cli.machine import Machine
 from tclora_cli.processes import Ledger, Started
+from tclora_cli.services import Machine
 
 Run = dict[str, Any]  # a flow run as Prefect's API describes it
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}

@@ -1,4 +1,4 @@
-"""What a fleet of the drills can have beside it: a store on S3's protocol, and PostgreSQL."""
+"""What the drills' fleet can have beside it: a store on S3's protocol, a full disk, PostgreSQL."""
 
 import http.client
 import importlib.util
@@ -205,3 +205,14 @@ def postgres() -> Iterator[Postgres]:
             os.environ.pop(name, None)
         server.stop()
         shutil.rmtree(folder)
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path]:
+    """Mount a disk of 64 MB in memory at a folder for the duration of a block."""
+    place.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["/bin/mount", "-t", "tmpfs", "-o", "size=64m", "none", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["/bin/umount", place], check=True)

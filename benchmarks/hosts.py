@@ -16,8 +16,8 @@ from typing import Any
 
 from fleet import Fleet
 
-from tclora_cli.machine import JOBS
 from tclora_cli.processes import start
+from tclora_cli.services import JOBS
 
 _HIDDEN = 'while [ "$1" != -- ]; do mount -t tmpfs none "$1"; shift; done; shift; exec "$@"'
 

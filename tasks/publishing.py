@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from tasks import tracking
 from tasks.artifact import Artifact, Artifacts
 from tasks.datasets import dataset_of
+from tasks.live_runs import log_history
 from tasks.logged_models import log_model_files, register_model
 from tasks.routed_model import log_routed
 from tasks.tracking import Run
@@ -23,6 +24,7 @@ from tasks.where import Where
 from tclora.config import Config
 from tclora.evaluate.tables import ENDS, flat_figures
 from tclora.library import published
+from tclora.library.identity import LocatedModel, ModelIdentity
 from tclora.library.layout import Layout
 from tclora.library.manifest import size, write_manifest
 from tclora.library.names import JOINT, ROUTED
@@ -30,9 +32,7 @@ from tclora.library.records import (
     Clustering,
     Description,
     Factors,
-    LocatedModel,
     Merge,
-    ModelIdentity,
     Routed,
     Storage,
     Training,
@@ -199,7 +199,7 @@ def _log_training(run: Run, name: str, part: Artifact, here: Layout) -> None:
     tags = {"tclora.kind": "train", "tclora.cached_from": part.info[PARENT]}
     nested = tracking.nested_run(run, name, tags)
     history = json.loads(here.training(name).read_text(encoding="utf-8"))
-    tracking.log_history(nested, history)
+    log_history(nested, history)
     tracking.log_metrics(nested, part.metrics)
     tracking.close_run(nested, "FINISHED")
 

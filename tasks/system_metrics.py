@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from threading import Lock
 
-from tasks.tracking import Run, StepLogger
+from tasks.live_runs import StepLogger
+from tasks.tracking import Run
 from tclora.jobs.run import Executor
 from tclora.jobs.usage import Sample, Sampling
 

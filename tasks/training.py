@@ -6,7 +6,7 @@ from prefect import get_run_logger
 
 from tasks.artifact import Artifact, Artifacts
 from tasks.keys import current_key, stage
-from tasks.tracking import live_run
+from tasks.live_runs import live_run
 from tasks.where import Where
 from tclora.config import AdapterConfig
 from tclora.files import write_json

@@ -79,7 +79,7 @@ class TemporaryServer:
         """
         limit = float(os.environ.get(TIMEOUT) or _DEFAULT_TIMEOUT)
         end = time.monotonic() + limit
-        while self._url and not _answers(f"{self._url}/health"):
+        while self._url and not answers(f"{self._url}/health"):
             if self._process.poll() is not None:
                 raise JobError(f"the Prefect server must start, but {self._ending()}")
             if time.monotonic() > end:
@@ -118,7 +118,8 @@ class TemporaryServer:
         return f"it ended with code {self._process.wait()}; its reason is above"
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Return whether an address answers that all is well."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
             return bool(response.status == 200)

@@ -80,6 +80,10 @@ class AdapterConfig(Section):
         """Return the tokens per forward pass, in training on a GPU or anywhere else."""
         return self.tokens_per_forward or (_GPU_TOKENS if gpu else _TOKENS)
 
+    def held_at_once(self, adapters: int) -> int:
+        """Return how many of a job's adapters the device holds at once."""
+        return min(adapters, self.adapters_at_once or adapters)
+
     @model_validator(mode="after")
     def _check_patience(self) -> "AdapterConfig":
         if self.patience and not self.validation_fraction:

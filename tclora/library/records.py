@@ -6,42 +6,12 @@ response token.
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
+
+from tclora.library.identity import LocatedModel, ModelIdentity, Record
+from tclora.library.settings import Settings
 
 SCHEMA: Literal[2] = 2
-
-
-class Record(BaseModel):
-    """Frozen values without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelIdentity(Record):
-    """Which model something was made with.
-
-    Attributes
-    ----------
-    id : str
-        As configured: a built-in name, a folder or a hub id.
-    digest : str
-        Of its files, or of hub id and commit; see `tclora.model.locate.model_digest`.
-    """
-
-    id: str
-    digest: str
-
-
-class LocatedModel(ModelIdentity):
-    """A model and where it was found.
-
-    Attributes
-    ----------
-    location : str
-        Folder or hub id on the machine of the run.
-    """
-
-    location: str
 
 
 class Clustering(Record):
@@ -238,51 +208,6 @@ class Storage(Record):
     routed: int | None = None
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class DataSettings(_Settings):
-    """Where the rows came from; see `tclora.config.DataConfig`."""
-
-    path: str
-    test_path: str | None = None
-    ood_path: str | None = None
-    composition_path: str | None = None
-
-
-class TrainSettings(_Settings):
-    """How prompts were encoded and adapters shaped; see `tclora.config.TrainConfig`."""
-
-    r: int
-    template: str
-    max_tokens: int
-    dtype: str = "auto"
-
-
-class MergeSettings(_Settings):
-    """Which merge the run was for; see `tclora.config.MergeConfig`."""
-
-    primary: str
-    sample_rows: int = Field(validation_alias=AliasChoices("sample_rows", "calibration_rows"))
-
-
-class EvaluateSettings(_Settings):
-    """How intervals were made; see `tclora.config.EvaluateConfig`."""
-
-    confidence: float
-
-
-class Settings(_Settings):
-    """The settings that readers of a library use, whatever else the run's version knew."""
-
-    seed: int
-    data: DataSettings
-    train: TrainSettings
-    merge: MergeSettings
-    evaluate: EvaluateSettings
-
-
 class Description(Record):
     """What a run says about its library.
 
@@ -319,7 +244,7 @@ class Description(Record):
     merges: dict[str, Merge]
     routed: Routed | None = None
     storage: Storage
-    links: dict[str, str | None] = {}
+    links: dict[str, str | None] = Field(default_factory=dict)
 
     @field_validator("config")
     @classmethod

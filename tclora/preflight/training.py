@@ -16,7 +16,6 @@ from tclora.preflight.sizes import BaseSize
 from tclora.preflight.training_cost import (
     Lengths,
     forward_tokens,
-    held_at_once,
     job_memory,
     shares_of_loop,
     spans,
@@ -184,7 +183,7 @@ def _planned(engine: str, work: Workload, rates: Rates) -> TrainingPlan:
     jobs = []
     beside = at_once if not gpus else -(-at_once // gpus)
     for names in groups:
-        held = held_at_once(work.config, len(names))
+        held = work.config.held_at_once(len(names))
         config = _fitting(work, held, beside)
         steps = [total_steps(max(1, work.sizes[name]), config) for name in names]
         rows = sum(steps) * config.batch_size

@@ -104,11 +104,6 @@ def job_memory(
     return weights + own + activations + logits
 
 
-def held_at_once(config: AdapterConfig, adapters: int) -> int:
-    """Return how many of its adapters a job holds at once."""
-    return min(adapters, config.adapters_at_once or adapters)
-
-
 def forward_tokens(config: AdapterConfig) -> int:
     """Return the tokens of a forward pass here."""
     return config.tokens_at_once(gpu=bool(visible_gpus()))
@@ -139,5 +134,5 @@ def shares_of_loop(config: AdapterConfig, steps: Sequence[int]) -> list[float]:
 def _stays(config: AdapterConfig, steps: Sequence[int]) -> list[tuple[float, float]]:
     """Return from which to which step of a job each of its adapters is held."""
     order = sorted(range(len(steps)), key=lambda k: -steps[k])
-    found = spans([steps[k] for k in order], held_at_once(config, len(steps)))
+    found = spans([steps[k] for k in order], config.held_at_once(len(steps)))
     return [stay for _, stay in sorted(zip(order, found, strict=True))]

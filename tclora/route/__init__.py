@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import tclora.route.routers  # noqa: F401  (registers them)
-from tclora.library.records import ModelIdentity
+from tclora.library.identity import ModelIdentity
 from tclora.route.equations import Fallback
 from tclora.route.gates import GatedAdapter, fit_gates
 from tclora.route.nearness import Abstention

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.errors import ModelError
+from tclora.library.identity import ModelIdentity
 from tclora.library.published import library_folder
-from tclora.library.records import ModelIdentity
 from tclora.model.generation import only_end_tokens
 from tclora.model.locate import (
     choose_dtype,

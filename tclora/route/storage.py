@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tclora.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, read_adapter, write_adapter
 from tclora.errors import LibraryError
 from tclora.files import atomic_path, sha256_file, write_json
+from tclora.library.identity import ModelIdentity
 from tclora.library.layout import Layout, RoutedLayout
 from tclora.library.manifest import check_listed, read_manifest
 from tclora.library.places import heal
-from tclora.library.records import ModelIdentity
 from tclora.route.gates import GatedAdapter, static_gate
 from tclora.route.router import Router, load_router, save_router
 

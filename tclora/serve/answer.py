@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tclora.serve.engine import Piece
+from tclora.serve.request import Piece
 
 
 @dataclass

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from tclora.route.model import RoutedModel
 from tclora.route.routing import Routing
 from tclora.serve.answer import Answer, Served
-from tclora.serve.engine import Engine, Piece
-from tclora.serve.engine import Request as Generation
+from tclora.serve.engine import Engine
+from tclora.serve.request import Piece
+from tclora.serve.request import Request as Generation
 
 _MAX_BODY = 1 << 20  # bytes
 _LOOK = 0.5  # how often it is looked whether a client has left (s)

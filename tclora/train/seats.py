@@ -112,7 +112,7 @@ class Seats:
         config: AdapterConfig,
         team: Team,
     ) -> None:
-        self.count = min(len(trainees), config.adapters_at_once or len(trainees))
+        self.count = config.held_at_once(len(trainees))
         self._model, self._trainees, self._config, self._team = model, trainees, config, team
         seeds = sorted({trainee.init_seed for trainee in trainees.values()})
         self._fresh = {seed: _values(fresh_weights(model, config, seed)) for seed in seeds}

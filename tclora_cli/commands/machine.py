@@ -8,7 +8,7 @@ import typer
 from tclora_cli.commands.shared import console, settle_environment
 
 if TYPE_CHECKING:
-    from tclora_cli.machine import Machine
+    from tclora_cli.services import Machine
 
 FolderOption = Annotated[
     Path,
@@ -37,8 +37,9 @@ def up(
     settle_environment()
     from tclora.jobs.devices import parallel_jobs
     from tclora_cli import machine
+    from tclora_cli.services import Machine
 
-    made = machine.Machine(
+    made = Machine(
         folder=folder.expanduser().absolute(),
         root=(root or Path.cwd()).expanduser().absolute(),
         jobs=jobs or parallel_jobs("auto"),
@@ -73,7 +74,7 @@ def status(folder: FolderOption = FOLDER) -> None:
 
 def _known(folder: Path) -> "Machine":
     from tclora.errors import ConfigError
-    from tclora_cli.machine import Machine
+    from tclora_cli.services import Machine
 
     made = Machine.of(folder.expanduser().absolute())
     if made is None:

@@ -10,7 +10,8 @@ from mlflow.exceptions import MlflowException
 from tclora.errors import ConfigError
 from tclora_cli import logins
 from tclora_cli.logins import CLIENT, PASSWORD, SERVER, USER
-from tclora_cli.machine import Machine, down, status, up
+from tclora_cli.machine import down, status, up
+from tclora_cli.services import Machine
 from tests.cli.test_machine import free_ports
 
 SECRET, PREFECT = "a password of 1 test", "me:another password of 1 test"

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from tclora.errors import ConfigError
 from tclora_cli import machine as machines
-from tclora_cli.machine import Machine, down, status, up
+from tclora_cli.machine import down, status, up
 from tclora_cli.main import app
 from tclora_cli.prefect_api import ask
 from tclora_cli.processes import Ledger, Started
+from tclora_cli.services import Machine, Service
 
 NAMES = ["prefect", "mlflow", "worker of run-pool", "worker of gpu-pool"]
 
@@ -204,7 +205,7 @@ def test_what_a_killed_process_leaves_behind_is_ended(tmp_path):
 
 
 def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
-    broken = machines.Service(
+    broken = Service(
         "mlflow", [sys.executable, "-c", "raise SystemExit('no such database')"], {}, lambda: False
     )
     machine.folder.mkdir()
@@ -225,7 +226,7 @@ def test_a_service_that_hangs_is_started_anew(machine, monkeypatch):
     monkeypatch.setattr(machines, "_LIMIT", 5.0)
     machine.root.mkdir()
     said = []
-    machines._ensure(machine, machines.Service("mlflow", command, {}, well.exists), said.append)
+    machines._ensure(machine, Service("mlflow", command, {}, well.exists), said.append)
     started = Ledger.read(machine.ledger).started["mlflow"]
     assert started.process
     assert said == [f"{'mlflow':<20}healthy"]

@@ -11,9 +11,11 @@ from safetensors.numpy import save_file
 from tclora.adapter import write_adapter
 from tclora.cluster.centroids import centroids
 from tclora.cluster.embed import embed_prompts
+from tclora.evaluate.sandbox.judge import SandboxError, check_isolation
+from tclora.library.identity import LocatedModel, ModelIdentity
 from tclora.library.layout import Layout
 from tclora.library.manifest import write_manifest
-from tclora.library.records import LocatedModel, Merge, ModelIdentity, Training
+from tclora.library.records import Merge, Training
 from tclora.merge import merge
 from tclora.model.locate import BUILTIN_EMBEDDER, locate_embedder, model_digest
 from tests.library.examples import describe
@@ -23,6 +25,15 @@ from tests.route.conftest import CLUSTERS, PROMPTS
 TASKS = ("sums", "reversal", "logic")  # of the three clusters
 RESPONSES = ("7", "elppa", "No")
 WORDS = ("apple", "river", "stone", "cloud", "green", "seven")
+
+
+@pytest.fixture(scope="session")
+def walls():
+    """Skip where the machine does not offer what a sandbox is made of, such as in a container."""
+    try:
+        check_isolation()
+    except SandboxError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -1,21 +1,13 @@
 import pytest
 
 from tclora.errors import ConfigError
-from tclora.evaluate.sandbox.judge import SandboxError, check_isolation
+from tclora.evaluate.sandbox.judge import SandboxError
 from tclora.evaluate.scorers import Expected, check_leave, check_scorer, score
 from tclora.evaluate.scorers.code import isolation, program_of
 
 TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
 RIGHT = "def add(a, b):\n    return a + b"
 WRONG = "def add(a, b):\n    return a - b"
-
-
-@pytest.fixture
-def walls():
-    try:
-        check_isolation()
-    except SandboxError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """A library of a few small files, and what its run says of it."""
 
 from tclora.config import Config
+from tclora.library.identity import LocatedModel, ModelIdentity
 from tclora.library.records import (
     Clustering,
     Description,
     Factors,
-    LocatedModel,
     Merge,
-    ModelIdentity,
     Storage,
     Training,
 )

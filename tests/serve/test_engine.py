@@ -8,7 +8,9 @@ import torch
 import tclora
 from tclora.model.tokens import encode
 from tclora.route import Routing
-from tclora.serve.engine import Engine, Request, _Answer, _RowSampling
+from tclora.serve.batch import RowSampling, _Answer
+from tclora.serve.engine import Engine
+from tclora.serve.request import Request
 from tests.route.conftest import *  # noqa: F403
 from tests.route.conftest import FAR, PROMPTS
 
@@ -184,7 +186,7 @@ def test_each_row_is_sampled_at_its_own_temperature_and_nucleus():
     routing = Routing(np.ones((1, 1), np.float32), np.array([True]), np.ones(1, np.float32))
     scores = torch.tensor([[0.0, 2.0, 1.0, -5.0]]).repeat(4, 1)
     batch = [request(0), request(1), request(0.5), request(1, 0.8)]
-    odds = _RowSampling(batch)(torch.zeros(4, 1), scores).softmax(1)
+    odds = RowSampling(batch)(torch.zeros(4, 1), scores).softmax(1)
     assert odds[0].tolist() == [0, 1, 0, 0]
     assert torch.allclose(odds[1], scores[0].softmax(0))
     assert torch.allclose(odds[2], (scores[0] / 0.5).softmax(0))

@@ -8,7 +8,7 @@ import yaml
 from mlflow.exceptions import MlflowException
 
 import tclora
-from tasks import tracking
+from tasks import live_runs, tracking
 from tasks.datasets import dataset_of
 from tasks.logged_models import log_model_files, register_model
 from tasks.tracking import Run
@@ -70,9 +70,9 @@ def test_a_store_that_has_gone_ends_no_job(run, monkeypatch, caplog):
     def refuse(*_):
         raise MlflowException("gone")
 
-    monkeypatch.setattr(tracking, "get_run_logger", lambda: logging.getLogger("tracking"))
-    monkeypatch.setattr(tracking, "close_run", refuse)
-    with tracking.live_run(run, "cluster-2", {}) as live:
+    monkeypatch.setattr(live_runs, "get_run_logger", lambda: logging.getLogger("tracking"))
+    monkeypatch.setattr(live_runs, "close_run", refuse)
+    with live_runs.live_run(run, "cluster-2", {}) as live:
         live.add({"step": 0, "loss": 1.0})
     assert "MLflow was not told that a job is finished: gone" in caplog.text
     with pytest.raises(RuntimeError, match="no room"):
@@ -80,7 +80,7 @@ def test_a_store_that_has_gone_ends_no_job(run, monkeypatch, caplog):
 
 
 def test_a_nested_run_receives_records_and_finishes(run):
-    with tracking.live_run(run, "cluster-0", {"tclora.kind": "train"}) as live:
+    with live_runs.live_run(run, "cluster-0", {"tclora.kind": "train"}) as live:
         for step in range(5):
             live.add({"step": step, "loss": 2.0 - step / 4, "lr": 1e-3})
     found = run.client.get_run(live.run.run_id)
@@ -94,7 +94,7 @@ def test_a_nested_run_receives_records_and_finishes(run):
 
 
 def fail_in(run, name="cluster-1"):
-    with tracking.live_run(run, name, {}) as live:
+    with live_runs.live_run(run, name, {}) as live:
         live.add({"step": 0, "loss": 1.0})
         raise RuntimeError("no room")
 
@@ -110,7 +110,7 @@ def test_an_exception_marks_the_nested_run_and_keeps_its_records(run):
 
 def test_a_long_history_is_logged_whole(run):
     nested = tracking.nested_run(run, "long", {})
-    tracking.log_history(nested, [{"step": i, "loss": i / 7, "lr": 0.1} for i in range(700)])
+    live_runs.log_history(nested, [{"step": i, "loss": i / 7, "lr": 0.1} for i in range(700)])
     curve = run.client.get_metric_history(nested.run_id, "loss")
     assert [point.value for point in curve] == [i / 7 for i in range(700)]
 

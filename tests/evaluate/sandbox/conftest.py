@@ -1,16 +1,30 @@
+import ctypes
+from pathlib import Path
+
+import psutil
 import pytest
 
-from tclora.evaluate.sandbox.judge import SandboxError, check_isolation
 from tclora.evaluate.sandbox.limits import Limits
 
+_PR_SET_CHILD_SUBREAPER = 36
+ESCAPES = [f"{place}/tclora-escaped" for place in ("", "/dev", "/root", "/tmp", "/usr/lib", "/var")]
 
-@pytest.fixture(scope="session")
-def walls():
-    """Skip where the machine does not offer what a sandbox is made of, such as in a container."""
-    try:
-        check_isolation()
-    except SandboxError as error:
-        pytest.skip(str(error))
+
+@pytest.fixture
+def host(tmp_path):
+    """What must not change: a file that anyone may write, its folder, the processes below us."""
+    before = psutil.Process().children(recursive=True)  # another test's server may live longer
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a daemon would come to us
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    kept.chmod(0o666)
+    tmp_path.chmod(0o777)
+    yield kept
+    assert [p for p in psutil.Process().children(recursive=True) if p not in before] == []
+    assert kept.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [kept]
+    assert not [name for name in ESCAPES if Path(name).exists()]
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture

@@ -16,13 +16,13 @@ from tclora.preflight import Models
 class Context:
     """A run: its configuration, its models, and where its stages work.
 
-    `shared` is the folder of records of what it has in common with other runs, if it shares.
+    `records` is the folder of records of what it has in common with other runs, if it shares.
     """
 
     config: Config
     models: Models
     where: Where
-    shared: Path | None = None
+    records: Path | None = None
 
     @property
     def base(self) -> Base:

@@ -27,11 +27,11 @@ from tclora.preflight import Models
 
 @contextmanager
 def opened(
-    config: Config, models: Models, shared: Path | None = None, around: Executor | None = None
+    config: Config, models: Models, records: Path | None = None, around: Executor | None = None
 ) -> Iterator[Context]:
     """Open a run on a library that is its own until the block is left.
 
-    `shared` is the folder of records of what it has in common with other runs, if it shares, and
+    `records` is the folder of records of what it has in common with other runs, if it shares, and
     `around` the executor of the run that it is part of.
 
     A second run on the same folder waits for the first, then finds everything cached. The MLflow
@@ -48,9 +48,9 @@ def opened(
     ):
         begin(library)
         steps = config.train.checkpoint_steps
-        records = [*([LinkedStages(shared)] if shared else []), *stored_stages(config)]
-        where = Where(staging, run, watched, JobProgress(), steps, records)
-        yield Context(_settled(config), models, where, shared)
+        shared = [*([LinkedStages(records)] if records else []), *stored_stages(config)]
+        where = Where(staging, run, watched, JobProgress(), steps, shared)
+        yield Context(_settled(config), models, where, records)
 
 
 def _settled(config: Config) -> Config:

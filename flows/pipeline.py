@@ -55,13 +55,13 @@ def pipeline(
 
 @flow(name=NAME, validate_parameters=False)
 def checked_pipeline(
-    config: Config, models: Models, until: str = LAST, shared: Path | None = None
+    config: Config, models: Models, until: str = LAST, records: Path | None = None
 ) -> dict[str, str]:
     """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`.
 
-    `shared` is the folder of records of what the run has in common with others; see `tasks.shared`.
+    `records` is the folder of records of what it has in common with others; see `tasks.shared`.
     """
-    return _run(config, models, step_named(until), shared)
+    return _run(config, models, step_named(until), records)
 
 
 def run(config: Config, last: str) -> dict[str, str]:
@@ -69,10 +69,10 @@ def run(config: Config, last: str) -> dict[str, str]:
     return _run(config, check(config), last)
 
 
-def _run(config: Config, models: Models, last: str, shared: Path | None = None) -> dict[str, str]:
-    with opened(config, models, shared) as context:
+def _run(config: Config, models: Models, last: str, records: Path | None = None) -> dict[str, str]:
+    with opened(config, models, records) as context:
         library = _run_steps(context, last)
-    if last == LAST and shared is None:  # those of a study are forgotten when it ends
+    if last == LAST and records is None:  # those of a study are forgotten when it ends
         forget_stages(config)
     run = context.where.run
     return {
@@ -111,7 +111,7 @@ def _replicate(context: Context, prepared: Prepared, last: str) -> Artifacts:
     """Run every further training seed up to the same last step; return what each has measured."""
     measured: Artifacts = {}
     for config in context.config.replicas():
-        with opened(config, context.models, context.shared, context.where.executor) as replica:
+        with opened(config, context.models, context.records, context.where.executor) as replica:
             root = _run_steps(replica, last, prepared.linked(replica.where.layout.root))
         items = Layout(root).evaluation.items
         if items.exists():  # else nothing is held out

@@ -48,12 +48,14 @@ def source_sha256() -> str:
     return sha256_json({str(file.relative_to(_ROOT)): sha256_file(file) for file in files})
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Return what this machine has: Python, system, devices, packages with their versions."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found = {d.metadata["Name"]: d.version for d in distributions()}
+    metadata = [distribution.metadata for distribution in distributions()]
+    found = {of["Name"]: of["Version"] for of in metadata}
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

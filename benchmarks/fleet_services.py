@@ -1,4 +1,4 @@
-"""What the drills' fleet can have beside it: a store on S3's protocol, a full disk, PostgreSQL."""
+"""What the drills' fleet can have beside it: a store on S3's protocol, a small disk, PostgreSQL."""
 
 import http.client
 import importlib.util

@@ -59,7 +59,7 @@ def checked_pipeline(
 ) -> dict[str, str]:
     """Do what `pipeline` does, with a configuration that has passed `tclora.preflight.check`.
 
-    `records` is the folder of records of what it has in common with others; see `tasks.shared`.
+    `records` is the folder of records of what the run shares with others; see `tasks.shared`.
     """
     return _run(config, models, step_named(until), records)
 

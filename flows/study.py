@@ -59,7 +59,7 @@ def study(name: str, config: Config, axes: Axes) -> dict[str, str]:
         label = cell.config.name
         get_run_logger().info("cell %d of %d: %s", number, len(cells), label)
         try:
-            found = checked_pipeline(cell.config, models[label], kind.until, layout.shared)
+            found = checked_pipeline(cell.config, models[label], kind.until, layout.records)
         except TcloraError as error:
             get_run_logger().error("cell %s failed: %s", label, error)
             failed[label] = str(error)

@@ -1,4 +1,4 @@
-"""MLflow runs that are told of a job while it works."""
+"""Records of training and machines in MLflow, as a job works or at once when it is done."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,10 +8,11 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from prefect import get_run_logger
 
-from tasks.tracking import BATCH, HOST, PARAM_LENGTH, Run, close_run, metric_name, nested_run
+from tasks.tracking import BATCH, PARAM_LENGTH, Run, close_run, metric_name, nested_run
 from tclora.jobs.usage import SAMPLE, Sample
 
 Record = Mapping[str, float]
+_HOST = "tclora.host"  # tag: the machine of a process; with a job's name, of that job
 
 
 @contextmanager
@@ -69,7 +70,7 @@ class StepLogger:
 
         The run's tag ``tclora.host`` tells the machine; those of several attempts, in their order.
         """
-        name = metric_name(f"{HOST}.{job}" if job else HOST)
+        name = metric_name(f"{_HOST}.{job}" if job else _HOST)
         hosts = self._hosts.setdefault(name, [])
         if sample.host not in hosts:
             hosts.append(sample.host)

@@ -26,7 +26,7 @@ from tclora.files import atomic_path, parquet_batches
 from tclora.jobs.call import Event
 from tclora.library.names import JOINT, cluster_name
 from tclora.model.base import Base
-from tclora.model.locate import devices_of, load_tokenizer
+from tclora.model.locate import devices_of, load_tokenizer, token_counter
 from tclora.model.place import cache_dir
 from tclora.model.token_file import write_chosen, write_tokens
 from tclora.model.tokens import encode_frame
@@ -41,12 +41,7 @@ def read(
 ) -> Artifact:
     """Read, check and split the examples; `source_digest` tells a changed file from an old one."""
     examples = read_examples(config, seed)
-    tokenizer = load_tokenizer(base)
-
-    def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts).input_ids]
-
-    metrics = profile(examples, count, max_tokens)
+    metrics = profile(examples, token_counter(base), max_tokens)
     for line in examples.skipped:
         get_run_logger().warning("left out: %s", line)
     with atomic_path(where.layout.examples) as fresh:

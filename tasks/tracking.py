@@ -27,7 +27,6 @@ PARAM_LENGTH = 6000
 # The UI opens an experiment of this kind at its runs, others at traces of an application.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _LIBRARY = "tclora.library"  # tag: the folder a run works on
-HOST = "tclora.host"  # tag: the machine of a process; with a job's name, of that job
 _PLACE = "tclora.place"  # tag: what that folder is known by on every machine
 
 

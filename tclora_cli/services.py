@@ -1,4 +1,4 @@
-"""The servers, pools and workers of one machine: how each is started, and how to see it is well."""
+"""The servers and workers of one machine: how each is started, and how to see that it is well."""
 
 import os
 import socket

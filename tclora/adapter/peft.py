@@ -24,7 +24,7 @@ from tclora.files import atomic_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+MODULE_PREFIX = "base_model.model."  # of every module's path in a PeftModel
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _DTYPES = {
     torch.float64: "F64",
@@ -71,8 +71,8 @@ class _FileModules(Mapping[str, LoraFactors]):
     def __getitem__(self, module: str) -> LoraFactors:
         scaling = self._scalings[module]
         with safe_open(self._path, framework="pt") as file:
-            B = file.get_tensor(f"{_PREFIX}{module}.lora_B.weight")
-            A = file.get_tensor(f"{_PREFIX}{module}.lora_A.weight")
+            B = file.get_tensor(f"{MODULE_PREFIX}{module}.lora_B.weight")
+            A = file.get_tensor(f"{MODULE_PREFIX}{module}.lora_A.weight")
         if scaling != 1:  # in fp32 at least: bf16 would round the product
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * scaling
         return LoraFactors(B, A)
@@ -187,9 +187,10 @@ def _module_ranks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     parts: dict[str, dict[str, Sequence[int]]] = {}
     for key, shape in shapes.items():
         suffix = next((s for s in _PARTS if key.endswith(s)), None)
-        if suffix is None or not key.startswith(_PREFIX):
+        if suffix is None or not key.startswith(MODULE_PREFIX):
             raise AdapterError(f"{path}: unknown tensor {key!r}; only LoRA A and B can be merged")
-        parts.setdefault(key.removeprefix(_PREFIX).removesuffix(suffix), {})[_PARTS[suffix]] = shape
+        module = key.removeprefix(MODULE_PREFIX).removesuffix(suffix)
+        parts.setdefault(module, {})[_PARTS[suffix]] = shape
     ranks = {}
     for module, pair in sorted(parts.items()):
         if pair.keys() != {"A", "B"}:
@@ -252,8 +253,8 @@ def write_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch
     for module in sorted(adapter.modules):
         B, A = adapter.modules[module]
         ranks[module] = A.shape[0]
-        shapes[f"{_PREFIX}{module}.lora_A.weight"] = A.shape
-        shapes[f"{_PREFIX}{module}.lora_B.weight"] = B.shape
+        shapes[f"{MODULE_PREFIX}{module}.lora_A.weight"] = A.shape
+        shapes[f"{MODULE_PREFIX}{module}.lora_B.weight"] = B.shape
     with atomic_path(Path(path)) as fresh:
         fresh.mkdir()
         with (fresh / WEIGHTS_FILE).open("wb") as file:

@@ -1,4 +1,4 @@
-"""Which models a library was made with."""
+"""Which models a library was made with, and the base of its records."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -6,7 +6,7 @@ once to a safetensors copy in the cache folder, keyed by the file's digest and t
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,12 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def token_counter(location: str) -> Callable[[list[str]], list[int]]:
+    """Return what counts the tokens of each of several texts."""
+    tokenizer = load_tokenizer(location)
+    return lambda texts: [len(ids) for ids in tokenizer(texts).input_ids]
 
 
 def _check_model_exists(spec: str, builtin: str) -> None:

@@ -1,8 +1,7 @@
 """What a run would cost, before it starts: what is fetched, rows, tokens, steps, time and memory.
 
 Training is planned by `tclora.preflight.training`, the other stages by
-`tclora.preflight.stage_costs`. Further training seeds repeat all that follows the clusters
-(`seeds`).
+`tclora.preflight.stage_costs`. Further training seeds repeat all that follows the clusters.
 
 Not covered: downloads' time, generated tokens beyond their operations (a GPU spends more on reading
 weights), merging and factorising (minutes at most, see ``benchmarks/results/large_library.md``),

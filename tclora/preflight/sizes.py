@@ -12,7 +12,7 @@ from tclora.data.demo import DEMO
 from tclora.data.examples import profile, read_examples, read_rows
 from tclora.data.readers import is_local
 from tclora.errors import DataError
-from tclora.model.locate import load_tokenizer
+from tclora.model.locate import token_counter
 from tclora.preflight.data import HELD_OUT, without_sources
 from tclora.preflight.models import Models
 from tclora.train.lora import attach_lora
@@ -83,12 +83,7 @@ def count_rows(config: Config, models: Models) -> RowCounts:
         return _from_limits(config)
     named = [name for name in HELD_OUT if (path := getattr(data, name)) and _on_hub(path)]
     examples = read_examples(without_sources(data, named), config.seed)
-    tokenizer = load_tokenizer(models.base)
-
-    def count(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer(texts).input_ids]
-
-    figures = profile(examples, count, config.train.max_tokens)
+    figures = profile(examples, token_counter(models.base), config.train.max_tokens)
     train = int(figures["rows_train"])
     held_out = int(figures["rows"]) - train + sum(_held_out_rows(config, name) for name in named)
     limits = f"; of {', '.join(f'data.{name}' for name in named)}, rows are the limits"

@@ -1,8 +1,9 @@
-"""What the stages of a run cost, training as one of them.
+"""What the stages of a run cost.
 
-Time is floating-point operations over the rate at which this machine multiplies matrices, less what
-is lost on the way (`UTILISATION`), and the start of processes (`START`). A forward pass takes 2 P
-operations per token for P parameters; as many carry gradients back to what is fitted.
+Training is planned by `tclora.preflight.training`. Elsewhere time is floating-point operations over
+the rate at which this machine multiplies matrices, less what is lost on the way (`UTILISATION`),
+and the start of processes (`START`). A forward pass takes 2 P operations per token for P
+parameters; as many carry gradients back to what is fitted.
 """
 
 from dataclasses import dataclass

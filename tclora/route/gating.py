@@ -15,11 +15,10 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from tclora.adapter import LoraFactors
+from tclora.adapter.peft import MODULE_PREFIX
 from tclora.errors import AdapterError
 from tclora.route.fused import Gate, fuse
 from tclora.route.gates import GatedAdapter
-
-_PREFIX = "base_model.model."
 
 
 class Gating:
@@ -220,7 +219,7 @@ def _set_components(layer: LoraLayer, adapter: str, unit: LoraFactors) -> None:
 def _layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     """Return the LoRA layers of an adapter by module path, in sorted order."""
     found = {
-        path.removeprefix(_PREFIX): layer
+        path.removeprefix(MODULE_PREFIX): layer
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A
     }

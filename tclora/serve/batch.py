@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
-class Answers(BaseStreamer):
+class RowAnswers(BaseStreamer):
     """Takes the tokens of all rows step by step and hands their text to the requests."""
 
     def __init__(self, batch: Sequence[Request], model: RoutedModel) -> None:
-        self._rows = [_Answer(request, model.tokenizer, model.end_tokens) for request in batch]
+        self._rows = [_RowAnswer(request, model.tokenizer, model.end_tokens) for request in batch]
         self._prompt_seen = False
 
     @property
@@ -47,7 +47,7 @@ class Answers(BaseStreamer):
             row.fail(error)
 
 
-class _Answer:
+class _RowAnswer:
     """The text of one row, handed out as far as it is certain."""
 
     def __init__(
@@ -119,7 +119,7 @@ class _Answer:
 class RowStopping(StoppingCriteria):
     """Ends each row when its answer has ended."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: RowAnswers) -> None:
         self._answers = answers
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # noqa: ANN401

@@ -13,15 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from tclora.model.tokens import TokenRow, collate
 from tclora.route.model import RoutedModel
 from tclora.route.routing import together
-from tclora.serve.batch import Answers, RowSampling, RowStopping
+from tclora.serve.batch import RowAnswers, RowSampling, RowStopping
 from tclora.serve.request import Request
 
 logger = logging.getLogger(__name__)
@@ -30,7 +27,7 @@ _WAIT = 0.005  # how long a batch waits for company (s)
 
 
 class Engine:
-    """Answers requests in batches in a thread of its own.
+    """RowAnswers requests in batches in a thread of its own.
 
     Parameters
     ----------
@@ -99,7 +96,7 @@ class Engine:
                 return
 
     def _answer(self, batch: Sequence[Request]) -> None:
-        answers = Answers(batch, self.model)
+        answers = RowAnswers(batch, self.model)
         try:
             self._generate(batch, answers)
         except Exception as error:  # the clients must hear of it, and the next batch be served
@@ -107,7 +104,7 @@ class Engine:
             answers.fail(error)
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[Request], answers: Answers) -> None:
+    def _generate(self, batch: Sequence[Request], answers: RowAnswers) -> None:
         model, tokenizer = self.model.model, self.model.tokenizer
         rows = [TokenRow(request.tokens, ()) for request in batch]
         padded = collate(rows, range(len(rows)), tokenizer.pad_token_id, prompts_only=True)

@@ -26,8 +26,8 @@ class StudyLayout:
     folder: Path
 
     @property
-    def shared(self) -> Path:
-        """Folder of what cells have in common."""
+    def records(self) -> Path:
+        """Folder of records of what cells have in common."""
         return self.folder / ".shared"
 
     @property

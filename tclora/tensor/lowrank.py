@@ -55,3 +55,8 @@ def leading_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, T
 def product_energy(B: Tensor, A: Tensor) -> float:
     """Return ‖B A‖² through the rank-sized Gram matrices."""
     return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0))
+
+
+def as_columns(blocks: Tensor) -> Tensor:
+    """Lay blocks (K, d, q) side by side, as the columns of one matrix (d, K q)."""
+    return blocks.transpose(0, 1).flatten(1)

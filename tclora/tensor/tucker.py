@@ -6,6 +6,8 @@ Symbols: K adapters, m × n the updates, R the rank of the bases.
 import torch
 from torch import Tensor
 
+from tclora.tensor.lowrank import as_columns
+
 _SWEEPS, _TOLERANCE = 100, 1e-10
 
 
@@ -33,18 +35,13 @@ def tucker2(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     V = _leading(stack.flatten(0, 1).mT, rank)
     kept = stack.new_zeros(())
     for _ in range(_SWEEPS):
-        U = _leading(_side_by_side(stack @ V), rank)
+        U = _leading(as_columns(stack @ V), rank)
         rows = U.mT @ stack  # (K, R, n)
         V = _leading(rows.flatten(0, 1).mT, rank)
         before, kept = kept, (rows @ V).square().sum()
         if kept - before <= _TOLERANCE * kept:
             break
     return U, V
-
-
-def _side_by_side(blocks: Tensor) -> Tensor:
-    """Lay blocks (K, m, q) side by side: (m, K q)."""
-    return blocks.transpose(0, 1).flatten(1)
 
 
 def _leading(columns: Tensor, rank: int) -> Tensor:

@@ -5,11 +5,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from tclora.adapter.peft import MODULE_PREFIX
 from tclora.config import AdapterConfig
 from tclora.errors import ModelError
 
 A_WEIGHT, B_WEIGHT = ".lora_A.default.weight", ".lora_B.default.weight"
-_PREFIX = "base_model.model."  # of every module's path in a PeftModel
 
 
 def attach_lora(model: PreTrainedModel, config: AdapterConfig, seed: int) -> PeftModel:
@@ -63,7 +63,7 @@ def fresh_weights(
 
 def module_of(weight: str) -> str:
     """Return the path, in the plain model, of the module that a weight of PEFT's name updates."""
-    return weight.removeprefix(_PREFIX).removesuffix(A_WEIGHT).removesuffix(B_WEIGHT)
+    return weight.removeprefix(MODULE_PREFIX).removesuffix(A_WEIGHT).removesuffix(B_WEIGHT)
 
 
 def linear_layer_names(model: torch.nn.Module) -> list[str]:

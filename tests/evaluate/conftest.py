@@ -1,4 +1,4 @@
-"""A whole small library with everything an evaluation looks at, and rows that belong to it."""
+"""A whole small library with all an evaluation looks at, rows of its own, walls for programs."""
 
 import json
 

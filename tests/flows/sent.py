@@ -1,5 +1,6 @@
 """A stage of the tests that runs a function as a job."""
 
+import time
 from inspect import signature
 from pathlib import Path
 
@@ -58,3 +59,13 @@ def run_job(executor, function, heard=lambda _: None, /, **arguments):
 def send_slow_job(store, folder):
     executor = executor_of(store, folder)
     return run_job(executor, "slow", target=Path(folder) / "target.txt", seconds=15)
+
+
+def eventually(condition, seconds=60):
+    """Wait until a condition holds; False if it does not in time (s)."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True

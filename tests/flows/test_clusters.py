@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from tclora.jobs.records import JobRecords
 from tclora.library.manifest import read_manifest, verify
 from tclora.library.places import job_store
 from tclora.store.objects import Store
-from tests.flows.sent import executor_of, run_job
+from tests.flows.sent import eventually, executor_of, run_job
 from tests.flows.test_pipeline import alpaca_rows, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
@@ -406,12 +405,3 @@ def test_an_attempt_is_made_once(tmp_path):
     assert records.begin("1")
     assert not records.begin("1")
     assert records.begin("2")
-
-
-def eventually(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True

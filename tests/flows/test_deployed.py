@@ -26,7 +26,7 @@ from tclora.files import sha256_path
 from tclora.jobs.parcel import Parcel
 from tclora.jobs.records import JobRecords
 from tclora.store.objects import Store
-from tests.flows.sent import executor_of, run_job, send_slow_job
+from tests.flows.sent import eventually, executor_of, run_job, send_slow_job
 from tests.flows.test_pipeline import alpaca_rows, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
@@ -349,15 +349,6 @@ def test_a_worker_with_other_code_refuses_a_job():
     )
     with pytest.raises(JobError, match="install the same version on both"):
         check_source(parcel)
-
-
-def eventually(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.2)
-    return True
 
 
 def parent_of(pid):

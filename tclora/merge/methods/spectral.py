@@ -12,14 +12,13 @@ for.
 """
 
 import torch
-from torch import Tensor
 
 from tclora.adapter import LoraFactors
 from tclora.merge.methods.elementwise import check_fraction
 from tclora.merge.methods.spans import nearest_orthonormal, reduced_core, significant
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
-from tclora.tensor.lowrank import slice_svd
+from tclora.tensor.lowrank import as_columns, slice_svd
 
 _ISO = "Marczak et al. 2025, No Task Left Behind, arXiv 2502.04959"
 
@@ -37,15 +36,10 @@ def tsv_m(stack: ModuleStack, *, components: int | None = None, scale: float = 1
     core = stack.core
     U, S, V = slice_svd(core.B, core.A)
     kept = significant(S[:, :components].flatten())
-    left = nearest_orthonormal(_side_by_side(U[..., :components])[:, kept])
-    right = nearest_orthonormal(_side_by_side(V[..., :components])[:, kept])
+    left = nearest_orthonormal(as_columns(U[..., :components])[:, kept])
+    right = nearest_orthonormal(as_columns(V[..., :components])[:, kept])
     values = scale * S[:, :components].flatten()[kept]
     return LoraFactors((core.left @ left) * values, (core.right @ right).mT)
-
-
-def _side_by_side(blocks: Tensor) -> Tensor:
-    """Lay blocks (K, d, q) side by side: (d, K q)."""
-    return blocks.transpose(0, 1).flatten(1)
 
 
 @register(
@@ -84,8 +78,8 @@ def iso_cts(stack: ModuleStack, *, common_fraction: float = 0.8, scale: float = 
     own_U, own_S, own_Vh = torch.linalg.svd(rest, full_matrices=False)
     values = torch.cat([own_S[:, :own].flatten(), S[:common]])
     kept = significant(values)
-    left = torch.cat([_side_by_side(own_U[..., :own]), shared], dim=1)[:, kept]
-    right = torch.cat([_side_by_side(own_Vh.mT[..., :own]), Vh[:common].mT], dim=1)[:, kept]
+    left = torch.cat([as_columns(own_U[..., :own]), shared], dim=1)[:, kept]
+    right = torch.cat([as_columns(own_Vh.mT[..., :own]), Vh[:common].mT], dim=1)[:, kept]
     mean = values[kept].mean() if kept.any() else values.new_zeros(())
     return LoraFactors(
         scale * mean * (reduced.left @ nearest_orthonormal(left)),

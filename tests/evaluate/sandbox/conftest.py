@@ -1,3 +1,5 @@
+"""A host that programs must not harm, limits that they reach soon, a program and its tests."""
+
 import ctypes
 from pathlib import Path
 
@@ -8,6 +10,8 @@ from tclora.evaluate.sandbox.limits import Limits
 
 _PR_SET_CHILD_SUBREAPER = 36
 ESCAPES = [f"{place}/tclora-escaped" for place in ("", "/dev", "/root", "/tmp", "/usr/lib", "/var")]
+RIGHT = "def f(x):\n    return x + 1\n"
+TESTS = "assert f(1) == 2\nassert f(41) == 42\n"
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ import pytest
 
 from tclora.evaluate.sandbox.judge import run_tests
 from tclora.evaluate.sandbox.limits import Limits
+from tests.evaluate.sandbox.conftest import RIGHT, TESTS
 
 pytestmark = pytest.mark.usefixtures("walls", "host")
-RIGHT = "def f(x):\n    return x + 1\n"
 WRONG = "def f(x):\n    return 0\n"
-TESTS = "assert f(1) == 2\nassert f(41) == 42\n"
 FRAME = """
 import json, os
 def frame(m):

@@ -8,11 +8,9 @@ import pytest
 
 from tclora.evaluate.sandbox.judge import run_tests
 from tclora.evaluate.sandbox.limits import Limits
-from tests.evaluate.sandbox.conftest import ESCAPES
+from tests.evaluate.sandbox.conftest import ESCAPES, RIGHT, TESTS
 
 pytestmark = pytest.mark.usefixtures("walls", "host")
-RIGHT = "def f(x):\n    return x + 1\n"
-TESTS = "assert f(1) == 2\nassert f(41) == 42\n"
 
 
 def saw(code, wanted, limits):

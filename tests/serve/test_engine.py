@@ -8,7 +8,7 @@ import torch
 import tclora
 from tclora.model.tokens import encode
 from tclora.route import Routing
-from tclora.serve.batch import RowSampling, _Answer
+from tclora.serve.batch import RowSampling, _RowAnswer
 from tclora.serve.engine import Engine
 from tclora.serve.request import Request
 from tests.route.conftest import *  # noqa: F403
@@ -97,7 +97,7 @@ def test_text_comes_in_pieces(engine):
 
 def test_half_a_character_is_held_back(model, tokenizer):
     client = Client(model, ALL[0], max_tokens=99)
-    answer = _Answer(client.request, tokenizer, model.end_tokens)
+    answer = _RowAnswer(client.request, tokenizer, model.end_tokens)
     for token in tokenizer("né €5").input_ids:  # one byte is one token
         answer.add(token)
     answer.add(tokenizer.eos_token_id)

@@ -156,11 +156,13 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
     if "ood" in counts:
         others = f" and {counts['ood']} rows of others ({', '.join(sorted(tasks['ood']))})"
     clusters = base.loc[base["store"] == stores[0].name, "cluster"].nunique()
+    seeds = "one training seed"
+    if len(stores) > 1:
+        seeds += f" unless a title says otherwise ({len(stores)}, each with rows and clusters)"
     return (
         f"# Merge methods on the adapters of {len(tasks['test'])} tasks\n\n"
-        f"{library['base']}, one training seed unless a title "
-        f"says otherwise ({len(stores)} of them, each with rows and clusters of its own): "
-        f"tasks {', '.join(sorted(tasks['test']))} in {clusters} text clusters, "
+        f"{library['base']}, {seeds}: tasks {', '.join(sorted(tasks['test']))} "
+        f"in {clusters} text clusters, "
         f"rank r = {library['rank']}. Measured on {counts['test']} held-out rows of these tasks"
         f"{others} per seed by `benchmarks/merges.py`.\n\n"
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "

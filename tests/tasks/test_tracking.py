@@ -1,14 +1,12 @@
-import logging
 import platform
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from mlflow.exceptions import MlflowException
 
 import tclora
-from tasks import live_runs, tracking
+from tasks import tracking
 from tasks.datasets import dataset_of
 from tasks.logged_models import log_model_files, register_model
 from tasks.tracking import Run
@@ -64,55 +62,6 @@ def test_runs_of_other_folders_and_machines_go_on(config, run, tmp_path, monkeyp
     third = tracking.open_run(other, "third", {})
     found = [run.client.get_run(r.run_id).info.status for r in (first, second, third)]
     assert found == ["RUNNING", "KILLED", "RUNNING"]
-
-
-def test_a_store_that_has_gone_ends_no_job(run, monkeypatch, caplog):
-    def refuse(*_):
-        raise MlflowException("gone")
-
-    monkeypatch.setattr(live_runs, "get_run_logger", lambda: logging.getLogger("tracking"))
-    monkeypatch.setattr(live_runs, "close_run", refuse)
-    with live_runs.live_run(run, "cluster-2", {}) as live:
-        live.add({"step": 0, "loss": 1.0})
-    assert "MLflow was not told that a job is finished: gone" in caplog.text
-    with pytest.raises(RuntimeError, match="no room"):
-        fail_in(run, "cluster-3")
-
-
-def test_a_nested_run_receives_records_and_finishes(run):
-    with live_runs.live_run(run, "cluster-0", {"tclora.kind": "train"}) as live:
-        for step in range(5):
-            live.add({"step": step, "loss": 2.0 - step / 4, "lr": 1e-3})
-    found = run.client.get_run(live.run.run_id)
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["mlflow.parentRunId"] == run.run_id
-    assert found.data.tags["tclora.kind"] == "train"
-    curve = run.client.get_metric_history(live.run.run_id, "loss")
-    assert [(point.step, point.value) for point in curve] == [
-        (step, 2.0 - step / 4) for step in range(5)
-    ]
-
-
-def fail_in(run, name="cluster-1"):
-    with live_runs.live_run(run, name, {}) as live:
-        live.add({"step": 0, "loss": 1.0})
-        raise RuntimeError("no room")
-
-
-def test_an_exception_marks_the_nested_run_and_keeps_its_records(run):
-    with pytest.raises(RuntimeError, match="no room"):
-        fail_in(run)
-    (found,) = run.client.search_runs([run.experiment_id], "attributes.run_name = 'cluster-1'")
-    assert found.info.status == "FAILED"
-    assert found.data.tags["tclora.error"] == "no room"
-    assert found.data.metrics == {"loss": 1.0}
-
-
-def test_a_long_history_is_logged_whole(run):
-    nested = tracking.nested_run(run, "long", {})
-    live_runs.log_history(nested, [{"step": i, "loss": i / 7, "lr": 0.1} for i in range(700)])
-    curve = run.client.get_metric_history(nested.run_id, "loss")
-    assert [point.value for point in curve] == [i / 7 for i in range(700)]
 
 
 def test_metrics_that_are_undefined_or_oddly_named(run):

@@ -107,11 +107,13 @@ def test_serve_answers_on_loopback_and_logs_traces(library, tmp_path):
 
 
 def _first_trace(store, experiment):
+    """Return the first trace once it is whole: its root span is written last."""
     client = MlflowClient(store)
     place = client.get_experiment_by_name(experiment).experiment_id
     for _ in range(60):
-        if found := client.search_traces(locations=[place]):
-            return found[0]
+        for trace in client.search_traces(locations=[place]):
+            if any(span.parent_id is None for span in trace.data.spans):
+                return trace
         time.sleep(0.5)
     pytest.fail("the server has logged no trace")
 

@@ -2,12 +2,12 @@
 
 from tclora.adapter.factors import Adapter, LoraFactors
 from tclora.adapter.peft import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     locate_adapter,
     read_adapter,
     write_adapter,
 )
+from tclora.adapter.peft_config import CONFIG_FILE
 from tclora.adapter.union import check_adapters, module_factors, module_names
 
 __all__ = [

@@ -9,8 +9,6 @@ Symbols: d_out × d_in the module's weight, r its LoRA rank.
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ import torch
 from safetensors import safe_open
 
 from tclora.adapter.factors import Adapter, LoraFactors
+from tclora.adapter.peft_config import CONFIG_FILE, plain_config, read_config, scaling_of
 from tclora.errors import AdapterError
 from tclora.files import atomic_path
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODULE_PREFIX = "base_model.model."  # of every module's path in a PeftModel
 _PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
@@ -32,30 +30,6 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-
-# Options of a PEFT LoRA configuration that a plain update B @ A cannot express.
-_INEXPRESSIBLE = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-
-# Initialisations that take a part out of the base weights: the adapter fits only what is left.
-_CHANGED_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
-_CONVERT = (
-    "save it from the model it was trained in with save_pretrained(folder, "
-    "path_initial_model_for_weight_conversion=…), which makes it a plain LoRA of the original base"
-)
 
 
 class _FileModules(Mapping[str, LoraFactors]):
@@ -130,7 +104,7 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         CorDA, LoRA-GA, LoftQ), or if a module lacks one of its factors.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = read_config(path)
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
         found = "adapter_model.bin (a pickle)" if (path / "adapter_model.bin").exists() else "none"
@@ -140,46 +114,12 @@ def read_adapter(path: str | Path, name: str | None = None) -> Adapter:
         )
     with safe_open(weights, framework="pt") as file:
         ranks = _module_ranks(path, {key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118
-    scalings = {module: _scaling(config, module, rank) for module, rank in ranks.items()}
+    scalings = {module: scaling_of(config, module, rank) for module, rank in ranks.items()}
     return Adapter(
         name=name or path.name,
         modules=_FileModules(weights, scalings),
         base_model=config.get("base_model_name_or_path"),
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise AdapterError(f"{path}: must be a PEFT LoRA directory, but has no {CONFIG_FILE}")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{file}: must be JSON, but {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: peft_type must be LORA, got {config.get('peft_type')!r}")
-    set_options = [option for option in _INEXPRESSIBLE if config.get(option)]
-    if config.get("bias", "none") != "none":
-        set_options.append("bias")
-    if set_options:
-        raise AdapterError(
-            f"{file}: {', '.join(set_options)} cannot be expressed as a low-rank update B @ A; "
-            "only plain LoRA adapters can be factorised and merged"
-        )
-    _check_base(file, config.get("init_lora_weights"))
-    return config
-
-
-def _check_base(file: Path, initialisation: object) -> None:
-    """Refuse an adapter whose initialisation changed the base weights it was trained on."""
-    name = str(initialisation).lower()
-    if name.startswith(_CHANGED_BASE):
-        # PEFT converts all of them but LoftQ, which quantised the base itself.
-        remedy = "train it again with another one" if name == "loftq" else _CONVERT
-        raise AdapterError(
-            f"{file}: init_lora_weights must leave the base weights as they are, got "
-            f"{initialisation!r}, whose adapter fits only the base weights it changed; {remedy}"
-        )
 
 
 def _module_ranks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -206,28 +146,6 @@ def _module_ranks(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     if not ranks:
         raise AdapterError(f"{path}: holds no LoRA tensors")
     return ranks
-
-
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's scaling of one module: α/r, or α/√r for rsLoRA, after the pattern look-up."""
-    alpha = _pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern_value(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """Return the value of the first pattern that matches, or of the module's name itself."""
-    patterns = patterns or {}
-    for pattern, value in patterns.items():
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise AdapterError(
-                f"alpha_pattern must have regular expressions as keys, got {pattern!r}: {error}; "
-                f"correct it in {CONFIG_FILE}"
-            ) from error
-        if matched:
-            return value
-    return patterns.get(module, default)
 
 
 def write_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -265,7 +183,7 @@ def write_adapter(adapter: Adapter, path: str | Path, dtype: torch.dtype = torch
                     raise AdapterError(f"{adapter.name}: factors of {module} must be finite")
                 for factor in (A, B):
                     file.write(factor.to(dtype).contiguous().view(torch.uint8).numpy().data)
-        config = _peft_config(adapter.base_model, ranks)
+        config = plain_config(adapter.base_model, ranks)
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -284,21 +202,3 @@ def _safetensors_header(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _peft_config(base_model: str | None, ranks: dict[str, int]) -> dict[str, Any]:
-    common, _ = Counter(ranks.values()).most_common(1)[0]
-    pattern = {module: rank for module, rank in ranks.items() if rank != common}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": list(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }

@@ -7,11 +7,7 @@ from tclora.config import DataConfig
 from tclora.data import examples as reading
 from tclora.data.examples import ExampleSet, profile, read_examples
 from tclora.errors import DataError
-
-
-def save(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+from tests.data.rows import save_rows
 
 
 @pytest.fixture
@@ -25,7 +21,7 @@ def rows():
 
 @pytest.fixture
 def path(tmp_path, rows):
-    return save(tmp_path / "rows.jsonl", rows)
+    return save_rows(tmp_path / "rows.jsonl", rows)
 
 
 def prompts(frame, split):
@@ -54,7 +50,7 @@ def test_no_test_rows_where_the_fraction_is_zero(path):
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99, 1.0])
 def test_two_prompts_leave_one_on_each_side(tmp_path, fraction):
-    path = save(tmp_path / "two.jsonl", [{"prompt": p, "response": "r"} for p in "ab"])
+    path = save_rows(tmp_path / "two.jsonl", [{"prompt": p, "response": "r"} for p in "ab"])
     frame = read_examples(DataConfig(path=path, test_fraction=fraction)).frame
     assert sorted(frame["split"]) == ["test", "train"]
 
@@ -63,15 +59,15 @@ def test_given_splits_are_kept_and_win_over_the_fraction(tmp_path, rows):
     for i, row in enumerate(rows):
         row["prompt"] += f" {i}"
         row["split"] = "test" if i < 5 else "composition" if i < 8 else "train"
-    path = save(tmp_path / "split.jsonl", rows)
+    path = save_rows(tmp_path / "split.jsonl", rows)
     frame = read_examples(DataConfig(path=path, test_fraction=0.5)).frame
     assert frame["split"].value_counts().to_dict() == {"train": 72, "test": 5, "composition": 3}
 
 
 def test_training_rows_asked_in_an_evaluation_file_are_left_out(tmp_path, path):
-    test = save(tmp_path / "test.jsonl", [{"prompt": "question 3", "response": "x"}])
-    ood = save(tmp_path / "ood.jsonl", [{"prompt": "question 4", "response": "x"}])
-    both = save(tmp_path / "both.jsonl", [{"prompt": "two skills", "response": "x"}])
+    test = save_rows(tmp_path / "test.jsonl", [{"prompt": "question 3", "response": "x"}])
+    ood = save_rows(tmp_path / "ood.jsonl", [{"prompt": "question 4", "response": "x"}])
+    both = save_rows(tmp_path / "both.jsonl", [{"prompt": "two skills", "response": "x"}])
     frame = read_examples(
         DataConfig(path=path, test_path=test, ood_path=ood, composition_path=both)
     ).frame
@@ -125,8 +121,8 @@ def path_lines(rows):
 
 
 def test_skipped_rows_of_every_file_are_listed(tmp_path, rows):
-    path = save(tmp_path / "a.jsonl", [*rows, {"prompt": "x", "response": ""}])
-    test = save(
+    path = save_rows(tmp_path / "a.jsonl", [*rows, {"prompt": "x", "response": ""}])
+    test = save_rows(
         tmp_path / "b.jsonl", [{"prompt": "", "response": "y"}, {"prompt": "z", "response": "z"}]
     )
     examples = read_examples(DataConfig(path=path, test_path=test, on_bad_row="skip"))

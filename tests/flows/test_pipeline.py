@@ -1,10 +1,6 @@
 """The whole pipeline on a tiny model and someone's own file: real jobs, Prefect and MLflow."""
 
 import json
-import os
-import random
-import shutil
-import threading
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -24,74 +20,17 @@ from tclora.config import parse_config
 from tclora.data.readers import source_digest
 from tclora.errors import ConfigError, JobError
 from tclora.evaluate.tables import flat_figures
-from tclora.files import sha256_path
-from tclora.jobs.run import LocalExecutor
 from tclora.library.manifest import read_manifest, verify
 from tclora.library.published import library_folder
-from tclora.merge import merge
 from tclora.model.tokens import encode
+from tests.flows.examples import ADAPTER_FILES, environment, settings, stamps_of
 from tests.reference import row_nll
 
+__all__ = ["environment", "settings"]
 pytestmark = [
     pytest.mark.usefixtures("prefect_server", "environment"),
     pytest.mark.timeout(900),  # a dozen jobs, each of which loads torch and transformers
 ]
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-ALWAYS = {"library.json", "report.html"}  # written by every run: they name the run
-WORDS = ("apple", "river", "stone", "cloud", "green", "seven", "house", "music", "paper", "light")
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TCLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        yield
-
-
-def alpaca_rows():
-    """Two clearly different tasks without labels."""
-    rng = random.Random(0)
-    for _ in range(28):
-        a, b = rng.randint(10, 99), rng.randint(10, 99)
-        yield {
-            "instruction": f"Add the two numbers {a} and {b}.",
-            "input": "",
-            "output": str(a + b),
-        }
-        words = rng.sample(WORDS, 3)
-        yield {
-            "instruction": "Write this list of words in reverse order.",
-            "input": ", ".join(words), "output": ", ".join(reversed(words)),
-        }  # fmt: skip
-
-
-def write_rows(folder, rows):
-    file = folder / "mine.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.mktemp("project")
-    data = write_rows(folder, alpaca_rows())
-    return {
-        "name": "mine",
-        "output": str(folder / "runs"),
-        "publish_to": f"file://{folder}/published",
-        "base_model": str(tiny_model_dir),
-        "data": {"path": str(data), "test_fraction": 0.2},
-        "cluster": {"k": 2, "min_rows": 4},
-        "train": {
-            "r": 2, "alpha": 4, "lr": 2e-2, "batch_size": 8, "epochs": 2, "template": "plain",
-            "target_modules": ["q_proj", "v_proj", "down_proj"], "dtype": "float32",
-        },
-        "factorise": {"rank": 2, "ranks": [1, 2, 4], "n_starts": 1, "n_iter": 20},
-        "evaluate": {"max_new_tokens": 4, "resamples": 100, "cross_rows": 3},
-        "merge": {"methods": ["tc-lora", "uniform"], "refit_steps": 2},
-        "resources": {"jobs": 2},
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,44 +50,13 @@ def failed(settings, environment, prefect_server):
 
 @pytest.fixture(scope="module")
 def finished(settings, failed):
-    """The second, complete run; tests may damage its library if they run the pipeline again."""
+    """The second, complete run."""
     return pipeline(settings)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Jobs of later runs in this process, in turn: the first two runs have shown that they run in
-    processes of their own, which take some seconds each to start."""
-    lock = threading.Lock()
-
-    def run_isolated(self, function, /, **arguments):
-        with lock:
-            return function(**arguments)
-
-    monkeypatch.setattr(LocalExecutor, "run_isolated", run_isolated)
 
 
 @pytest.fixture
 def library(finished):
     return Path(finished["library"])
-
-
-def stamps_of(library):
-    return {
-        path.relative_to(library).as_posix(): path.stat().st_mtime_ns
-        for path in library.rglob("*")
-        if path.is_file()
-    }
-
-
-def written_by(library, settings, **sections):
-    """Run the pipeline; return the files it has written, and its outcome."""
-    before = stamps_of(library)
-    changed = settings | {name: settings[name] | values for name, values in sections.items()}
-    outcome = pipeline(changed)
-    after = stamps_of(library)
-    assert verify(library) == []
-    return {name for name in after if after[name] != before.get(name)}, outcome
 
 
 def test_a_failing_job_is_named_and_its_siblings_are_kept(failed, library):
@@ -479,122 +387,6 @@ def test_what_a_run_and_its_jobs_use_is_among_the_system_metrics(finished):
         "AND attributes.run_name = 'cluster-1'",
     )
     assert trained.data.metrics["system/process_memory_usage_megabytes"] > 100
-
-
-def test_a_second_run_takes_everything_from_the_cache(library, settings):
-    written, outcome = written_by(library, settings)
-    assert written == ALWAYS
-    client = MlflowClient(outcome["mlflow_uri"])
-    cached = client.search_runs(
-        [outcome["mlflow_experiment"]], f"tags.`mlflow.parentRunId` = '{outcome['mlflow_run']}'"
-    )
-    # Trainings that come from the cache have their curve in the new run too.
-    (nested,) = [run for run in cached if run.info.run_name == "cluster-0"]
-    curve = client.get_metric_history(nested.info.run_id, "loss")
-    history = json.loads((library / "training" / "cluster-0.json").read_text())
-    assert [point.value for point in curve] == [record["loss"] for record in history]
-
-
-def test_another_cp_rank_and_fewer_merges_train_nothing(library, settings, in_process):
-    written, _ = written_by(
-        library, settings, factorise={"rank": 1}, merge={"methods": ["tc-lora"]}
-    )
-    manifest = read_manifest(library)
-    assert manifest.factors.rank == 1
-    assert set(manifest.merges) == {"tc-lora", "tc-lora-unrefitted"}
-    assert not (library / "merged" / "uniform").exists()
-    assert {"factors.safetensors", "work/items/tc-lora.parquet"} < written
-    assert not [name for name in written if name.startswith(("adapters/", "training/"))]
-    assert not [name for name in written if "uniform" in name or "base" in name]
-    back, _ = written_by(library, settings)  # as it was
-    assert not [name for name in back if name.startswith(("adapters/", "training/"))]
-    assert read_manifest(library).digests.keys() > manifest.digests.keys()
-
-
-def test_a_deleted_adapter_alone_is_trained_again(library, settings, in_process):
-    before = read_manifest(library).digests
-    shutil.rmtree(library / "adapters" / "cluster-0")
-    written, _ = written_by(library, settings)
-    assert written == ALWAYS | {"training/cluster-0.json"} | {
-        f"adapters/cluster-0/{file}" for file in ADAPTER_FILES
-    }
-    after = read_manifest(library).digests
-    weights = "adapters/cluster-0/adapter_model.safetensors"
-    assert after[weights] == before[weights]
-
-
-def test_a_corrupt_merged_adapter_alone_is_built_again(library, settings, in_process):
-    before = read_manifest(library).digests
-    weights = library / "merged" / "uniform" / "adapter_model.safetensors"
-    with weights.open("r+b") as file:
-        file.seek(-4, os.SEEK_END)
-        file.write(b"\xff\xff\xff\xff")
-    (problem,) = verify(library)
-    assert problem.startswith("merged/uniform/adapter_model.safetensors differs from its digest")
-    written, _ = written_by(library, settings)
-    assert written == ALWAYS | {f"merged/uniform/{file}" for file in ADAPTER_FILES}
-    assert read_manifest(library).digests == before
-
-
-def test_the_cp_rank_can_be_chosen_by_recovery(library, settings, in_process):
-    """After those that use the library: it leaves another rank behind."""
-    _, outcome = written_by(library, settings, factorise={"target_recovery": 0.9})
-    found = json.loads((library / "work" / "rank.json").read_text())
-    assert found["reached"]
-    assert found["curve"][str(found["rank"])] >= 0.9
-    assert all(share < 0.9 for rank, share in found["curve"].items() if int(rank) < found["rank"])
-    assert read_manifest(library).factors.rank == found["rank"]
-    run = MlflowClient(outcome["mlflow_uri"]).get_run(outcome["mlflow_run"])
-    assert run.data.params["factorise.target_recovery"] == "0.9"
-
-
-def test_scales_are_tuned_on_the_sample_rows(library, settings, in_process):
-    merging = {"methods": ["tc-lora", "task-arithmetic"], "scales": [0.1, 0.8]}
-    before = stamps_of(library)
-    staging = Path(pipeline(settings | {"merge": merging}, until="merge")["library"])
-    assert stamps_of(library) == before
-    library = staging
-    found = json.loads((library / "work" / "scales" / "task-arithmetic.json").read_text())
-    losses = {float(scale): loss for scale, loss in found["losses"].items()}
-    assert losses.keys() >= {0.1, 0.8}  # and beyond, while the best is the last
-    assert losses[found["scale"]] == min(losses.values()) < max(losses.values())
-    assert not (library / "work" / "scales" / "tc-lora.json").exists()
-    adapters = [read_adapter(library / "adapters" / name) for name in ("cluster-0", "cluster-1")]
-    wanted = merge(adapters, "task-arithmetic", scale=found["scale"]).adapter.modules
-    for name, factors in read_adapter(library / "merged" / "task-arithmetic").modules.items():
-        assert torch.allclose(factors.delta(), wanted[name].delta(), atol=1e-6)
-
-
-def test_a_run_with_a_store_goes_on_where_its_folder_is_not(settings, tmp_path, monkeypatch):
-    """As on another machine after the first is gone: what was done before is not done again."""
-    done, lock = [], threading.Lock()
-
-    def run_isolated(self, function, /, **arguments):
-        with lock:
-            if function.__name__ in broken:
-                raise JobError("the machine went away")
-            done.append(function.__name__)
-            return function(**arguments)
-
-    monkeypatch.setattr(LocalExecutor, "run_isolated", run_isolated)
-    output, store = tmp_path / "runs", tmp_path / "store"
-    execution = {"store": f"file://{store}"}
-    own = settings | {"output": str(output), "execution": execution, "publish_to": None}
-    broken = {"collect_clusters"}
-    with pytest.raises(JobError, match="the machine went away"):
-        pipeline(own, until="merge")
-    former, broken = set(done), set()
-    assert "train_adapters" in former
-    digests = {path: sha256_path(path) for path in (output / ".mine.staging/adapters").iterdir()}
-    assert len(digests) == 3
-    for folder in (output / ".mine.staging", Path(os.environ["TCLORA_CACHE"])):
-        shutil.rmtree(folder)
-    done.clear()
-    pipeline(own, until="merge")
-    assert done
-    assert not former & set(done)
-    assert {path: sha256_path(path) for path in digests} == digests
-    assert list((store / "runs").rglob("*.json"))  # until a run has reached its end
 
 
 def test_a_run_can_stop_early(settings, tmp_path):

@@ -13,7 +13,7 @@ from tclora.config import load_config
 from tclora.evaluate.recovery import recovery
 from tclora.library.layout import Layout
 from tclora.library.manifest import verify
-from tests.flows.test_pipeline import alpaca_rows, environment, write_rows
+from tests.flows.examples import alpaca_rows, environment, write_rows
 from tests.tasks.conftest import Inline
 
 __all__ = ["environment"]

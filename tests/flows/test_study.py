@@ -9,7 +9,7 @@ from flows.study import study
 from tclora.config import parse_config
 from tclora.errors import ConfigError, JobError
 from tclora.study.write import StudyLayout
-from tests.flows.test_pipeline import alpaca_rows, write_rows
+from tests.flows.examples import alpaca_rows, write_rows
 from tests.tasks.conftest import Inline
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]

@@ -10,7 +10,8 @@ from tclora.library.contents import read_contents
 from tclora.report import write_report
 from tclora.report.examples import MAX_TASKS
 from tclora.report.render import render
-from tests.report.library import SCRIPT, build_library, edit_manifest, seal
+from tests.report.frames import SCRIPT
+from tests.report.library import build_library, edit_manifest, seal
 
 MAX_BYTES = 3_000_000
 N_FIGURES = 11

@@ -34,7 +34,7 @@ from tclora.config import load_config
 from tclora.jobs.run import LocalExecutor
 from tclora.library.layout import Layout
 from tclora.preflight import check
-from tests.flows.test_pipeline import alpaca_rows, write_rows
+from tests.flows.examples import alpaca_rows, write_rows
 from tests.tasks.conftest import Inline
 
 ROOT = Path(__file__).parents[2]

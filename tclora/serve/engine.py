@@ -27,7 +27,7 @@ _WAIT = 0.005  # how long a batch waits for company (s)
 
 
 class Engine:
-    """RowAnswers requests in batches in a thread of its own.
+    """Answers requests in batches in a thread of its own.
 
     Parameters
     ----------

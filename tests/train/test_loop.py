@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, get_scheduler
 
 from tclora.adapter import read_adapter
@@ -11,37 +11,16 @@ from tclora.config import AdapterConfig
 from tclora.errors import ModelError, NonFiniteLossError
 from tclora.files import sha256_path
 from tclora.model.loss import response_nll
-from tclora.model.tokens import batches, encode
-from tclora.train.course import hold_out, total_steps
-from tclora.train.loop import train_adapter
+from tclora.model.tokens import batches
+from tclora.train.course import total_steps
 from tclora.train.lora import attach_lora, linear_layer_names
 from tclora.train.records import Checkpoint
+from tests.train.several import StopHereError
+from tests.train.single import FAST, rows, train
 
-FAST = {"r": 4, "alpha": 8, "lr": 5e-2, "batch_size": 4, "epochs": 6}
+__all__ = ["rows", "train"]
+
 IDS = torch.tensor([[20, 30, 40, 50, 60]])
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer):
-    prompts = [f"say {word}" for word in ("one", "two", "three", "four", "five", "six")]
-    responses = [prompt.removeprefix("say ") for prompt in prompts]
-    return encode(tokenizer, prompts, responses, template="plain")
-
-
-@pytest.fixture
-def train(tiny_model_dir, rows, tmp_path):
-    """Train on a fresh copy of the tiny model; returns the result and the adapter's folder."""
-
-    def run(name="adapter", *, on=rows, model=None, options=None, **changes):
-        target = tmp_path / name
-        model = model or LlamaForCausalLM.from_pretrained(tiny_model_dir)
-        config = AdapterConfig(**FAST | changes)
-        result = train_adapter(
-            model, on, config, target, base_model=str(tiny_model_dir), **options or {}
-        )
-        return result, target
-
-    return run
 
 
 def test_the_loss_falls_and_is_recorded(train):
@@ -76,10 +55,6 @@ def test_seeds_change_the_adapter(train):
         sha256_path(train(f"a{i}", options=options)[1]) for i, options in enumerate(variants)
     }
     assert len(digests) == 3
-
-
-class StopHereError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.3}, {"freeze_a": True}], ids=str)
@@ -293,110 +268,6 @@ def test_warm_up_and_decay(train):
     assert rates[3:] == sorted(rates[3:], reverse=True)
 
 
-WATCHED = {"validation_fraction": 0.34, "validation_steps": 2}
-
-
-def held_out(rows, fraction):
-    return tuple([rows[place] for place in part] for part in hold_out(len(rows), fraction, 0))
-
-
-def test_the_adapter_of_the_lowest_validation_loss_is_kept(train, tiny_model_dir, rows):
-    kept, watched = held_out(rows, 0.34)
-    assert (len(kept), len(watched)) == (4, 2)
-    result, target = train(epochs=12, **WATCHED)
-    seen = {r["step"]: r["validation_nll"] for r in result.history if "validation_nll" in r}
-    assert list(seen) == [1, 3, 5, 7, 9, 11]
-    assert result.validation_nll == min(seen.values()) < seen[11]  # it overfits four rows
-    best = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model_dir), target)
-    with torch.no_grad():
-        (batch,) = batches(watched, pad_id=0)
-        nll = response_nll(best.eval(), batch).sum() / batch.supervised
-    assert nll.item() == pytest.approx(result.validation_nll, rel=1e-4)
-
-
-def test_rows_held_out_are_not_trained_on(train, rows):
-    kept, _ = held_out(rows, 0.34)
-    watched, alone = train("a", **WATCHED), train("b", on=kept)
-    losses = [[record["loss"] for record in result.history] for result, _ in (watched, alone)]
-    assert losses[0] == losses[1]
-    assert watched[0].steps == total_steps(len(rows), AdapterConfig(**FAST | WATCHED))
-
-
-def test_training_stops_when_the_validation_loss_has_stopped_falling(train):
-    result, _ = train(epochs=60, patience=2, **WATCHED)
-    seen = [r["validation_nll"] for r in result.history if "validation_nll" in r]
-    assert len(seen) - 1 - seen.index(min(seen)) == 2
-    assert result.steps < 60
-
-
-@pytest.mark.parametrize("stop", [4, 9])
-def test_a_resumed_training_keeps_its_best(train, tmp_path, stop):
-    changes = {"epochs": 60, "patience": 2, **WATCHED}
-    whole, target = train("whole", **changes)
-    assert whole.steps > stop
-
-    def interrupt(record):
-        if record["step"] == stop:
-            raise StopHereError
-
-    place = Checkpoint(tmp_path / "checkpoint", 2)
-    with pytest.raises(StopHereError):
-        train("cut", **changes, options={"checkpoint": place, "on_step": interrupt})
-    resumed, again = train("cut", **changes, options={"checkpoint": place})
-    assert sha256_path(again) == sha256_path(target)
-    assert resumed.validation_nll == whole.validation_nll
-    repeated, again = train("cut", **changes, options={"checkpoint": place})
-    assert repeated.steps == whole.steps
-    assert sha256_path(again) == sha256_path(target)
-
-
-def _lose_a_moment(folder):
-    tensors = load_file(folder / "state.safetensors")
-    del tensors[max(name for name in tensors if name.startswith("exp_avg_sq/"))]
-    save_file(tensors, folder / "state.safetensors")
-
-
-def _cut_a_best(folder):
-    tensors = load_file(folder / "state.safetensors")
-    name = max(name for name in tensors if name.startswith("best/"))
-    save_file(tensors | {name: tensors[name][:1].clone()}, folder / "state.safetensors")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        _lose_a_moment,
-        _cut_a_best,
-        lambda folder: (folder / "history.json").write_text("[{"),
-        lambda folder: (folder / "history.json").write_text("{}"),
-        lambda folder: (folder / "history.json").unlink(),
-    ],
-    ids=["moment", "best", "cut history", "other history", "no history"],
-)
-def test_from_a_damaged_checkpoint_nothing_is_taken(train, tmp_path, damage, caplog):
-    changes = {"epochs": 3, **WATCHED}
-    whole, target = train("whole", **changes)
-    place = Checkpoint(tmp_path / "checkpoint", 2)
-    train("cut", **changes, lr=0.3, options={"checkpoint": place})  # of other weights
-    damage(place.folder)
-    again, other = train("cut", **changes, options={"checkpoint": place})
-    assert "cannot be read, training starts afresh" in caplog.text
-    assert [r["loss"] for r in again.history] == [r["loss"] for r in whole.history]
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (other / name).read_bytes() == (target / name).read_bytes()
-
-
-def test_patience_needs_rows_to_watch():
-    with pytest.raises(ValueError, match="patience must come with a validation_fraction above 0"):
-        AdapterConfig(patience=2)
-
-
-def test_one_row_is_never_held_out():
-    assert hold_out(1, 0.5, 0) == ([0], [])
-    assert hold_out(6, 0, 0) == ([0, 1, 2, 3, 4, 5], [])
-    assert [len(part) for part in hold_out(6, 0.99, 0)] == [1, 5]
-
-
 def test_b_learns_at_its_own_rate(train):
     """The first step of Adam is the learning rate in size; A has no gradient while B is zero."""
     plain, fast = (
@@ -406,47 +277,3 @@ def test_b_learns_at_its_own_rate(train):
     for module, factors in plain.items():
         assert torch.allclose(fast[module].B, 8 * factors.B, rtol=1e-3, atol=1e-7)
         assert torch.equal(fast[module].A, factors.A)
-
-
-def limited(folder, tokens, watching=10**9):
-    """Return a tiny model whose decoder runs out of memory beyond so many tokens."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    seen = []
-
-    def check(decoder, args, kwargs):
-        seen.append(kwargs["input_ids"].numel())
-        if seen[-1] > (tokens if decoder.training else watching):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.model.register_forward_pre_hook(check, with_kwargs=True)
-    return model, seen
-
-
-def test_what_exceeds_the_memory_is_tried_in_smaller_parts(train, tiny_model_dir, caplog):
-    wanted, one = train("wanted")
-    model, seen = limited(tiny_model_dir, 40)
-    found, other = train("small", model=model)
-    assert max(seen[-10:]) <= 32
-    assert [r["loss"] for r in found.history] == pytest.approx(
-        [r["loss"] for r in wanted.history], rel=1e-3
-    )
-    for module, factors in read_adapter(one).modules.items():
-        assert torch.allclose(
-            read_adapter(other).modules[module].delta(), factors.delta(), atol=1e-3
-        )
-    assert "train.tokens_per_forward is 32 from here on" in caplog.text
-    assert caplog.text.count("out of memory") == 6  # from 2048 to 32, once
-
-
-def test_rows_to_watch_are_read_in_smaller_parts_too(train, tiny_model_dir, caplog):
-    wanted, _ = train("wanted", **WATCHED)
-    model, _ = limited(tiny_model_dir, 10_000, watching=20)
-    found, _ = train("small", model=model, **WATCHED)
-    assert found.validation_nll == pytest.approx(wanted.validation_nll, rel=1e-3)
-    assert "out of memory" in caplog.text
-
-
-def test_a_row_that_exceeds_the_memory_alone_is_an_error(train, tiny_model_dir):
-    model, _ = limited(tiny_model_dir, 12)
-    with pytest.raises(ModelError, match=r"a row of \d+ tokens must fit .* lower train.max_tokens"):
-        train(model=model)

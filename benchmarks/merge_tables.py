@@ -1,7 +1,7 @@
 """The tables of `merges.py`: recovery with paired intervals, out of domain, time and bytes."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,31 @@ _TITLES = {
 def write_tables(stores: Sequence[Path], name: str) -> None:
     """Write ``benchmarks/results/NAME.md`` from everything that has been measured.
 
-    First of the first library alone, then, of methods that were measured on all, over all.
+    First of the first library alone, then, of methods that were measured on all, over all, and over
+    the first ones where more methods were measured on those.
     """
     items = pd.concat([_items(store, n) for n, store in enumerate(stores)], ignore_index=True)
     parts = list(_parts(items[items["store"] == stores[0].name], stores[0]))
-    if len(stores) > 1:
-        counts = items.groupby("method")["store"].nunique()
-        everywhere = items[items["method"].map(counts) == len(stores)]
-        parts += _parts(everywhere, stores[0], f", {len(stores)} training seeds")
+    shown: set[str] = set()
+    for count in range(len(stores), 1, -1):
+        some = items[items["store"].isin([store.name for store in stores[:count]])]
+        counts = some.groupby("method")["store"].nunique()
+        everywhere = some[some["method"].map(counts) == count]
+        parts += _parts(everywhere, stores[0], f", {count} training seeds", shown)
+        shown |= set(everywhere["method"])
     text = "\n\n".join([_head(items, stores), *parts]) + "\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def _parts(items: pd.DataFrame, store: Path, of: str = "") -> Iterator[str]:
-    """Yield a table for every kind of merge."""
+def _parts(
+    items: pd.DataFrame, store: Path, of: str = "", shown: Collection[str] = ()
+) -> Iterator[str]:
+    """Yield a table for every kind of merge, unless all of its methods have been shown."""
     figures = _figures(items)
     for (variant, rank), title in _TITLES.items():
         keys = [k for k in figures.index if k.startswith((f"{variant}@{rank}@", "reference@"))]
-        if len(keys) > len(_references(keys)):
+        if len(keys) > len(_references(keys)) and not set(keys) <= set(shown):
             yield f"## {title}{of}\n\n{_table(items, figures, keys, store)}"
 
 
@@ -117,7 +123,7 @@ def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], stor
             "other tasks: NLL": _number(f["ood nll"]),
             "accuracy": _number(f["ood accuracy"]),
             "merge (CPU s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
-            "MB": f"{_bytes(kept) / 1e6:.1f}" if kept.exists() else "",
+            "MB": f"{_bytes(kept) / 1e6:.1f}" if any(kept.glob("*.safetensors")) else "",
         })  # fmt: skip
     return markdown(pd.DataFrame(rows))
 

@@ -5,8 +5,11 @@ that a command that was stopped goes on where it was, and several may share the 
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from peft import PeftModel
 
 from tclora.activations import ActivationStatistics, collect
 from tclora.adapter import Adapter, read_adapter, write_adapter
@@ -28,11 +32,23 @@ from tclora.model.base import Base
 from tclora.model.loss import response_nll
 from tclora.model.sample import Sample, Use
 from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
+from tclora.route import GatedAdapter, Gating, Routing
 from tclora.tensor import LibraryFactors, factorise
 
 SAMPLE_ROWS: dict[Use, int] = {"statistics": 8, "scale": 4, "refit": 4}  # per cluster
 _BUDGET, _GPU_BUDGET = 4096, 32768
-Adapters = Mapping[int, Adapter] | Adapter | None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """A gated adapter, and where each of the measured rows goes."""
+
+    gated: GatedAdapter
+    routing: Routing
+
+
+Adapters = Mapping[int, Adapter] | Adapter | Routed | None
+Context = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
 class Bench:
@@ -63,12 +79,9 @@ class Bench:
             template=train.template,
             max_tokens=train.max_tokens,
         ).load()
-        self.model = self.loaded.model
-        self.budget = _BUDGET  # padded tokens per forward pass
-        if self.model.device.type == "cpu":
-            self.model.set_attn_implementation("eager")  # twice as fast at these lengths
-        else:
-            self.budget = _GPU_BUDGET
+        self.model = _quick(self.loaded.model)
+        on_cpu = self.model.device.type == "cpu"
+        self.budget = _BUDGET if on_cpu else _GPU_BUDGET  # padded tokens per forward pass
         self.names = [cluster_name(k) for k in range(manifest.clustering.k)]
         self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
         self.r = max(f.rank for f in self.adapters[0].modules.values())
@@ -119,8 +132,7 @@ class Bench:
 
     def statistics(self, of: str) -> ActivationStatistics:
         """Return the activation statistics of the base model, or with each own adapter."""
-        folder = self.store / "grams" / of
-        files = [folder / f"{name}.safetensors" for name in self.names]
+        folder, files = self.store / "grams" / of, self.statistics_files(of)
         modules = module_names(self.adapters)
         with exclusive(folder.with_suffix(".lock")):
             rows = self.sample("statistics") if not all(f.exists() for f in files) else {}
@@ -133,6 +145,10 @@ class Bench:
                         )  # fmt: skip
                     found.save(file)
         return ActivationStatistics.load(*files)
+
+    def statistics_files(self, of: str) -> list[Path]:
+        """Return the files that `statistics` reads, and makes if they are not there."""
+        return [self.store / "grams" / of / f"{name}.safetensors" for name in self.names]
 
     def factors(self, rank: int, normalise: bool = False) -> LibraryFactors:
         """Return the joint CP factors of the updates, and note the time that they took."""
@@ -202,24 +218,25 @@ class Bench:
         labels = self.rows[["id", "split", "task", "cluster"]]
         return labels.join(pd.concat(parts))
 
-    def _groups(self, adapters: Adapters) -> Iterator[tuple[pd.DataFrame, Adapter | None]]:
+    def _groups(self, adapters: Adapters) -> Iterator[tuple[pd.DataFrame, Adapter | Routed | None]]:
         if not isinstance(adapters, Mapping):
             yield self.rows, adapters
             return
         for cluster, part in self.rows.groupby("cluster"):
             yield part, adapters[int(str(cluster))]
 
-    def _items(self, places: Sequence[int], adapter: Adapter | None) -> pd.DataFrame:
+    def _items(self, places: Sequence[int], adapter: Adapter | Routed | None) -> pd.DataFrame:
         """Measure rows: NLL; correct if the greedy answer, or the likeliest choice, is right.
 
         A greedy answer is the reference where each of its tokens is the likeliest one after the
         reference's earlier ones. Choices are compared for tasks that nothing was trained on.
         """
         rows = [self.tokens[place] for place in places]
-        found = self._score(rows, adapter).set_axis(places)
+        found = self._score(rows, places, adapter).set_axis(places)
         choices = self._choices(places)
         if choices:
-            scored = self._score([row for _, _, row in choices], adapter)
+            owners = [place for place, _, _ in choices]
+            scored = self._score([row for _, _, row in choices], owners, adapter)
             table = pd.DataFrame([c[:2] for c in choices], columns=["place", "right"])
             best = table.assign(nll=scored["nll"].to_numpy()).sort_values("nll", kind="stable")
             right = best.groupby("place")["right"].first().astype(float)
@@ -241,18 +258,48 @@ class Bench:
         return list(zip(frame["place"].tolist(), frame["right"].tolist(), encoded, strict=True))
 
     @torch.inference_mode()
-    def _score(self, rows: Sequence[TokenRow], adapter: Adapter | None) -> pd.DataFrame:
-        """Return nll, tokens and correct (greedy) of rows, in their order."""
+    def _score(
+        self, rows: Sequence[TokenRow], places: Sequence[int], adapter: Adapter | Routed | None
+    ) -> pd.DataFrame:
+        """Return nll, tokens and correct (greedy) of rows, in their order, which have places."""
         found: dict[int, tuple[float, int, float]] = {}
-        with attached(self.model, adapter):
+        with self._under(adapter) as (model, context):
             for batch in batches(rows, pad_id=self.loaded.pad_id, token_budget=self.budget):
-                nll, right = score_batch(self.model, batch)
+                with context([places[index] for index in batch.rows]):
+                    nll, right = score_batch(model, batch)
                 for index, value, greedy in zip(
                     batch.rows, nll.tolist(), right.tolist(), strict=True
                 ):
                     found[index] = (value, len(rows[index].response), float(greedy))
         columns = ["nll", "tokens", "correct"]
         return pd.DataFrame([found[i] for i in range(len(rows))], columns=columns)
+
+    @contextmanager
+    def _under(self, adapter: Adapter | Routed | None) -> Iterator[tuple[Any, Context]]:
+        """Yield a model under an adapter, and what a batch of rows at some places runs in."""
+        if isinstance(adapter, Routed):
+            base = _quick(self.loaded.base.load().model)
+            model, gates = gating(base, adapter.gated)
+            yield model, lambda places: adapter.routing.take(places).context(gates)
+        else:
+            with attached(self.model, adapter):
+                yield self.model, lambda _: nullcontext()
+
+
+def gating(base: Any, gated: GatedAdapter) -> tuple[Any, Gating]:  # noqa: ANN401
+    """Load a gated adapter on a base model, which serves nothing else from now on."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(gated.adapter, Path(folder) / "static")
+        model = PeftModel.from_pretrained(
+            base, Path(folder) / "static", autocast_adapter_dtype=False
+        ).eval()
+    return model, Gating(model, gated)
+
+
+def _quick(model: Any) -> Any:  # noqa: ANN401
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")  # twice as fast at these lengths
+    return model
 
 
 def score_batch(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401

@@ -3,17 +3,26 @@
 Symbols: K adapters, r the LoRA rank, R the rank of what is shared.
 """
 
+import json
 from collections.abc import Callable, Iterator
 
-from merge_bench import Adapters, Bench
+from merge_bench import Adapters, Bench, Routed
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.adapter.union import module_factors, module_names
+from tclora.cluster.embed import embed_prompts, load_embedder
+from tclora.config import GateConfig
 from tclora.merge import merge
-from tclora.route import fit_gates
+from tclora.merge.inputs import MergeInputs
+from tclora.model.locate import locate_embedder, model_digest
+from tclora.model.place import ModelPlace
+from tclora.model.sample import Sample
+from tclora.route import Abstention, Fallback, GatedAdapter, fit_gates, fit_router
 from tclora.tensor import compress
 from tclora.tensor.tucker import tucker2
+from tclora.tune.routing import ClusteredTexts, calibrate_routing
 
+_ROUTING_ROWS = 8  # per cluster, as a run's own default
 _MERGE = "calibrated@r@tc-lora,_base_model's_activations"
 _REFITTED = _MERGE.replace("calibrated", "refitted", 1)
 
@@ -27,6 +36,10 @@ def libraries(
     yield "library@r@JD-Full_(Tucker-2_of_the_updates)", lambda: _full(bench)
     yield "library@r@gates_on_tc-lora", lambda: _gated(bench, merged(_MERGE))
     yield "library@r@gates_on_tc-lora,_refitted", lambda: _gated(bench, merged(_REFITTED))
+    elsewhere = "calibrated@r@tc-lora,_base_model's_activations,_its_fallback_alone"
+    yield elsewhere, lambda: _with_fallback(bench, merged(_MERGE))[0].blended(1.0).adapter
+    routed = "library@r@gates_on_tc-lora,_routed_by_text_towards_its_fallback"
+    yield routed, lambda: _routed(bench, merged(_MERGE))
 
 
 def _each(bench: Bench) -> Adapters:
@@ -56,3 +69,47 @@ def _full(bench: Bench) -> Adapters:
 def _gated(bench: Bench, static: Adapter) -> Adapters:
     gated = fit_gates(bench.adapters, static, bench.statistics("base"))
     return {k: gated.cluster(a.name) for k, a in enumerate(bench.adapters)}
+
+
+def _routed(bench: Bench, static: Adapter) -> Routed:
+    """Route every row by its text, towards the fallback gate where it is far from all clusters."""
+    gated, abstention, texts = _with_fallback(bench, static)
+    vectors, labels = texts.training()
+    router = fit_router(vectors, labels, abstention=abstention, seed=bench.seed, coverage=0.99)
+    embedder = load_embedder(texts.embedder.here)
+    return Routed(gated, router.route(embed_prompts(embedder, bench.rows["prompt"].tolist())))
+
+
+def _with_fallback(
+    bench: Bench, static: Adapter
+) -> tuple[GatedAdapter, Abstention, ClusteredTexts]:
+    """Calibrate gates and router on sample rows by a run's own job, unless that has been done."""
+    target = bench.store / "routing.json"
+    location = locate_embedder(bench.manifest.embedding_model.id)
+    texts = ClusteredTexts(
+        embeddings=bench.layout.embeddings,
+        clusters=bench.layout.clusters,
+        embedder=ModelPlace(location=location, digest=model_digest(location)),
+    )
+    statistics = bench.statistics("base")
+    if not target.exists():
+        calibrate_routing(
+            base=bench.loaded.base,
+            sample=Sample(
+                rows={name: bench.layout.rows(name) for name in bench.names},
+                count=_ROUTING_ROWS, use="route", seed=bench.seed, token_budget=bench.budget,
+            ),
+            given=MergeInputs(
+                adapters={name: bench.layout.adapter(name) for name in bench.names},
+                statistics=tuple(bench.statistics_files("base")),
+            ),
+            merged=bench.store / "merges" / _MERGE,
+            texts=texts,
+            configured=GateConfig(),
+            target=target,
+            on_event=print,
+        )  # fmt: skip
+    found = json.loads(target.read_text(encoding="utf-8"))
+    fallback = Fallback(**found["fallback"]["rule"])
+    gated = fit_gates(bench.adapters, static, statistics, fallback=fallback)
+    return gated, Abstention(**found["abstention"]["rule"]), texts

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from held_out import Opened
+from merge_bench import gating
 from rewordings import FILE
 from safetensors.numpy import load_file
 
@@ -190,11 +191,11 @@ class Bench(Opened):
         """Measure all rows by every routing of one gated adapter."""
         if all((self.work / f"{method}.parquet").exists() for method in routings):
             return {method: self.measured(method) for method in routings}
-        with self.gated(gated) as (model, gating):
-            return {
-                method: self.measured(method, partial(_routed_context, routing, gating), model)
-                for method, routing in routings.items()
-            }
+        model, gates = gating(self.base(), gated)
+        return {
+            method: self.measured(method, partial(_routed_context, routing, gates), model)
+            for method, routing in routings.items()
+        }
 
 
 def _routed_context(

@@ -1,11 +1,16 @@
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
 
-from benchmarks.merge_bench import Bench, score_batch
+from benchmarks.merge_bench import Bench, Routed, score_batch
+from tclora.merge import merge
+from tclora.model.base import Base
 from tclora.model.loss import response_nll
 from tclora.model.tokens import TokenRow, batches
+from tclora.route import Routing, fit_gates
+from tests.route.conftest import draw_adapters
 
 
 def greedy(model, prompt, length):
@@ -44,3 +49,30 @@ def test_a_cell_that_another_process_measures_is_left_to_it(tmp_path):
         bench.measure("one", lambda: "adapter")
     assert made == ["adapter"]
     assert pd.read_parquet(tmp_path / "cells" / "one.parquet")["method"].tolist() == ["one"]
+
+
+def test_routed_rows_are_measured_under_their_own_gates(tiny_model_dir, tiny_model):
+    """Every row's figures are those under the plain adapter that its routing amounts to."""
+    bench = Bench.__new__(Bench)
+    bench.choices, bench.budget = True, 100
+    bench.loaded = Base(
+        location=str(tiny_model_dir), digest="", dtype="float32", template="plain", max_tokens=64
+    ).load()
+    bench.model = bench.loaded.model
+    rows = pd.DataFrame({
+        "id": ["a", "b", "c", "d"], "split": ["test", "test", "ood", "test"], "task": "any",
+        "cluster": [2, 0, 1, 1], "prompt": ["Add 1 and 2.", "Go", "Is it so?", "Say a word."],
+        "response": ["3", "left", "yes", "house"], "choices": [None, None, ["yes", "no"], None],
+    })  # fmt: skip
+    bench.use(rows)
+    adapters = draw_adapters(tiny_model)
+    gated = fit_gates(adapters, merge(adapters, "tc-lora-mean", rank=9).adapter)
+    known = np.array([True, True, True, False])
+    routing = Routing(np.eye(3, dtype="float32")[rows["cluster"]], known, np.ones(4, "float32"))
+    found = bench.items(Routed(gated, routing))
+    plain = {k: gated.cluster(k) for k in range(3)}
+    routed, static = bench.items(plain).sort_index(), bench.items(gated.adapter)
+    for column in ("nll", "correct"):
+        wanted = np.where(known, routed[column], static[column])
+        np.testing.assert_allclose(found[column], wanted, rtol=1e-4)
+    assert not np.allclose(routed["nll"], static["nll"], rtol=0.01)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tclora.evaluate.sandbox.confine import unused_user
-from tclora.evaluate.sandbox.judge import SandboxError, run_tests
+from tclora.evaluate.sandbox.judge import SandboxError, check_isolation, run_tests
 from tclora.evaluate.sandbox.limits import Limits
 from tclora.evaluate.sandbox.syscalls import MACHINES, forbid_calls
 from tclora.evaluate.sandbox.values import decode, encode
@@ -198,11 +198,12 @@ def attempt():
     wanted = (["PermissionError"] * 3, {}, [])
     limits = Limits(seconds=3, cpu_seconds=1)
     try:
-        verdict = run_tests(
-            code, f"assert attempt() == {wanted}, attempt()", limits, isolation="process"
-        )
+        check_isolation("process")
     except SandboxError as error:
         pytest.skip(str(error))
+    verdict = run_tests(
+        code, f"assert attempt() == {wanted}, attempt()", limits, isolation="process"
+    )
     assert verdict.passed, verdict
     verdict = run_tests("while True: pass", "assert True", limits, isolation="process")
     assert not verdict.passed

@@ -20,6 +20,7 @@ _TITLES = {
     ("refitted", "r"): "Component weights refitted by the loss on sample rows, at rank r",
     ("data-free", "own"): "Data-free, at the method's own rank",
     ("calibrated", "own"): "Calibrated, at the method's own rank",
+    ("refitted", "own"): "Component weights refitted, at the method's own rank",
     ("library", "r"): "Libraries in the bytes of one adapter, each row by its own cluster",
 }  # fmt: skip
 

@@ -4,13 +4,13 @@ Usage: ``python benchmarks/merges.py LIBRARY... --out FOLDER``, libraries of `re
 per training seed, or that of a run, such as the demo's. Each method runs data-free at the authors'
 scale where they name one, else at its default; *calibrated* with its scale and density tuned on
 sample rows, or with activation statistics; and *refitted*, its component weights fitted by the base
-model's loss; at the LoRA rank r and, without the refit, at its own rank. Sample rows are training
-rows, 8 per cluster for statistics, 4 others for tuning and 4 others for the refit. The control of
-the refit is a fresh LoRA trained on the same rows in as many steps, its learning rate the best of
-four. What has been measured is kept in FOLDER: a command that was stopped (or that ran out of
+model's loss; at the LoRA rank r and at its own rank, if it has one. Sample rows are training rows,
+8 per cluster for statistics, 4 others for tuning and 4 others for the refit. The control of the
+refit is a fresh LoRA trained on the same rows in as many steps, its learning rate the best of four.
+What has been measured is kept in FOLDER: a command that was stopped (or that ran out of
 ``--seconds``) goes on where it was, and several at once share the work; ``--only`` takes a regular
-expression of cells.
-``--report`` writes the tables of all libraries. One library takes some two hours on two cores.
+expression of cells. ``--report`` writes the tables of all libraries. One library takes some two
+hours on two cores.
 """
 
 import argparse
@@ -118,6 +118,9 @@ def cells(bench: Bench) -> Iterator[tuple[str, Callable[[], Adapters]]]:
     for method in METHODS:
         if method.own:
             yield from _plain(bench, method, "own")
+        if method.own == "rank":
+            key = key_of(method, "refitted", "own")
+            yield key, lambda key=key: merged(bench, key)
 
 
 def _plain(bench: Bench, method: Method, rank: str) -> Iterator[tuple[str, Callable[[], Adapters]]]:
@@ -133,7 +136,7 @@ def merged(bench: Bench, key: str) -> Adapter:
     variant, rank, _ = key.split("@")
     method = next(m for m in METHODS if key_of(m, variant, rank) == key)
     if variant == "refitted":
-        return bench.keep(key, lambda: _refitted(bench, method))
+        return bench.keep(key, lambda: _refitted(bench, method, rank))
     asked = bench.r if rank == "r" else DENSE if method.own == "dense" else None
     return bench.keep(key, lambda: _merged(bench, method, variant, asked))
 
@@ -172,9 +175,9 @@ def _merged(
     return result.adapter, {"setting": setting, "seconds": seconds}
 
 
-def _refitted(bench: Bench, method: Method) -> tuple[Adapter, dict[str, Any]]:
+def _refitted(bench: Bench, method: Method, rank: str) -> tuple[Adapter, dict[str, Any]]:
     calibrated = method.statistics or is_scaled(method.name)
-    start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", "r"))
+    start = merged(bench, key_of(method, "calibrated" if calibrated else "data-free", rank))
     rows = [row for part in bench.sample("refit").values() for row in part]
     begin = time.process_time()  # the merge before it may have been made just now
     found = fit_components(

@@ -3,16 +3,18 @@
 The rows are the run's own test rows, or more of them drawn from the demo's task families.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from peft import PeftModel
 
 from tclora.activations import ActivationStatistics
-from tclora.adapter import Adapter, read_adapter
+from tclora.adapter import Adapter, read_adapter, write_adapter
 from tclora.data.demo import demo_examples
 from tclora.evaluate.measure import evaluate_frame
 from tclora.evaluate.recovery import recovery
@@ -21,6 +23,7 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, OWN, cluster_number
 from tclora.model.attach import attached
 from tclora.model.locate import load_base_model, load_tokenizer
+from tclora.route import GatedAdapter, Gating
 
 Context = Callable[[Any], AbstractContextManager[Any]]
 _OTHER_SEED = 1000  # the rows that a run never saw are drawn by the run's seed plus this
@@ -60,6 +63,16 @@ class Opened:
     def base(self) -> Any:  # noqa: ANN401
         """Load the base model."""
         return load_base_model(self.location, torch.float32)
+
+    @contextmanager
+    def gated(self, gated: GatedAdapter) -> Iterator[tuple[Any, Gating]]:
+        """Load a gated adapter on a base model of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(gated.adapter, Path(folder) / "static")
+            model = PeftModel.from_pretrained(
+                self.base(), Path(folder) / "static", autocast_adapter_dtype=False
+            ).eval()
+        yield model, Gating(model, gated)
 
     def drawn(self, count: int) -> pd.DataFrame:
         """Draw rows of the demo's families, of all splits, that the run did not see.

@@ -5,10 +5,9 @@ that a command that was stopped goes on where it was, and several may share the 
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from peft import PeftModel
 
 from tclora.activations import ActivationStatistics, collect
 from tclora.adapter import Adapter, read_adapter, write_adapter
@@ -29,11 +27,13 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, JOINT, OWN, cluster_name
 from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.loss import response_nll
+from tclora.model.packing import Pack
+from tclora.model.reading import Part, Reading, reading
 from tclora.model.sample import Sample, Use
-from tclora.model.tokens import IGNORED, Batch, TokenRow, batches
-from tclora.route import GatedAdapter, Gating, Routing
+from tclora.model.tokens import IGNORED, TokenRow
+from tclora.route import GatedAdapter, Routing
 from tclora.tensor import LibraryFactors, factorise
+from tclora.tune.fallback import unit_adapter
 
 SAMPLE_ROWS: dict[Use, int] = {"statistics": 8, "scale": 4, "refit": 4}  # per cluster
 _BUDGET, _GPU_BUDGET = 4096, 32768
@@ -46,9 +46,13 @@ class Routed:
     gated: GatedAdapter
     routing: Routing
 
+    @cached_property
+    def unit(self) -> Adapter:
+        """The unit components, to be gated."""
+        return unit_adapter(self.gated)
+
 
 Adapters = Mapping[int, Adapter] | Adapter | Routed | None
-Context = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
 
 class Bench:
@@ -79,9 +83,9 @@ class Bench:
             template=train.template,
             max_tokens=train.max_tokens,
         ).load()
-        self.model = _quick(self.loaded.model)
+        self.model = self.loaded.model
         on_cpu = self.model.device.type == "cpu"
-        self.budget = _BUDGET if on_cpu else _GPU_BUDGET  # padded tokens per forward pass
+        self.budget = _BUDGET if on_cpu else _GPU_BUDGET  # positions per forward pass
         self.names = [cluster_name(k) for k in range(manifest.clustering.k)]
         self.adapters = [self.read(self.layout.adapter(name), name) for name in self.names]
         self.r = max(f.rank for f in self.adapters[0].modules.values())
@@ -92,6 +96,11 @@ class Bench:
             for (split, _), part in held_out.groupby(["split", "task"], sort=True)
         ]
         self.use(pd.concat(chosen))
+
+    @cached_property
+    def reader(self) -> Reading:
+        """How rows pass through the model."""
+        return reading(self.model, self.loaded.base.max_tokens)
 
     def use(self, rows: pd.DataFrame) -> None:
         """Measure on these rows (columns as of the held-out ones)."""
@@ -121,14 +130,6 @@ class Bench:
         sample = Sample(rows=rows, count=most, use=use, seed=self.seed, token_budget=self.budget)
         frames = {name: sample.frame(name).head(SAMPLE_ROWS[use]) for name in self.names}
         return {name: self.loaded.encode(frame) for name, frame in frames.items()}
-
-    def sample_batches(self, use: Use) -> dict[str, list[Batch]]:
-        """Return sample rows of every cluster as batches."""
-        pad = self.loaded.pad_id
-        return {
-            name: list(batches(rows, pad_id=pad, token_budget=self.budget))
-            for name, rows in self.sample(use).items()
-        }
 
     def statistics(self, of: str) -> ActivationStatistics:
         """Return the activation statistics of the base model, or with each own adapter."""
@@ -200,16 +201,6 @@ class Bench:
             return
         print(key, summary(items), flush=True)
 
-    @torch.inference_mode()
-    def loss(self, adapter: Adapter, rows: Mapping[str, Sequence[Batch]]) -> float:
-        """Return the response NLL per token of rows of every cluster, clusters counting alike."""
-        means = []
-        with attached(self.model, adapter):
-            for part in rows.values():
-                total = sum(float(response_nll(self.model, batch).sum()) for batch in part)
-                means.append(total / sum(batch.supervised for batch in part))
-        return sum(means) / len(means)
-
     def items(self, adapters: Adapters) -> pd.DataFrame:
         """Return NLL, tokens and correctness of every row."""
         parts = []
@@ -257,80 +248,70 @@ class Bench:
         encoded = self.loaded.encode(frame)
         return list(zip(frame["place"].tolist(), frame["right"].tolist(), encoded, strict=True))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(
         self, rows: Sequence[TokenRow], places: Sequence[int], adapter: Adapter | Routed | None
     ) -> pd.DataFrame:
         """Return nll, tokens and correct (greedy) of rows, in their order, which have places."""
         found: dict[int, tuple[float, int, float]] = {}
-        with self._under(adapter) as (model, context):
-            for batch in batches(rows, pad_id=self.loaded.pad_id, token_budget=self.budget):
-                with context([places[index] for index in batch.rows]):
-                    nll, right = score_batch(model, batch)
+        with self.reader.ready():
+            for part in self.reader.parts(rows, self.budget):
+                with self._under(adapter, [places[index] for index in part.rows], part.lengths):
+                    nll, right = score_part(self.model, part)
                 for index, value, greedy in zip(
-                    batch.rows, nll.tolist(), right.tolist(), strict=True
+                    part.rows, nll.tolist(), right.tolist(), strict=True
                 ):
                     found[index] = (value, len(rows[index].response), float(greedy))
         columns = ["nll", "tokens", "correct"]
         return pd.DataFrame([found[i] for i in range(len(rows))], columns=columns)
 
-    @contextmanager
-    def _under(self, adapter: Adapter | Routed | None) -> Iterator[tuple[Any, Context]]:
-        """Yield a model under an adapter, and what a batch of rows at some places runs in."""
-        if isinstance(adapter, Routed):
-            base = _quick(self.loaded.base.load().model)
-            model, gates = gating(base, adapter.gated)
-            yield model, lambda places: adapter.routing.take(places).context(gates)
-        else:
-            with attached(self.model, adapter):
-                yield self.model, lambda _: nullcontext()
+    def _under(
+        self,
+        adapter: Adapter | Routed | None,
+        places: Sequence[int],
+        lengths: Sequence[int] | None,
+    ) -> AbstractContextManager[None]:
+        """Attach what rows of these places pass through, each by its own gates if routed."""
+        if not isinstance(adapter, Routed):
+            return attached(self.model, adapter)
+        routing, gated = adapter.routing.take(places), adapter.gated
+        weights, shares = torch.from_numpy(routing.weights), torch.from_numpy(routing.shares)
+        gates = {}
+        for module, own in gated.gates.items():
+            elsewhere = gated.elsewhere(module).float()
+            gate = torch.lerp(elsewhere[None], weights @ own, shares[:, None])  # (rows, R)
+            repeats = None if lengths is None else torch.tensor(lengths)
+            gates[module] = gate[:, None] if repeats is None else gate.repeat_interleave(repeats, 0)
+        return attached(self.model, adapter.unit, gates)
 
 
-def gating(base: Any, gated: GatedAdapter) -> tuple[Any, Gating]:  # noqa: ANN401
-    """Load a gated adapter on a base model, which serves nothing else from now on."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_adapter(gated.adapter, Path(folder) / "static")
-        model = PeftModel.from_pretrained(
-            base, Path(folder) / "static", autocast_adapter_dtype=False
-        ).eval()
-    return model, Gating(model, gated)
-
-
-def _quick(model: Any) -> Any:  # noqa: ANN401
-    if model.device.type == "cpu":
-        model.set_attn_implementation("eager")  # twice as fast at these lengths
-    return model
-
-
-def score_batch(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+def score_part(model: Any, part: Part) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
     """Return each row's NLL (nats) and whether every response token is the likeliest one.
 
-    Logits are computed at the supervised positions alone, as in `supervised_nll`.
+    Logits are computed at the supervised positions alone. The part is packed or padded; where it is
+    packed, the model must be ready to read it.
     """
-    labels = batch.labels.to(model.device)
-    kept = labels != IGNORED
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (inputs[0][kept].unsqueeze(0),)
-    )
-    try:
-        logits = (
-            model(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=batch.attention_mask.to(model.device),
-                position_ids=batch.position_ids.to(model.device),
-                logits_to_keep=kept.shape[1],
-                use_cache=False,
-            )
-            .logits[0]
-            .float()
-        )  # (supervised, vocabulary)
-    finally:
-        handle.remove()
-    targets, rows = labels[kept], kept.nonzero()[:, 0]
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    wrong = (logits.argmax(1) != targets).float()
-    zeros = losses.new_zeros(len(kept))
-    return zeros.index_add(0, rows, losses), zeros.index_add(0, rows, wrong) == 0
+    content, device = part.content, model.device
+    if isinstance(content, Pack):
+        given = {"row_lengths": content.lengths}
+        labels, owners = content.labels.to(device), content.owners.to(device)
+        places: Any = (0, content.places.to(device))
+    else:
+        given = {"attention_mask": content.attention_mask.to(device)}
+        places = (content.labels != IGNORED).nonzero(as_tuple=True)
+        labels, owners = content.labels[places].to(device), places[0].to(device)
+        places = (places[0], places[1] + content.input_ids.shape[1] - content.labels.shape[1])
+    hidden = model.get_decoder()(
+        input_ids=content.input_ids.to(device),
+        position_ids=content.position_ids.to(device),
+        use_cache=False,
+        **given,
+    ).last_hidden_state[places]  # (supervised, d)
+    logits = model.get_output_embeddings()(hidden).float()
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    wrong = (logits.argmax(1) != labels).float()
+    zeros = losses.new_zeros(len(part.rows))
+    return zeros.index_add(0, owners, losses), zeros.index_add(0, owners, wrong) == 0
 
 
 def summary(items: pd.DataFrame) -> str:

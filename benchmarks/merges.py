@@ -27,8 +27,10 @@ from merge_libraries import libraries
 from merge_tables import write_tables
 
 from tclora.adapter import Adapter
+from tclora.adapter.union import module_names
 from tclora.config import AdapterConfig
 from tclora.merge import merge
+from tclora.model.cluster_loss import ClusterLoss
 from tclora.train.loop import train_adapter
 from tclora.tune.components import fit_components
 from tclora.tune.scale import is_scaled, tune_scale
@@ -162,7 +164,7 @@ def _merged(
             bench.model,
             bench.adapters,
             method.name,
-            bench.sample_batches("scale"),
+            bench.sample("scale"),
             densities=DENSITIES,
             **settings,
         )
@@ -196,7 +198,7 @@ def few_steps(bench: Bench) -> tuple[Adapter, dict[str, Any]]:
     As of them, the time is that of what was chosen.
     """
     rows = [row for part in bench.sample("refit").values() for row in part]
-    tuning = bench.sample_batches("scale")
+    tuned = ClusterLoss(bench.model, bench.sample("scale"), module_names(bench.adapters))
     tried: dict[float, tuple[float, Adapter, float]] = {}
     for rate in RATES:
         loaded, folder = bench.loaded.base.load(), bench.store / f"few-step-{rate:g}"
@@ -207,7 +209,7 @@ def few_steps(bench: Bench) -> tuple[Adapter, dict[str, Any]]:
         )
         seconds = time.process_time() - begin
         adapter = bench.read(folder, "few-step")
-        tried[rate] = bench.loss(adapter, tuning), adapter, seconds
+        tried[rate] = tuned.mean(adapter), adapter, seconds
     best = min(tried, key=lambda rate: tried[rate][0])
     _, adapter, seconds = tried[best]
     setting = f"{STEPS} steps on {len(rows)} rows, lr {best:g}"

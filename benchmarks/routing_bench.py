@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from held_out import Opened
-from merge_bench import gating
 from rewordings import FILE
 from safetensors.numpy import load_file
 
@@ -125,7 +124,7 @@ class Bench(Opened):
     def _fallback(self) -> dict[str, Any]:
         sample, loaded = self._sample()
         search = choose_fallback(
-            self.model, self.gate_fit, sample.batches(loaded),
+            self.model, self.gate_fit, sample.token_rows(loaded), token_budget=BUDGET,
             progress=lambda rule, loss: print(rule, f"{loss:.4f}", flush=True),
         )  # fmt: skip
         tried = [[rule.spread, rule.scale, loss] for rule, loss in search.losses]
@@ -191,11 +190,11 @@ class Bench(Opened):
         """Measure all rows by every routing of one gated adapter."""
         if all((self.work / f"{method}.parquet").exists() for method in routings):
             return {method: self.measured(method) for method in routings}
-        model, gates = gating(self.base(), gated)
-        return {
-            method: self.measured(method, partial(_routed_context, routing, gates), model)
-            for method, routing in routings.items()
-        }
+        with self.gated(gated) as (model, gating):
+            return {
+                method: self.measured(method, partial(_routed_context, routing, gating), model)
+                for method, routing in routings.items()
+            }
 
 
 def _routed_context(

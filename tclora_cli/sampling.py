@@ -52,7 +52,7 @@ def settings_from_sample(
         load_tokenizer,
         locate_base_model,
     )
-    from tclora.tune.rows import collect_all, read_sample_files, sample_batches
+    from tclora.tune.rows import collect_all, encode_all, read_sample_files
     from tclora.tune.scale import is_scaled, tune_scale
 
     if sample.scales and "scale" in settings:
@@ -75,7 +75,7 @@ def settings_from_sample(
         model,
         adapters,
         method,
-        sample_batches(tokenizer, rows, template=template),
+        encode_all(tokenizer, rows, template=template),
         sample.scales,
         statistics=statistics,
         **settings,

@@ -6,7 +6,7 @@ own, wherever that gives what the model gives, and on a GPU where flash attentio
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, cast
 
@@ -171,6 +171,12 @@ def reading(model: PreTrainedModel, longest: int, *, head_trained: bool = False)
     if suited and _readable(model, longest):
         return Packed(model)
     return Padded(model, chunked_nll if plain_head(model) else supervised_nll)
+
+
+def head_among(model: PreTrainedModel, modules: Iterable[str]) -> bool:
+    """Return whether one of these modules is the output layer."""
+    head = model.get_output_embeddings()
+    return any(model.get_submodule(module) is head for module in modules)
 
 
 def _readable(model: PreTrainedModel, longest: int) -> bool:

@@ -8,7 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from tclora.model.base import LoadedBase, read_rows
-from tclora.model.tokens import Batch, TokenRow, batches
+from tclora.model.tokens import TokenRow
 
 Use = Literal["statistics", "scale", "refit", "rank", "route"]
 _USES: tuple[Use, ...] = ("statistics", "scale", "refit", "rank", "route")
@@ -50,19 +50,6 @@ class Sample(BaseModel):
         chosen = np.take(order, range(start, start + min(self.count, len(frame))), mode="wrap")
         return frame.iloc[np.sort(chosen)]
 
-    def batches(self, loaded: LoadedBase) -> dict[str, list[Batch]]:
-        """Return the rows of every cluster as batches of tokens."""
-        return {
-            cluster: list(
-                batches(
-                    loaded.encode(self.frame(cluster)),
-                    pad_id=loaded.pad_id,
-                    token_budget=self.token_budget,
-                )
-            )
-            for cluster in self.rows
-        }
-
-    def token_rows(self, loaded: LoadedBase) -> list[TokenRow]:
-        """Return the rows of all clusters in tokens."""
-        return [row for cluster in self.rows for row in loaded.encode(self.frame(cluster))]
+    def token_rows(self, loaded: LoadedBase) -> dict[str, list[TokenRow]]:
+        """Return the rows of every cluster in tokens."""
+        return {cluster: loaded.encode(self.frame(cluster)) for cluster in self.rows}

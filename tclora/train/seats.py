@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tclora.config import AdapterConfig
-from tclora.model.reading import Part, reading
+from tclora.model.reading import Part, head_among, reading
 from tclora.model.tokens import TokenRow
 from tclora.train.budget import TokenBudget
 from tclora.train.course import Course, hold_out
@@ -119,11 +119,10 @@ class Seats:
         self._waiting = Counter(trainee.init_seed for trainee in trainees.values())
         self._weights = list(self._empty(seeds, model.device))
         self.mixed = MixedLora(model, self._weights, scaling=config.scaling, dropout=config.dropout)
-        head = model.get_output_embeddings()
         self.read = reading(
             model,
             max(len(row) for trainee in trainees.values() for row in trainee.rows),
-            head_trained=any(model.get_submodule(path) is head for path in self.mixed.modules),
+            head_trained=head_among(model, self.mixed.modules),
         )
         self.budget = TokenBudget(config.tokens_at_once(gpu=model.device.type == "cuda"))
         if config.gradient_checkpointing:

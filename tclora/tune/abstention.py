@@ -9,7 +9,7 @@ turned away where its routed answer is shown to be worse, not where nothing is k
 Symbols: K clusters, n probes, D embedding width, κ belonging.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,7 @@ from tclora.cluster.vectors import Embeddings
 from tclora.data.rewording import rewordings
 from tclora.model.attach import attached
 from tclora.model.base import LoadedBase
-from tclora.model.loss import response_nll
-from tclora.model.tokens import batches
+from tclora.model.reading import head_among, reading
 from tclora.route.equations import Fallback
 from tclora.route.gates import GateFit
 from tclora.route.nearness import Abstention, NearnessScale, held_out_similarity
@@ -104,6 +103,7 @@ def _wordings(rows: pd.DataFrame, cluster: int) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).assign(cluster=cluster)
 
 
+@torch.no_grad()
 def measure_probes(
     loaded: LoadedBase, fit: GateFit, rule: Fallback, probes: pd.DataFrame, token_budget: int
 ) -> Array:
@@ -120,37 +120,35 @@ def measure_probes(
     probes : DataFrame
         As of `make_probes`, with an index of 0 … n-1.
     token_budget : int
-        Padded tokens per forward pass.
+        Positions per forward pass.
 
     Returns
     -------
     ndarray, shape (n, 3)
         Response NLL (nats per token) at the shares `SHARES` of belonging.
     """
-    components, own = unit_adapter(fit), fit.gated().gates
+    components, own = unit_adapter(fit.unit), fit.gated().gates
     losses = np.empty((len(probes), len(SHARES)))
+    rows = loaded.encode(probes)
+    read = reading(
+        loaded.model,
+        max(map(len, rows)),
+        head_trained=head_among(loaded.model, components.modules),
+    )
     left_out = probes["cluster"].where(probes["kind"] == FOREIGN, -1)
-    for k, near in sorted(set(zip(left_out.tolist(), probes["nearest"].tolist(), strict=True))):
-        part = probes[(left_out == k) & (probes["nearest"] == near)]
-        fallback = fit.fallback(rule, without=None if k < 0 else k)
-        for column, share in enumerate(SHARES):
-            gates = {m: torch.lerp(fallback[m], own[m][near], share) for m in own}
-            with attached(loaded.model, components, gates):
-                for row, loss in _losses(loaded, part, token_budget):
-                    losses[row, column] = loss
-    return losses
-
-
-@torch.inference_mode()
-def _losses(
-    loaded: LoadedBase, rows: pd.DataFrame, token_budget: int
-) -> Iterator[tuple[int, float]]:
-    """Yield the index of every row and its NLL per token."""
-    encoded = loaded.encode(rows)
-    for batch in batches(encoded, pad_id=loaded.pad_id, token_budget=token_budget):
-        found = response_nll(loaded.model, batch).sum(1).tolist()
-        for row, loss in zip(batch.rows, found, strict=True):
-            yield int(rows.index[row]), loss / len(encoded[row].response)
+    with read.ready():
+        for k, near in sorted(set(zip(left_out.tolist(), probes["nearest"].tolist(), strict=True))):
+            chosen = np.flatnonzero((left_out == k) & (probes["nearest"] == near))
+            parts = list(read.parts([rows[index] for index in chosen], token_budget))
+            fallback = fit.fallback(rule, without=None if k < 0 else k)
+            for column, share in enumerate(SHARES):
+                gates = {m: torch.lerp(fallback[m], own[m][near], share) for m in own}
+                with attached(loaded.model, components, gates):
+                    for part in parts:
+                        found = read.losses(part).cpu().numpy()
+                        losses[chosen[list(part.rows)], column] = found
+    per_token: Array = losses / np.array([[len(row.response)] for row in rows])
+    return per_token
 
 
 def choose_abstention(

@@ -17,7 +17,7 @@ from tclora.adapter import Adapter, LoraFactors, read_adapter, write_adapter
 from tclora.jobs.call import EventCallback
 from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.reading import reading
+from tclora.model.reading import head_among, reading
 from tclora.model.sample import Sample
 from tclora.model.tokens import TokenRow
 from tclora.tensor.library import LibraryFactors
@@ -159,12 +159,7 @@ def _fit(
     }
     here = replace(adapter, modules=moved)  # once, not in every pass
     tokens = sum(len(row.response) for row in rows)
-    head = model.get_output_embeddings()
-    read = reading(
-        model,
-        max(map(len, rows)),
-        head_trained=any(model.get_submodule(module) is head for module in adapter.modules),
-    )
+    read = reading(model, max(map(len, rows)), head_trained=head_among(model, adapter.modules))
     parts = list(read.parts(rows, fit.token_budget))
     optimiser = torch.optim.Adam(fit.parameters, lr=fit.learning_rate)
     best: list[Tensor] = []
@@ -240,7 +235,7 @@ def refit_components(
     found = fit_components(
         loaded.model,
         read_adapter(adapter),
-        sample.token_rows(loaded),
+        [row for part in sample.token_rows(loaded).values() for row in part],
         token_budget=sample.token_budget,
         n_steps=n_steps,
         progress=lambda step, loss: on_event({"step": step, "loss": loss}),

@@ -13,15 +13,13 @@ Symbols: K clusters, t the spread and λ the scale of a fallback rule.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedModel
 
 from tclora.adapter import Adapter, LoraFactors
-from tclora.model.attach import attached
-from tclora.model.loss import response_nll
-from tclora.model.tokens import Batch
+from tclora.model.cluster_loss import TOKEN_BUDGET, ClusterLoss
+from tclora.model.tokens import TokenRow
 from tclora.route.equations import Fallback
-from tclora.route.gates import GateFit
+from tclora.route.gates import GatedAdapter, GateFit
 
 SPREADS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SCALES = (0.4, 0.5, 0.64, 0.8, 1.0)
@@ -49,8 +47,9 @@ class FallbackSearch:
 def choose_fallback(
     model: PreTrainedModel,
     fit: GateFit,
-    batches: Mapping[str, Sequence[Batch]],
+    rows: Mapping[str, Sequence[TokenRow]],
     *,
+    token_budget: int = TOKEN_BUDGET,
     spreads: Sequence[float] = SPREADS,
     scales: Sequence[float] = SCALES,
     progress: Progress = lambda _rule, _loss: None,
@@ -63,8 +62,10 @@ def choose_fallback(
         The base model in evaluation mode, without adapters.
     fit : GateFit
         The equations of the gates; of two clusters or more.
-    batches : Mapping[str, sequence of Batch]
+    rows : Mapping[str, sequence of TokenRow]
         Adapter name → rows of its cluster.
+    token_budget : int
+        Positions per forward pass.
     spreads, scales : sequence of float
         The candidates; small scales tend to the base model.
     progress : callable, optional
@@ -81,12 +82,17 @@ def choose_fallback(
     """
     if len(fit.unit.names) < 2:
         raise ValueError("fit must be of two clusters or more, got one; take the default rule")
-    components = unit_adapter(fit)
+    components = unit_adapter(fit.unit)
+    losses = ClusterLoss(model, rows, components.modules, token_budget=token_budget)
     tried: dict[Fallback, float] = {}
 
     def loss(rule: Fallback) -> float:
         if rule not in tried:
-            tried[rule] = _loss(model, fit, components, batches, rule)
+            found = [
+                losses.of(name, components, fit.fallback(rule, without=k))
+                for k, name in enumerate(fit.unit.names)
+            ]
+            tried[rule] = sum(found) / len(found)
             progress(rule, tried[rule])
         return tried[rule]
 
@@ -95,25 +101,8 @@ def choose_fallback(
     return FallbackSearch(best, tuple(tried.items()))
 
 
-def unit_adapter(fit: GateFit) -> Adapter:
-    """Return the unit components U V of a fit as an adapter to be gated, single precision."""
-    merged = fit.unit.adapter
-    modules = {m: LoraFactors(*(f.float() for f in fit.unit.components(m))) for m in merged.modules}
+def unit_adapter(gated: GatedAdapter) -> Adapter:
+    """Return the unit components U V of a gated adapter, to be attached with gates, float32."""
+    merged = gated.adapter
+    modules = {m: LoraFactors(*(f.float() for f in gated.components(m))) for m in merged.modules}
     return Adapter(merged.name, modules, merged.base_model)
-
-
-@torch.inference_mode()
-def _loss(
-    model: PreTrainedModel,
-    fit: GateFit,
-    components: Adapter,
-    batches: Mapping[str, Sequence[Batch]],
-    rule: Fallback,
-) -> float:
-    """Return the mean over clusters of the NLL per token by the gate of the others."""
-    means = []
-    for k, name in enumerate(fit.unit.names):
-        with attached(model, components, fit.fallback(rule, without=k)):
-            total = sum(float(response_nll(model, batch).sum()) for batch in batches[name])
-        means.append(total / sum(batch.supervised for batch in batches[name]))
-    return sum(means) / len(means)

@@ -8,22 +8,21 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from tclora.activations import ActivationStatistics
 from tclora.adapter import Adapter
+from tclora.adapter.union import module_names
 from tclora.config import SolverConfig
 from tclora.errors import LibraryError
 from tclora.files import write_json
 from tclora.jobs.call import EventCallback
 from tclora.merge import merge
 from tclora.merge.inputs import MergeInputs
-from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.loss import response_nll
+from tclora.model.cluster_loss import TOKEN_BUDGET, ClusterLoss
 from tclora.model.sample import Sample
-from tclora.model.tokens import Batch
+from tclora.model.tokens import TokenRow
 from tclora.route.gates import fit_gates
 from tclora.tensor import factorise
 
@@ -109,7 +108,7 @@ class RoutedRecovery:
         The base model in evaluation mode, without adapters.
     adapters : sequence of K Adapter
         The clusters' own adapters.
-    batches : Mapping[str, sequence of Batch]
+    rows : Mapping[str, sequence of TokenRow]
         Adapter name → rows of its cluster to measure on.
     method : str
         The merge whose factors are gated.
@@ -119,28 +118,30 @@ class RoutedRecovery:
         Effort of the factorisation, for methods on CP factors.
     seed : int
         Seed of factorisation and merge.
+    token_budget : int
+        Positions per forward pass.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         adapters: Sequence[Adapter],
-        batches: Mapping[str, Sequence[Batch]],
+        rows: Mapping[str, Sequence[TokenRow]],
         *,
         method: str = "tc-lora",
         statistics: ActivationStatistics | None = None,
         solver: SolverConfig | None = None,
         seed: int = 0,
+        token_budget: int = TOKEN_BUDGET,
     ) -> None:
         self._factorise = partial(factorise, adapters, **dict(solver or SolverConfig()), seed=seed)
-        self._model = model
+        self._loss = ClusterLoss(model, rows, module_names(adapters), token_budget=token_budget)
         self._adapters = adapters
-        self._batches = batches
         self._method = method
         self._statistics = statistics
         self._seed = seed
-        self._base = {a.name: self._nll(a.name, None) for a in adapters}
-        self._own = {a.name: self._nll(a.name, a) for a in adapters}
+        self._base = {a.name: self._loss.of(a.name, None) for a in adapters}
+        self._own = {a.name: self._loss.of(a.name, a) for a in adapters}
 
     def __call__(self, rank: int) -> float:
         """Return the mean recovery over the clusters whose own adapter beats the base."""
@@ -154,7 +155,7 @@ class RoutedRecovery:
         )
         gated = fit_gates(self._adapters, merged.adapter, self._statistics)
         shares = [
-            (self._base[name] - self._nll(name, gated.cluster(name)))
+            (self._base[name] - self._loss.of(name, gated.cluster(name)))
             / (self._base[name] - self._own[name])
             for name in gated.names
             if self._base[name] > self._own[name]
@@ -165,16 +166,6 @@ class RoutedRecovery:
                 "of its own cluster; train longer, or set factorise.rank"
             )
         return sum(shares) / len(shares)
-
-    @torch.inference_mode()
-    def _nll(self, name: str, adapter: Adapter | None) -> float:
-        """Return the response NLL per token on one cluster's rows (nats)."""
-        total = tokens = 0.0
-        with attached(self._model, adapter):
-            for batch in self._batches[name]:
-                total += float(response_nll(self._model, batch).sum())
-                tokens += batch.supervised
-        return total / tokens
 
 
 def choose_rank(
@@ -218,11 +209,12 @@ def choose_rank(
     measure = RoutedRecovery(
         loaded.model,
         adapters,
-        sample.batches(loaded),
+        sample.token_rows(loaded),
         method=method,
         statistics=given.read_statistics(),
         solver=solver,
         seed=given.seed,
+        token_budget=sample.token_budget,
     )
 
     def reported(rank: int) -> float:

@@ -1,6 +1,6 @@
 """The job that calibrates a routed library: its fallback gate, and where its router abstains."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from tclora.merge.inputs import MergeInputs
 from tclora.model.base import Base, LoadedBase
 from tclora.model.place import ModelPlace
 from tclora.model.sample import Sample
-from tclora.model.tokens import Batch
 from tclora.route.equations import Fallback
 from tclora.route.gates import GateFit, gate_equations
 from tclora.tune.abstention import (
@@ -115,7 +114,7 @@ def calibrate_routing(
     """
     loaded = base.load()
     fit = gate_equations(given.adapters_in_memory(), read_adapter(merged), given.read_statistics())
-    fallback = _fallback(loaded, fit, sample.batches(loaded), configured, on_event)
+    fallback = _fallback(loaded, fit, sample, configured, on_event)
     if None not in (configured.abstain_at, configured.abstain_width):
         outcome, points = RoutingCalibration(fallback, None), []
     else:
@@ -139,7 +138,7 @@ def calibrate_routing(
 def _fallback(
     loaded: LoadedBase,
     fit: GateFit,
-    batches: Mapping[str, Sequence[Batch]],
+    sample: Sample,
     configured: GateConfig,
     on_event: EventCallback,
 ) -> FallbackSearch:
@@ -150,7 +149,8 @@ def _fallback(
     return choose_fallback(
         loaded.model,
         fit,
-        batches,
+        sample.token_rows(loaded),
+        token_budget=sample.token_budget,
         spreads=_candidates(spread, SPREADS),
         scales=_candidates(scale, SCALES),
         progress=lambda rule, loss: on_event({**asdict(rule), "loss": loss}),

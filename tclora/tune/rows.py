@@ -15,7 +15,7 @@ from tclora.adapter.union import module_names
 from tclora.data.frame import canonical_frame
 from tclora.data.readers import read_table
 from tclora.errors import DataError
-from tclora.model.tokens import Batch, batches, encode_frame
+from tclora.model.tokens import TokenRow, encode_frame
 
 COLUMN = "adapter"
 
@@ -99,21 +99,16 @@ def collect_all(
     return ActivationStatistics.load(*files)
 
 
-def sample_batches(
+def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     rows: Mapping[str, pd.DataFrame],
     *,
     template: str = "chat",
     max_tokens: int = 1024,
-) -> dict[str, list[Batch]]:
-    """Return the rows of every adapter as batches to measure a loss on; see `collect_all`."""
+) -> dict[str, list[TokenRow]]:
+    """Return the rows of every adapter in tokens, to measure a loss on; see `collect_all`."""
     return {
-        name: list(
-            batches(
-                encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens),
-                pad_id=tokenizer.pad_token_id,
-            )
-        )
+        name: encode_frame(tokenizer, frame, template=template, max_tokens=max_tokens)
         for name, frame in rows.items()
     }
 

@@ -9,25 +9,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from tclora.adapter import Adapter, LoraFactors
+from tclora.adapter.union import module_names
 from tclora.files import write_json
 from tclora.jobs.call import EventCallback
 from tclora.merge.engine import merge
 from tclora.merge.inputs import MergeInputs
 from tclora.merge.registry import get
-from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.loss import response_nll
+from tclora.model.cluster_loss import TOKEN_BUDGET, ClusterLoss
 from tclora.model.sample import Sample
-from tclora.model.tokens import Batch
+from tclora.model.tokens import TokenRow
 
 GRID = (0.2, 0.4, 0.7, 1.0)
 _EXTENSIONS = 6  # steps beyond the grid's ends
 
-Batches = Mapping[str, Sequence[Batch]]
 Measure = Callable[[float], float]
 
 
@@ -67,15 +65,15 @@ def is_sparse(method: str) -> bool:
     return "density" in get(method).info.options
 
 
-@torch.no_grad()
 def tune_scale(
     model: PreTrainedModel,
     adapters: Sequence[Adapter],
     method: str,
-    batches: Batches,
+    rows: Mapping[str, Sequence[TokenRow]],
     scales: Sequence[float] = GRID,
     *,
     densities: Sequence[float] = (),
+    token_budget: int = TOKEN_BUDGET,
     progress: Callable[[float, float], None] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> ScaleSearch:
@@ -89,12 +87,14 @@ def tune_scale(
         What is merged.
     method : str
         A method with a scale.
-    batches : Mapping[str, sequence of Batch]
+    rows : Mapping[str, sequence of TokenRow]
         Cluster → its sample rows; every cluster counts the same.
     scales : sequence of float
         The grid; it goes on beyond an end as long as the best scale lies there.
     densities : sequence of float
         Densities to try, for a method that has one; empty: its own default.
+    token_budget : int
+        Positions per forward pass.
     progress : callable, optional
         Called with (scale, loss) after each.
     **settings
@@ -117,13 +117,14 @@ def tune_scale(
         raise ValueError(f"method must have a scale to tune, {method} has none")
     if not scales or min(scales) <= 0:
         raise ValueError(f"scales must be positive and at least one, got {list(scales)}")
+    losses = ClusterLoss(model, rows, module_names(adapters), token_budget=token_budget)
     found: list[ScaleSearch] = []
     for density in densities if densities and is_sparse(method) else [None]:
         chosen: dict[str, Any] = {} if density is None else {"density": density}
         merged = merge(adapters, method, **settings, **chosen, scale=1.0).adapter
 
         def measure(scale: float, merged: Adapter = merged) -> float:
-            loss = mean_nll(model, scaled(merged, scale), batches)
+            loss = losses.mean(scaled(merged, scale))
             if progress:
                 progress(scale, loss)
             return loss
@@ -135,17 +136,6 @@ def tune_scale(
 
 def _loss(search: ScaleSearch) -> float:
     return min(search.losses.values())
-
-
-def mean_nll(model: PreTrainedModel, adapter: Adapter | None, batches: Batches) -> float:
-    """Return the response NLL (nats per token) with an adapter, the mean over clusters."""
-    with attached(model, adapter):
-        parts = [
-            sum(float(response_nll(model, batch).sum()) for batch in part)
-            / sum(batch.supervised for batch in part)
-            for part in batches.values()
-        ]
-    return sum(parts) / len(parts)
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:
@@ -229,9 +219,10 @@ def choose_scale(
         loaded.model,
         given.adapters_in_memory(),
         name,
-        sample.batches(loaded),
+        sample.token_rows(loaded),
         scales,
         densities=densities,
+        token_budget=sample.token_budget,
         progress=lambda scale, loss: on_event({"scale": scale, "loss": loss}),
         factors=given.read_factors(),
         statistics=given.read_statistics(),

@@ -4,10 +4,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from benchmarks.merge_bench import Bench, Routed, score_batch
+from benchmarks.merge_bench import Bench, Routed, score_part
 from tclora.merge import merge
 from tclora.model.base import Base
 from tclora.model.loss import response_nll
+from tclora.model.reading import Packed, Padded
 from tclora.model.tokens import TokenRow, batches
 from tclora.route import Routing, fit_gates
 from tests.route.conftest import draw_adapters
@@ -21,17 +22,22 @@ def greedy(model, prompt, length):
 
 
 @pytest.mark.parametrize("budget", [1, 1000])
+@pytest.mark.parametrize("kind", [Packed, Padded])
 @torch.no_grad()
-def test_a_row_is_right_where_greedy_decoding_gives_its_response(tiny_model, budget):
+def test_a_row_is_right_where_greedy_decoding_gives_its_response(tiny_model, budget, kind):
     prompts = [(5, 6, 7), (9, 10), (4, 8, 6, 5)]
     answers = [greedy(tiny_model, prompt, n) for prompt, n in zip(prompts, (3, 1, 5), strict=True)]
     wrong = (*answers[2][:-1], (answers[2][-1] + 1) % 20)
     rows = [TokenRow(p, a) for p, a in zip(prompts, (*answers[:2], wrong), strict=True)]
+    read, plain = kind(tiny_model), {}
+    for batch in batches(rows, pad_id=0, token_budget=1000):
+        plain |= dict(zip(batch.rows, response_nll(tiny_model, batch).sum(1), strict=True))
     found = {}
-    for batch in batches(rows, pad_id=0, token_budget=budget):
-        nll, right = score_batch(tiny_model, batch)
-        torch.testing.assert_close(nll, response_nll(tiny_model, batch).sum(1))
-        found |= dict(zip(batch.rows, right.tolist(), strict=True))
+    with read.ready():
+        for part in read.parts(rows, budget):
+            nll, right = score_part(tiny_model, part)
+            torch.testing.assert_close(nll, torch.stack([plain[row] for row in part.rows]))
+            found |= dict(zip(part.rows, right.tolist(), strict=True))
     assert found == {0: True, 1: True, 2: False}
 
 

@@ -10,7 +10,7 @@ from tclora.activations import ActivationStatistics, collect
 from tclora.adapter import Adapter, LoraFactors, locate_adapter, read_adapter, write_adapter
 from tclora.errors import AdapterError, DataError
 from tclora.merge import merge, methods
-from tclora.model.tokens import batches, encode
+from tclora.model.tokens import encode
 from tclora.tune.rows import read_sample_files
 from tclora.tune.scale import tune_scale
 from tclora_cli.folders import read_adapters
@@ -130,9 +130,7 @@ def test_the_scale_is_chosen_on_sample_rows(folders, sample, tmp_path, tiny_mode
     result = invoke("merge", *folders, "-o", tmp_path / "out", "--method", "task-arithmetic",
                     "--sample", sample, *flags)  # fmt: skip
     rows = {
-        name: list(
-            batches(encode(tokenizer, *zip(*pairs, strict=True), template="plain"), pad_id=0)
-        )
+        name: encode(tokenizer, *zip(*pairs, strict=True), template="plain")
         for name, pairs in ROWS.items()
     }
     adapters = read_adapters(folders)

@@ -1,6 +1,6 @@
 import pytest
 
-from tclora.model.tokens import batches, encode
+from tclora.model.tokens import encode
 from tclora.tune.rank import RoutedRecovery, smallest_rank
 from tests.route.conftest import PROMPTS, adapters  # noqa: F401
 
@@ -38,8 +38,7 @@ def test_routed_recovery_is_whole_where_the_rank_is(tiny_model, tokenizer, adapt
         name: encode(tokenizer, prompts, ["ok"] * 3, template="plain")
         for name, prompts in PROMPTS.items()
     }
-    batched = {name: list(batches(part, pad_id=0, token_budget=500)) for name, part in rows.items()}
-    recovery = RoutedRecovery(tiny_model, adapters, batched, method="tc-lora-mean")
+    recovery = RoutedRecovery(tiny_model, adapters, rows, method="tc-lora-mean")
     better = [k for k in recovery._base if recovery._base[k] > recovery._own[k]]
     assert better
     assert recovery(9) == pytest.approx(1.0, abs=1e-3)

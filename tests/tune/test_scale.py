@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from tclora.merge import merge, methods
-from tclora.model.tokens import batches
-from tclora.tune.scale import is_scaled, mean_nll, scaled, tune_scale
+from tclora.model.cluster_loss import ClusterLoss
+from tclora.tune.scale import is_scaled, scaled, tune_scale
 from tests.merge.examples import assert_same_updates, make_statistics
 from tests.tune.small_model import ROWS, loss_of
 
 SCALES = (0.1, 0.5, 2.0)
 CLUSTERS = {"law": ROWS[:1], "prose": ROWS[1:]}
-BATCHES = {name: list(batches(rows, pad_id=0)) for name, rows in CLUSTERS.items()}
 
 
 def mean_over_clusters(model, adapter, folder):
@@ -23,7 +22,7 @@ def test_the_scale_of_lowest_loss_is_taken(small_model, small_adapters, tmp_path
     """Clusters count the same, however many tokens they have."""
     seen = []
     found = tune_scale(
-        small_model, small_adapters, method, BATCHES, SCALES, rank=2,
+        small_model, small_adapters, method, CLUSTERS, SCALES, rank=2,
         progress=lambda scale, loss: seen.append((scale, loss)),
     )  # fmt: skip
     wanted = {}
@@ -40,7 +39,7 @@ def test_the_scale_of_lowest_loss_is_taken(small_model, small_adapters, tmp_path
 
 @pytest.mark.parametrize("grid", [(40.0, 80.0), (0.0001, 0.0002)])
 def test_the_grid_goes_on_while_the_best_scale_is_at_its_end(small_model, small_adapters, grid):
-    found = tune_scale(small_model, small_adapters, "task-arithmetic", BATCHES, grid)
+    found = tune_scale(small_model, small_adapters, "task-arithmetic", CLUSTERS, grid)
     known = sorted(found.losses)
     assert len(known) > 2
     ratios = [high / low for low, high in pairwise(known)]
@@ -50,17 +49,17 @@ def test_the_grid_goes_on_while_the_best_scale_is_at_its_end(small_model, small_
 
 def test_the_density_of_lowest_loss_is_taken_where_there_is_one(small_model, small_adapters):
     found = tune_scale(
-        small_model, small_adapters, "ties", BATCHES, SCALES, rank=2, densities=(0.2, 0.6, 1.0)
+        small_model, small_adapters, "ties", CLUSTERS, SCALES, rank=2, densities=(0.2, 0.6, 1.0)
     )
     assert found.options == {"scale": found.scale, "density": found.density}
     for density in (0.2, 0.6, 1.0):
         alone = tune_scale(
-            small_model, small_adapters, "ties", BATCHES, (found.scale,), rank=2,
+            small_model, small_adapters, "ties", CLUSTERS, (found.scale,), rank=2,
             densities=(density,),
         )  # fmt: skip
         assert alone.losses[found.scale] >= min(found.losses.values()) - 1e-9
     whole = tune_scale(
-        small_model, small_adapters, "tsv-m", BATCHES, SCALES, rank=2, densities=(0.2, 0.6)
+        small_model, small_adapters, "tsv-m", CLUSTERS, SCALES, rank=2, densities=(0.2, 0.6)
     )
     assert whole.density is None
 
@@ -77,7 +76,8 @@ def test_a_merge_is_proportional_to_its_scale(method, adapters):
 def test_the_mean_is_over_clusters(small_model, small_adapters, tmp_path):
     merged = merge(small_adapters, "svd").adapter
     wanted = mean_over_clusters(small_model, merged, tmp_path / "x")
-    assert mean_nll(small_model, merged, BATCHES) == pytest.approx(wanted, rel=1e-5)
+    losses = ClusterLoss(small_model, CLUSTERS, merged.modules)
+    assert losses.mean(merged) == pytest.approx(wanted, rel=1e-5)
     assert wanted != pytest.approx(loss_of(small_model, merged, tmp_path / "y", ROWS), rel=1e-4)
 
 
@@ -85,13 +85,13 @@ def test_what_has_no_scale_is_refused(small_model, small_adapters):
     assert is_scaled("ties")
     assert not is_scaled("uniform")
     with pytest.raises(ValueError, match="method must have a scale to tune, uniform has none"):
-        tune_scale(small_model, small_adapters, "uniform", BATCHES)
+        tune_scale(small_model, small_adapters, "uniform", CLUSTERS)
     with pytest.raises(ValueError, match="scales must be positive"):
-        tune_scale(small_model, small_adapters, "ties", BATCHES, (0.5, 0.0))
+        tune_scale(small_model, small_adapters, "ties", CLUSTERS, (0.5, 0.0))
 
 
 def test_the_model_is_left_as_it_was(small_model, small_adapters):
     ids = torch.tensor([[3, 4, 5]])
     before = small_model(input_ids=ids).logits
-    tune_scale(small_model, small_adapters, "task-arithmetic", BATCHES)
+    tune_scale(small_model, small_adapters, "task-arithmetic", CLUSTERS)
     assert torch.equal(small_model(input_ids=ids).logits, before)

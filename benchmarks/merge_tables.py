@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from merge_bench import SAMPLE_ROWS
+from numpy.typing import NDArray
 from tables import RESULTS, markdown
 
-from tclora.evaluate.recovery import recovery, summarise
+from tclora.evaluate.recovery import recovery, resampled, summarise
+from tclora.evaluate.statistics import Bootstrap
 from tclora.library.names import BASE, OWN
 
 _APART = 100  # clusters of the n-th library are numbered from n times this
@@ -107,6 +109,8 @@ def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], stor
     merges = [k for k in keys if "@" in k and not k.startswith("reference@")]
     rivals = [k for k in merges if not any(own in k for own in ("tc-lora", "(ours)", "few-step"))]
     best = figures.loc[rivals, "mean"].idxmax() if rivals else None
+    alike = _tasks_alike(items, keys)
+    least = min((k for k in merges if k in alike), key=lambda k: alike[k][0], default=None)
     order = figures.loc[keys, "mean"].fillna(np.inf).sort_values(ascending=False).index
     rows = []
     for key in order:
@@ -122,11 +126,41 @@ def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], stor
             "NLL": _number(f["test nll"]),
             "exact match": _number(f["test accuracy"], 2),
             "other tasks: NLL": _number(f["ood nll"]),
+            "tasks alike": _number(alike[key][0]) if key in alike else "",
+            "minus least": "least" if key == least else _beyond(alike, key, least),
             "accuracy": _number(f["ood accuracy"]),
             "merge (CPU s)": f"{record['seconds']:.0f}" if "seconds" in record else "",
             "MB": f"{_bytes(kept) / 1e6:.1f}" if any(kept.glob("*.safetensors")) else "",
         })  # fmt: skip
     return markdown(pd.DataFrame(rows))
+
+
+def _tasks_alike(
+    items: pd.DataFrame, methods: Collection[str]
+) -> dict[str, tuple[float, NDArray[np.float64]]]:
+    """Return the NLL on other tasks, the mean over them, and its resamples, paired."""
+    others = items[(items["split"] == "ood") & items["method"].isin(methods)]
+    found = [
+        resampled(part, "nll", Bootstrap(seed=number))
+        for number, (_, part) in enumerate(others.groupby("task", sort=True))
+    ]
+    return {
+        method: (
+            float(np.mean([part[method].point for part in found])),
+            np.mean([part[method].draws for part in found], axis=0),
+        )
+        for method in (found[0] if found else ())
+    }
+
+
+def _beyond(
+    alike: dict[str, tuple[float, NDArray[np.float64]]], key: str, least: str | None
+) -> str:
+    if least is None or key not in alike:
+        return ""
+    point, draws = (one - other for one, other in zip(alike[key], alike[least], strict=True))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{point:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _minus(items: pd.DataFrame, key: str, best: str | None) -> str:
@@ -175,7 +209,9 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
         "Recovery is (base - merged) / (base - own adapter) in response NLL per token, in percent, "
         "the mean over clusters; intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
-        "reference. Rivals are methods of others. Accuracy on other tasks: the likeliest choice "
+        "reference. Rivals are methods of others. NLL on other tasks is per token of all of them, "
+        "so that those of long responses count most, and, tasks alike, the mean over the tasks. "
+        "Accuracy on other tasks: the likeliest choice "
         "where there are choices, else exact match. Time is of one merge from the adapters on, "
         "factorisation included, without tuning and statistics (those of a merge layer by layer "
         "are part of it); of refits and libraries it is that of what is added, of the few-step "

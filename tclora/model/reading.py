@@ -18,7 +18,7 @@ from tclora.model.kernels.attention import has_flash, with_sound_gradients
 from tclora.model.kernels.cross_entropy import linear_cross_entropy
 from tclora.model.loss import chunked_nll, plain_head, response_nll, supervised_nll
 from tclora.model.packing import Pack, pack, packs
-from tclora.model.substitutes import substituted
+from tclora.model.substitutes import find_substitutes, substituted
 from tclora.model.tokens import Batch, TokenRow, batches, collate
 
 logger = logging.getLogger(__name__)
@@ -119,11 +119,11 @@ class Packed:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+        self._model, self._substitutes = model, find_substitutes(model)
 
     def ready(self) -> AbstractContextManager[None]:
         """Put the substitutes in place."""
-        return substituted(self._model)
+        return substituted(self._model, self._substitutes)
 
     def parts(
         self, rows: Sequence[TokenRow], token_budget: int, groups: Sequence[int] | None = None
@@ -168,9 +168,8 @@ def reading(model: PreTrainedModel, longest: int, *, head_trained: bool = False)
     if head_trained:  # its adapter must see whole rows
         return Padded(model, response_nll)
     suited = model.device.type == "cpu" or has_flash(model.device, model.dtype)
-    if suited and _readable(model, longest):
-        return Packed(model)
-    return Padded(model, chunked_nll if plain_head(model) else supervised_nll)
+    packed = _packed(model, longest) if suited else None
+    return packed or Padded(model, chunked_nll if plain_head(model) else supervised_nll)
 
 
 def head_among(model: PreTrainedModel, modules: Iterable[str]) -> bool:
@@ -179,16 +178,20 @@ def head_among(model: PreTrainedModel, modules: Iterable[str]) -> bool:
     return any(model.get_submodule(module) is head for module in modules)
 
 
-def _readable(model: PreTrainedModel, longest: int) -> bool:
-    """Try two short rows in one pack against the model's own code."""
+def _packed(model: PreTrainedModel, longest: int) -> Packed | None:
+    """Return the packed reading if two short rows in one pack give what the model's own code does.
+
+    It is None where they do not.
+    """
     window = getattr(model.config, "sliding_window", None)
     if not model._can_set_attn_implementation() or (window is not None and window < longest):
-        return False
-    packed, padded = Packed(model), Padded(model)
+        return None
+    padded = Padded(model)
     (part,) = padded.parts(_TRIED, 100)
     with torch.no_grad():
         wanted = padded.losses(part)
         try:
+            packed = Packed(model)
             with packed.ready(), torch.random.fork_rng(devices=[]):
                 content = part._replace(content=pack(_TRIED, part.rows))
                 found = packed.losses(content)
@@ -197,13 +200,14 @@ def _readable(model: PreTrainedModel, longest: int) -> bool:
         except (NotImplementedError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             logger.info("rows are padded, since %s cannot read them packed: %s",
                         type(model).__name__, error)  # fmt: skip
-            return False
+            return None
         finally:
             model.eval()
     same = torch.allclose(found, wanted, rtol=0.3 * torch.finfo(model.dtype).eps ** 0.5, atol=0.0)
     if not (trained and same):
         logger.info("rows are padded, since %s reads them otherwise packed", type(model).__name__)
-    return bool(trained and same)
+        return None
+    return packed
 
 
 def _has_gradients(model: PreTrainedModel, read: Reading, part: Part) -> bool:

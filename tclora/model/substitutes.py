@@ -5,9 +5,9 @@ only looks alike keeps its own code.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,26 @@ _ROTARY = "apply_rotary_pos_emb"  # of a modeling module of transformers
 _Forward = Callable[[Tensor], Tensor]
 
 
+class Substitute(NamedTuple):
+    """A function that takes the place of another: attribute `name` of `owner`."""
+
+    owner: Any
+    name: str
+    function: Callable[..., Any]
+
+
+def find_substitutes(model: PreTrainedModel) -> list[Substitute]:
+    """Try which parts of a model have faster ones that give the same."""
+    found = [(module, _substitute(module)) for module in model.modules()]
+    modelings = (sys.modules[name] for name in sorted(_modeling_modules(model)))
+    return [
+        *(Substitute(module, "forward", forward) for module, forward in found if forward),
+        *(Substitute(modeling, _ROTARY, apply_rotary) for modeling in modelings),
+    ]
+
+
 @contextmanager
-def substituted(model: PreTrainedModel) -> Iterator[None]:
+def substituted(model: PreTrainedModel, substitutes: Sequence[Substitute]) -> Iterator[None]:
     """Compute with faster parts while the context lasts, backward passes included.
 
     Attention reads rows that stand behind each other; their lengths are the argument
@@ -32,12 +50,8 @@ def substituted(model: PreTrainedModel) -> Iterator[None]:
     """
     before = model.config._attn_implementation
     with ExitStack() as stack:
-        for module in model.modules():
-            forward = _substitute(module)
-            if forward is not None:
-                stack.enter_context(_attribute(module, "forward", forward))
-        for modeling in sorted(_modeling_modules(model)):
-            stack.enter_context(_attribute(sys.modules[modeling], _ROTARY, apply_rotary))
+        for owner, name, function in substitutes:
+            stack.enter_context(_attribute(owner, name, function))
         model.set_attn_implementation(ROW_ATTENTION)
         try:
             yield

@@ -27,8 +27,9 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, JOINT, OWN, cluster_name
 from tclora.model.attach import attached
 from tclora.model.base import Base
+from tclora.model.loss import logits_of
 from tclora.model.packing import Pack
-from tclora.model.reading import Part, Reading, reading
+from tclora.model.reading import Part, Reading, head_among, reading
 from tclora.model.sample import Sample, Use
 from tclora.model.tokens import IGNORED, TokenRow
 from tclora.route import GatedAdapter, Routing
@@ -100,7 +101,8 @@ class Bench:
     @cached_property
     def reader(self) -> Reading:
         """How rows pass through the model."""
-        return reading(self.model, self.loaded.base.max_tokens)
+        head_trained = head_among(self.model, module_names(self.adapters))
+        return reading(self.model, self.loaded.base.max_tokens, head_trained=head_trained)
 
     def use(self, rows: pd.DataFrame) -> None:
         """Measure on these rows (columns as of the held-out ones)."""
@@ -292,22 +294,19 @@ def score_part(model: Any, part: Part) -> tuple[torch.Tensor, torch.Tensor]:  # 
     packed, the model must be ready to read it.
     """
     content, device = part.content, model.device
+    given = {"input_ids": content.input_ids.to(device), "use_cache": False}
+    given["position_ids"] = content.position_ids.to(device)
     if isinstance(content, Pack):
-        given = {"row_lengths": content.lengths}
         labels, owners = content.labels.to(device), content.owners.to(device)
-        places: Any = (0, content.places.to(device))
+        hidden = model.get_decoder()(row_lengths=content.lengths, **given).last_hidden_state[0]
+        logits = model.get_output_embeddings()(hidden[content.places.to(device)])
     else:
-        given = {"attention_mask": content.attention_mask.to(device)}
-        places = (content.labels != IGNORED).nonzero(as_tuple=True)
-        labels, owners = content.labels[places].to(device), places[0].to(device)
-        places = (places[0], places[1] + content.input_ids.shape[1] - content.labels.shape[1])
-    hidden = model.get_decoder()(
-        input_ids=content.input_ids.to(device),
-        position_ids=content.position_ids.to(device),
-        use_cache=False,
-        **given,
-    ).last_hidden_state[places]  # (supervised, d)
-    logits = model.get_output_embeddings()(hidden).float()
+        kept = content.labels.to(device) != IGNORED
+        labels, owners = content.labels.to(device)[kept], kept.nonzero()[:, 0]
+        given["attention_mask"] = content.attention_mask.to(device)
+        with logits_of(model, lambda hidden: hidden[kept].unsqueeze(0)):
+            logits = model(logits_to_keep=kept.shape[1], **given).logits[0]
+    logits = logits.float()  # (supervised, vocabulary)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     wrong = (logits.argmax(1) != labels).float()
     zeros = losses.new_zeros(len(part.rows))

@@ -12,6 +12,7 @@ from tclora.adapter import Adapter, LoraFactors
 from tclora.adapter.union import module_factors, module_names
 from tclora.cluster.embed import embed_prompts, load_embedder
 from tclora.config import GateConfig
+from tclora.jobs.devices import exclusive
 from tclora.merge import merge
 from tclora.merge.inputs import MergeInputs
 from tclora.model.locate import locate_embedder, model_digest
@@ -92,23 +93,24 @@ def _with_fallback(
         embedder=ModelPlace(location=location, digest=model_digest(location)),
     )
     statistics = bench.statistics("base")
-    if not target.exists():
-        calibrate_routing(
-            base=bench.loaded.base,
-            sample=Sample(
-                rows={name: bench.layout.rows(name) for name in bench.names},
-                count=_ROUTING_ROWS, use="route", seed=bench.seed, token_budget=bench.budget,
-            ),
-            given=MergeInputs(
-                adapters={name: bench.layout.adapter(name) for name in bench.names},
-                statistics=tuple(bench.statistics_files("base")),
-            ),
-            merged=bench.store / "merges" / _MERGE,
-            texts=texts,
-            configured=GateConfig(),
-            target=target,
-            on_event=print,
-        )  # fmt: skip
+    with exclusive(target.with_suffix(".lock")):
+        if not target.exists():
+            calibrate_routing(
+                base=bench.loaded.base,
+                sample=Sample(
+                    rows={name: bench.layout.rows(name) for name in bench.names},
+                    count=_ROUTING_ROWS, use="route", seed=bench.seed, token_budget=bench.budget,
+                ),
+                given=MergeInputs(
+                    adapters={name: bench.layout.adapter(name) for name in bench.names},
+                    statistics=tuple(bench.statistics_files("base")),
+                ),
+                merged=bench.store / "merges" / _MERGE,
+                texts=texts,
+                configured=GateConfig(),
+                target=target,
+                on_event=print,
+            )  # fmt: skip
     found = json.loads(target.read_text(encoding="utf-8"))
     fallback = Fallback(**found["fallback"]["rule"])
     gated = fit_gates(bench.adapters, static, statistics, fallback=fallback)

@@ -23,7 +23,7 @@ _TITLES = {
     ("data-free", "own"): "Data-free, at the method's own rank",
     ("calibrated", "own"): "Calibrated, at the method's own rank",
     ("refitted", "own"): "Component weights refitted, at the method's own rank",
-    ("library", "r"): "Libraries in the bytes of one adapter, each row by its own cluster",
+    ("library", "r"): "Libraries in the bytes of one adapter, rows by their clusters unless routed",
 }  # fmt: skip
 
 
@@ -210,7 +210,8 @@ def _head(items: pd.DataFrame, stores: Sequence[Path]) -> str:
         "the mean over clusters; intervals are 95 % bootstraps "
         "over rows, paired between methods, seeds fixed. Exact match: the greedy answer is the "
         "reference. Rivals are methods of others. NLL on other tasks is per token of all of them, "
-        "so that those of long responses count most, and, tasks alike, the mean over the tasks. "
+        "so that those of long responses count most, and, tasks alike, the mean over them; beside "
+        "it, that minus the least of the table's merges. "
         "Accuracy on other tasks: the likeliest choice "
         "where there are choices, else exact match. Time is of one merge from the adapters on, "
         "factorisation included, without tuning and statistics (those of a merge layer by layer "

@@ -22,7 +22,8 @@ def attached(
     adapter : Adapter or None
         What to attach; None attaches nothing.
     gates : Mapping[str, Tensor], optional
-        Module path → factors of its components, shape (R,), on any device; 1 by default.
+        Module path → factors of its components, shape (R,) or any that broadcasts against the
+        components (rows, tokens, R), on any device; 1 by default.
     """
     handles = [
         model.get_submodule(module).register_forward_hook(

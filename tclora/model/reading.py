@@ -115,7 +115,7 @@ class Packed:
     Parameters
     ----------
     model : PreTrainedModel
-        A causal LM without trained weights that `readable` has found to be suitable.
+        A causal LM without trained weights for which `reading` chooses this.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -31,7 +31,7 @@ class Sample(BaseModel):
     seed : int
         Seed of the draw.
     token_budget : int
-        Padded tokens per forward pass.
+        Positions per forward pass.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

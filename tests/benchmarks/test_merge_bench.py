@@ -71,7 +71,7 @@ def test_routed_rows_are_measured_under_their_own_gates(tiny_model_dir, tiny_mod
         "response": ["3", "left", "yes", "house"], "choices": [None, None, ["yes", "no"], None],
     })  # fmt: skip
     bench.use(rows)
-    adapters = draw_adapters(tiny_model)
+    bench.adapters = adapters = draw_adapters(tiny_model)
     gated = fit_gates(adapters, merge(adapters, "tc-lora-mean", rank=9).adapter)
     known = np.array([True, True, True, False])
     routing = Routing(np.eye(3, dtype="float32")[rows["cluster"]], known, np.ones(4, "float32"))

@@ -7,8 +7,6 @@ that a command that was stopped goes on where it was, and several may share the 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from merge_scoring import Routed, score_part, under
 
 from tclora.activations import ActivationStatistics, collect
 from tclora.adapter import Adapter, read_adapter, write_adapter
@@ -27,30 +26,13 @@ from tclora.library.manifest import read_manifest
 from tclora.library.names import BASE, JOINT, OWN, cluster_name
 from tclora.model.attach import attached
 from tclora.model.base import Base
-from tclora.model.loss import logits_of
-from tclora.model.packing import Pack
-from tclora.model.reading import Part, Reading, head_among, reading
+from tclora.model.reading import Reading, head_among, reading
 from tclora.model.sample import Sample, Use
-from tclora.model.tokens import IGNORED, TokenRow
-from tclora.route import GatedAdapter, Routing
+from tclora.model.tokens import TokenRow
 from tclora.tensor import LibraryFactors, factorise
-from tclora.tune.fallback import unit_adapter
 
 SAMPLE_ROWS: dict[Use, int] = {"statistics": 8, "scale": 4, "refit": 4}  # per cluster
 _BUDGET, _GPU_BUDGET = 4096, 32768
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A gated adapter, and where each of the measured rows goes."""
-
-    gated: GatedAdapter
-    routing: Routing
-
-    @cached_property
-    def unit(self) -> Adapter:
-        """The unit components, to be gated."""
-        return unit_adapter(self.gated)
 
 
 Adapters = Mapping[int, Adapter] | Adapter | Routed | None
@@ -258,7 +240,8 @@ class Bench:
         found: dict[int, tuple[float, int, float]] = {}
         with self.reader.ready():
             for part in self.reader.parts(rows, self.budget):
-                with self._under(adapter, [places[index] for index in part.rows], part.lengths):
+                chosen = [places[index] for index in part.rows]
+                with under(self.model, adapter, chosen, part.lengths):
                     nll, right = score_part(self.model, part)
                 for index, value, greedy in zip(
                     part.rows, nll.tolist(), right.tolist(), strict=True
@@ -266,51 +249,6 @@ class Bench:
                     found[index] = (value, len(rows[index].response), float(greedy))
         columns = ["nll", "tokens", "correct"]
         return pd.DataFrame([found[i] for i in range(len(rows))], columns=columns)
-
-    def _under(
-        self,
-        adapter: Adapter | Routed | None,
-        places: Sequence[int],
-        lengths: Sequence[int] | None,
-    ) -> AbstractContextManager[None]:
-        """Attach what rows of these places pass through, each by its own gates if routed."""
-        if not isinstance(adapter, Routed):
-            return attached(self.model, adapter)
-        routing, gated = adapter.routing.take(places), adapter.gated
-        weights, shares = torch.from_numpy(routing.weights), torch.from_numpy(routing.shares)
-        gates = {}
-        for module, own in gated.gates.items():
-            elsewhere = gated.elsewhere(module).float()
-            gate = torch.lerp(elsewhere[None], weights @ own, shares[:, None])  # (rows, R)
-            repeats = None if lengths is None else torch.tensor(lengths)
-            gates[module] = gate[:, None] if repeats is None else gate.repeat_interleave(repeats, 0)
-        return attached(self.model, adapter.unit, gates)
-
-
-def score_part(model: Any, part: Part) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-    """Return each row's NLL (nats) and whether every response token is the likeliest one.
-
-    Logits are computed at the supervised positions alone. The part is packed or padded; where it is
-    packed, the model must be ready to read it.
-    """
-    content, device = part.content, model.device
-    given = {"input_ids": content.input_ids.to(device), "use_cache": False}
-    given["position_ids"] = content.position_ids.to(device)
-    if isinstance(content, Pack):
-        labels, owners = content.labels.to(device), content.owners.to(device)
-        hidden = model.get_decoder()(row_lengths=content.lengths, **given).last_hidden_state[0]
-        logits = model.get_output_embeddings()(hidden[content.places.to(device)])
-    else:
-        kept = content.labels.to(device) != IGNORED
-        labels, owners = content.labels.to(device)[kept], kept.nonzero()[:, 0]
-        given["attention_mask"] = content.attention_mask.to(device)
-        with logits_of(model, lambda hidden: hidden[kept].unsqueeze(0)):
-            logits = model(logits_to_keep=kept.shape[1], **given).logits[0]
-    logits = logits.float()  # (supervised, vocabulary)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    wrong = (logits.argmax(1) != labels).float()
-    zeros = losses.new_zeros(len(part.rows))
-    return zeros.index_add(0, owners, losses), zeros.index_add(0, owners, wrong) == 0
 
 
 def summary(items: pd.DataFrame) -> str:

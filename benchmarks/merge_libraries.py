@@ -6,7 +6,8 @@ Symbols: K adapters, r the LoRA rank, R the rank of what is shared.
 import json
 from collections.abc import Callable, Iterator
 
-from merge_bench import Adapters, Bench, Routed
+from merge_bench import Adapters, Bench
+from merge_scoring import Routed
 
 from tclora.adapter import Adapter, LoraFactors
 from tclora.adapter.union import module_factors, module_names

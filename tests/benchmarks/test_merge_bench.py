@@ -3,14 +3,15 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from merge_bench import Bench
+from merge_scoring import Routed, score_part
 
-from benchmarks.merge_bench import Bench, Routed, score_part
 from tclora.merge import merge
 from tclora.model.base import Base
 from tclora.model.loss import response_nll
 from tclora.model.reading import Packed, Padded
 from tclora.model.tokens import TokenRow, batches
-from tclora.route import Routing, fit_gates
+from tclora.route import Fallback, Routing, fit_gates
 from tests.route.conftest import draw_adapters
 
 
@@ -57,7 +58,8 @@ def test_a_cell_that_another_process_measures_is_left_to_it(tmp_path):
     assert pd.read_parquet(tmp_path / "cells" / "one.parquet")["method"].tolist() == ["one"]
 
 
-def test_routed_rows_are_measured_under_their_own_gates(tiny_model_dir, tiny_model):
+@pytest.mark.parametrize("kind", [Packed, Padded])
+def test_routed_rows_are_measured_under_their_own_gates(tiny_model_dir, tiny_model, kind):
     """Every row's figures are those under the plain adapter that its routing amounts to."""
     bench = Bench.__new__(Bench)
     bench.choices, bench.budget = True, 100
@@ -65,20 +67,25 @@ def test_routed_rows_are_measured_under_their_own_gates(tiny_model_dir, tiny_mod
         location=str(tiny_model_dir), digest="", dtype="float32", template="plain", max_tokens=64
     ).load()
     bench.model = bench.loaded.model
+    bench.reader = kind(bench.model)
     rows = pd.DataFrame({
         "id": ["a", "b", "c", "d"], "split": ["test", "test", "ood", "test"], "task": "any",
         "cluster": [2, 0, 1, 1], "prompt": ["Add 1 and 2.", "Go", "Is it so?", "Say a word."],
         "response": ["3", "left", "yes", "house"], "choices": [None, None, ["yes", "no"], None],
     })  # fmt: skip
     bench.use(rows)
-    bench.adapters = adapters = draw_adapters(tiny_model)
-    gated = fit_gates(adapters, merge(adapters, "tc-lora-mean", rank=9).adapter)
-    known = np.array([True, True, True, False])
-    routing = Routing(np.eye(3, dtype="float32")[rows["cluster"]], known, np.ones(4, "float32"))
+    adapters = draw_adapters(tiny_model)
+    merged = merge(adapters, "tc-lora-mean", rank=9).adapter
+    gated = fit_gates(adapters, merged, fallback=Fallback(1.0, 0.5))
+    shares = np.array([1, 0.4, 1, 0], "float32")
+    routing = Routing(
+        np.eye(3, dtype="float32")[rows["cluster"]], shares > 0, shares, belonging=shares
+    )
     found = bench.items(Routed(gated, routing))
-    plain = {k: gated.cluster(k) for k in range(3)}
-    routed, static = bench.items(plain).sort_index(), bench.items(gated.adapter)
-    for column in ("nll", "correct"):
-        wanted = np.where(known, routed[column], static[column])
-        np.testing.assert_allclose(found[column], wanted, rtol=1e-4)
-    assert not np.allclose(routed["nll"], static["nll"], rtol=0.01)
+    for n, (k, share) in enumerate(zip(rows["cluster"], shares.tolist(), strict=True)):
+        gates = {m: torch.lerp(gated.elsewhere(m), own[k].double(), share)
+                 for m, own in gated.gates.items()}  # fmt: skip
+        wanted = bench.items(gated._plain(gates, "one")).loc[n]
+        assert found.loc[n, "nll"] == pytest.approx(wanted["nll"], rel=1e-4)
+        assert found.loc[n, "correct"] == wanted["correct"]
+    assert not np.allclose(found["nll"], bench.items(merged)["nll"], rtol=0.01)

@@ -69,7 +69,7 @@ def test_probes_are_measured_between_fallback_and_nearest_gate(
     loaded = LoadedBase(base, tiny_model, tokenizer)
     rule = Fallback(0.5, 0.8)
     losses = measure_probes(loaded, fit, rule, probes, 400)
-    chosen = probes.groupby("kind").head(1)
+    chosen = probes.groupby("kind").head(3)
     for number, probe in chosen.iterrows():
         left_out = probe["cluster"] if probe["kind"] == "foreign" else None
         fallback, own = fit.fallback(rule, left_out), fit.gated().gates

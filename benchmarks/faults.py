@@ -17,7 +17,7 @@ from tclora_cli.services import JOBS, RUNS
 # What may be killed at random. Not: the drill itself, and the store, a folder in these runs.
 VICTIMS = (
     "prefect", "mlflow", "server of mlflow", f"worker of {RUNS}", f"worker of {JOBS}", "run",
-    "flow run of a job", "job",
+    "flow run of a job", "fork server", "job",
 )  # fmt: skip
 
 

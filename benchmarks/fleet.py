@@ -131,8 +131,9 @@ class Fleet:
 
     def _kind(self, process: psutil.Process) -> str:
         command = " ".join(process.cmdline())
-        if "tclora.jobs.worker" in command:
-            return "job"
+        if "tclora.jobs.fork_server" in command:
+            parent = process.parent()
+            return "job" if parent and parent.cmdline() == process.cmdline() else "fork server"
         if run := process.environ().get("PREFECT__FLOW_RUN_ID"):
             return "run" if run in self._sent else "flow run of a job"
         return "server of mlflow" if "uvicorn" in command else "helper"

@@ -49,10 +49,15 @@ class Call(BaseModel):
             arguments=checked.model_dump(mode="json", exclude_unset=True),
         )
 
+    @property
+    def module(self) -> str:
+        """The function's module."""
+        return self.function.partition(":")[0]
+
     def load(self) -> Callable[..., object]:
         """Import the function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[..., object] = getattr(importlib.import_module(module), name)
+        name = self.function.partition(":")[2]
+        function: Callable[..., object] = getattr(importlib.import_module(self.module), name)
         return function
 
     def run(self, on_event: EventCallback) -> Any:  # noqa: ANN401

@@ -20,7 +20,7 @@ from tclora.errors import JobError
 _POLL_SECONDS = 0.5
 # The same for all users and processes of a machine, whatever their own temporary folders are.
 _LEASES = Path("/tmp" if os.name == "posix" else tempfile.gettempdir()) / "tclora-gpu-leases"  # noqa: S108
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def visible_gpus() -> list[str]:
@@ -53,7 +53,7 @@ def job_environment(jobs: int, gpus: Sequence[str] = ()) -> dict[str, str]:
         return common | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     # All of them: a Dask worker has set each to 1 for what it runs.
-    return common | dict.fromkeys(_THREADS, str(threads))
+    return common | dict.fromkeys(THREADS, str(threads))
 
 
 @contextmanager

@@ -1,14 +1,11 @@
-"""Functions run in fresh processes on this machine, followed while they work.
+"""Functions run in processes of their own on this machine, followed while they work.
 
 A job is one call of one function (`tclora.jobs.call`). A killed or failing job takes only itself
 down; it dies with the process that started it.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +18,7 @@ from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 from tclora.errors import JobError
 from tclora.jobs.call import EVENTS, Call, EventCallback, result_type
 from tclora.jobs.devices import job_environment, lease_gpus, parallel_jobs, visible_gpus
+from tclora.jobs.processes import Process, start_process
 from tclora.jobs.usage import Sample, sorted_out
 
 P = ParamSpec("P")
@@ -62,7 +60,7 @@ class Executor(Protocol):
 class _Running:
     """The processes of an executor, and whether it was stopped."""
 
-    processes: set[subprocess.Popen[str]] = field(default_factory=set)
+    processes: set[Process] = field(default_factory=set)
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
@@ -109,7 +107,7 @@ class LocalExecutor:
         return replace(self, on_sample=on_sample)
 
     def run_isolated(self, function: Callable[P, R], /, *args: P.args, **arguments: P.kwargs) -> R:
-        """Run a function in a fresh process and return its result.
+        """Run a function in a process of its own and return its result.
 
         Parameters
         ----------
@@ -140,7 +138,7 @@ class LocalExecutor:
         return result
 
     def run_call(self, call: Call, name: str, on_event: EventCallback | None) -> Any:  # noqa: ANN401
-        """Run a call in a fresh process and return its result as JSON; see `run_isolated`.
+        """Run a call in a process of its own and return its result as JSON; see `run_isolated`.
 
         Its events come with the samples of what its process uses among them.
         """
@@ -152,10 +150,10 @@ class LocalExecutor:
         ):
             spec, log = Path(scratch) / "call.json", Path(scratch) / "stderr"
             spec.write_text(call.model_dump_json(), encoding="utf-8")
-            with log.open("wb") as errors, self._process(spec, errors, gpus) as process:
+            with log.open("wb") as errors, self._process(call, spec, errors, gpus) as process:
                 outcome = _follow(process, on_event)
             if outcome is None:
-                raise JobError(_death_notice(name, process.returncode, self.timeout, log))
+                raise JobError(_death_notice(name, process.wait(), self.timeout, log))
         if "error" in outcome:
             raise JobError(f"job {name}: {outcome['error']}")
         return outcome["result"]
@@ -171,16 +169,16 @@ class LocalExecutor:
 
     @contextmanager
     def _process(
-        self, spec: Path, errors: BinaryIO, gpus: list[str]
-    ) -> Iterator[subprocess.Popen[str]]:
+        self, call: Call, spec: Path, errors: BinaryIO, gpus: list[str]
+    ) -> Iterator[Process]:
         """Start the job; whatever ends the block (time, an exception, a signal), it ends too."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tclora.jobs.worker", str(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **job_environment(self.parallel, gpus)},
+        process = start_process(
+            spec,
+            call.module,
+            job_environment(self.parallel, gpus),
+            errors,
+            gpus=bool(gpus),
+            stopped=self._running.stopped,
         )
         timer = threading.Timer(self.timeout, process.kill) if self.timeout else None
         if timer:
@@ -208,9 +206,7 @@ def job_name(function: str, arguments: Mapping[str, object]) -> str:
     return " ".join([function, *([str(arguments["name"])] if "name" in arguments else [])])
 
 
-def _follow(
-    process: subprocess.Popen[str], on_event: EventCallback | None
-) -> dict[str, Any] | None:
+def _follow(process: Process, on_event: EventCallback | None) -> dict[str, Any] | None:
     outcome = None
     for line in process.stdout or ():
         try:

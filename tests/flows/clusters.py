@@ -20,8 +20,8 @@ from tasks.dask_tasks import dask_tasks
 from tasks.ray_tasks import ray_tasks
 from tclora.library.manifest import read_manifest
 from tests.flows.sent import executor_of, run_job
+from tests.jobs.running import running_jobs
 
-WORKER = "tclora.jobs.worker"
 CONNECT = {"dask": dask_tasks, "ray": ray_tasks}
 MODULES = {"dask": "distributed", "ray": "ray"}
 
@@ -61,16 +61,13 @@ class Killer(threading.Thread):
 
     def run(self):
         while not self.ended.wait(0.02):
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error, OSError, ValueError, IndexError):
-                    self.see(process)
+            for spec, process in running_jobs().items():
+                with suppress(psutil.Error, OSError, ValueError):
+                    self.see(spec, process)
 
-    def see(self, process):
-        command = process.cmdline()
-        if command[2] != WORKER:
-            return
+    def see(self, spec, process):
         if process.pid not in self.processes:
-            call = json.loads(Path(command[3]).read_text())
+            call = json.loads(spec.read_text())
             pattern = rf"{re.escape(str(self.workspaces))}/([0-9a-f]{{64}})/"
             self.processes[process.pid] = re.search(pattern, json.dumps(call))[1]
         key = self.processes[process.pid]

@@ -1,4 +1,4 @@
-"""Functions for jobs of the tests; a fresh process imports them by name."""
+"""Functions for jobs of the tests; another process imports them by name."""
 
 import os
 import time
@@ -37,6 +37,14 @@ def describe(
 
 def own_pid() -> int:
     return os.getpid()
+
+
+def parent_pid() -> int:
+    return os.getppid()
+
+
+def folder() -> Path:
+    return Path.cwd()
 
 
 def chatty(*, text: str) -> int:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -14,14 +13,7 @@ from tclora.jobs.call import Call
 from tclora.jobs.run import LocalExecutor
 from tests.jobs import functions
 from tests.jobs.functions import Point
-
-
-def children(thread):
-    """Process ids of the jobs a thread has started; servers of other tests are children too."""
-    found = Path(f"/proc/{os.getpid()}/task/{thread}/children").read_text().split()
-    return [
-        int(p) for p in found if b"tclora.jobs.worker" in Path(f"/proc/{p}/cmdline").read_bytes()
-    ]
+from tests.jobs.running import running_jobs
 
 
 @pytest.fixture
@@ -91,7 +83,7 @@ def test_a_job_ended_from_outside_names_the_signal(executor):
 def test_a_job_that_takes_too_long_is_stopped():
     with pytest.raises(JobError, match="its time limit of 1 s"):
         LocalExecutor(timeout=1).run_isolated(functions.endless)
-    assert not children(threading.get_native_id())
+    assert not running_jobs()
 
 
 def test_an_exception_of_the_callback_ends_the_job(executor):
@@ -104,7 +96,7 @@ def test_an_exception_of_the_callback_ends_the_job(executor):
     with pytest.raises(KeyboardInterrupt):
         executor.run_isolated(functions.endless, on_event=fail)
     assert seen
-    assert not children(threading.get_native_id())
+    assert not running_jobs()
 
 
 def test_a_stopped_executor_ends_its_jobs_and_starts_none(executor):

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import signal
 import socket
 import sys
 import threading
@@ -20,7 +19,7 @@ from tasks.dask_tasks import dask_tasks
 from tasks.ray_tasks import ray_tasks
 from tclora.library.manifest import read_manifest
 from tests.flows.sent import executor_of, run_job
-from tests.jobs.running import running_jobs
+from tests.jobs.running import running_jobs, starter_of
 
 CONNECT = {"dask": dask_tasks, "ray": ray_tasks}
 MODULES = {"dask": "distributed", "ray": "ray"}
@@ -73,7 +72,7 @@ class Killer(threading.Thread):
         key = self.processes[process.pid]
         delivered = {path.parent.name for path in self.store.glob("jobs/*/delivery.json")}
         if not self.killed and delivered - {key} and self.is_training(key):
-            process.parent().send_signal(signal.SIGKILL)
+            starter_of(process.pid).kill()
             self.killed, self.finished = key, delivered
 
     def is_training(self, key):

@@ -113,8 +113,3 @@ def take_slot(store):
 def state_of(run):
     with get_client(sync_client=True) as client:
         return client.read_flow_run(run).state
-
-
-def parent_of(pid):
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("PPid")).split()[1])

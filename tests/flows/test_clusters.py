@@ -36,6 +36,7 @@ from tests.flows.clusters import (
 )
 from tests.flows.examples import alpaca_rows, write_rows
 from tests.flows.sent import eventually, executor_of, run_job
+from tests.jobs.running import starter_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -218,7 +219,7 @@ def test_a_lost_worker_is_replaced_and_the_job_goes_on_where_it_was(executor, tm
     def kill(event):
         told.append(event["again"])
         if not event["again"]:
-            psutil.Process(event["pid"]).parent().kill()
+            starter_of(event["pid"]).kill()
 
     places = {"checkpoint": executor.scratch / "c", "target": tmp_path / "target.txt"}
     assert run_job(executor, "hang_once", kill, **places) == "half of it, the rest"
@@ -230,7 +231,7 @@ def test_workers_that_are_lost_again_and_again_are_named(apart, fleet, tmp_path)
     executor = executor_of(apart.store, tmp_path, fleet, retries=0)
 
     def kill(event):
-        psutil.Process(event["pid"]).parent().kill()
+        starter_of(event["pid"]).kill()
 
     with pytest.raises(JobError, match=r"^job endless lost its worker 1 times, at last: .* died"):
         run_job(executor, "endless", kill)

@@ -5,7 +5,6 @@ be, byte for byte, what this machine trains.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -33,7 +32,6 @@ from tests.flows.deployed import (
     assert_not_told,
     deployment,
     environment,
-    parent_of,
     places,
     runs_named,
     state_of,
@@ -42,6 +40,7 @@ from tests.flows.deployed import (
 )
 from tests.flows.examples import alpaca_rows, write_rows
 from tests.flows.sent import eventually, executor_of, run_job, send_slow_job
+from tests.jobs.running import starter_of
 
 __all__ = ["deployment", "environment", "places", "worker"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
@@ -127,7 +126,7 @@ def test_a_lost_worker_is_replaced_and_goes_on_where_the_other_was(worker, execu
     def kill(event):
         told.append(event["again"])
         if not event["again"]:
-            os.kill(parent_of(event["pid"]), signal.SIGKILL)
+            starter_of(event["pid"]).kill()
 
     executor.scratch.mkdir()
     places = {"checkpoint": executor.scratch / "c", "target": tmp_path / "target.txt"}

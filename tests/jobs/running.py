@@ -15,3 +15,9 @@ def running_jobs(process=None):
             if errors.parent.name.startswith("tclora-job-"):
                 found[errors.with_name("call.json")] = child
     return found
+
+
+def starter_of(pid):
+    """Return the process that has started a job, by itself or through its fork server."""
+    parent = psutil.Process(pid).parent()
+    return parent.parent() if "tclora.jobs.fork_server" in parent.cmdline() else parent

@@ -131,9 +131,10 @@ class Fleet:
 
     def _kind(self, process: psutil.Process) -> str:
         command = " ".join(process.cmdline())
+        if Path(f"/proc/{process.pid}/fd/2").readlink().parent.name.startswith("tclora-job-"):
+            return "job" if "tclora.jobs" in command else "helper"
         if "tclora.jobs.fork_server" in command:
-            parent = process.parent()
-            return "job" if parent and parent.cmdline() == process.cmdline() else "fork server"
+            return "fork server"
         if run := process.environ().get("PREFECT__FLOW_RUN_ID"):
             return "run" if run in self._sent else "flow run of a job"
         return "server of mlflow" if "uvicorn" in command else "helper"
@@ -147,7 +148,7 @@ class Fleet:
                 if process.environ().get("TCLORA_CACHE") == os.environ["TCLORA_CACHE"]:
                     kind = names.get(process.pid) or self._kind(process)
                     found.setdefault(kind, []).append(process)
-            except psutil.Error:  # it has ended, or is not ours
+            except (psutil.Error, OSError):  # it has ended, or is not ours
                 continue
         return found
 

@@ -1,35 +1,33 @@
 """A process that has imported what jobs need and forks one per job.
 
-``python -m tclora.jobs.fork_server SOCKET`` serves whoever holds the other end of an inherited
-socket, and ends when it is closed. `tclora.jobs.processes` is that other end.
+``python -m tclora.jobs.fork_server SOCKET`` serves its caller, who holds the other end of an
+inherited socket (`tclora.jobs.processes`), and ends when that is closed.
 
-It imports and forks, nothing else, so that it has a single thread and nothing that a copy could
-not go on with: libraries start their threads when they compute.
+It imports modules of this package and forks, nothing else, so that it has a single thread and
+nothing that a copy could not go on with: libraries start their threads when they compute. Plugins,
+whose imports may do anything, are left to the jobs.
 """
 
 import importlib
 import json
 import os
-import select
+import selectors
 import signal
 import socket
 import sys
-import time
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from threadpoolctl import threadpool_limits
-
 from tclora.imports import lasting
-from tclora.jobs.devices import THREADS
 from tclora.jobs.worker import main as run_job
-from tclora.registry import load_plugins
 
+_PACKAGE = "tclora"
 _IDLE_SECONDS = 300.0
 _REQUEST_BYTES = 1 << 16
-_FILES = 4  # of a request: standard input, output and error, and where its process is told
+_FILES = 4  # of a request: standard input, output and error, and where the caller is told
 
 
 @dataclass(frozen=True)
@@ -42,41 +40,47 @@ class Request:
         File of its call.
     module : str
         Of its function.
-    folder : str
-        Working folder.
     environment : dict of str to str
         What differs from the server's.
     """
 
     spec: str
     module: str
-    folder: str
     environment: dict[str, str]
 
 
-class _Server:
-    """Takes requests from a socket, and says on each one's how its process began and ended."""
+class _Forks:
+    """Takes requests, and tells on each one's socket how its job began and ended.
+
+    The first message is the job's process id, with a descriptor of the process, the second its exit
+    code. A socket that is closed without one is that of a request which was refused.
+    """
 
     def __init__(self, requests: socket.socket) -> None:
         self._requests: socket.socket | None = requests
-        self._told: dict[int, socket.socket] = {}  # of the processes that run
-        self._begun = time.time()
-        self._ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's, which jobs get too
+        self._told: dict[int, socket.socket] = {}  # by the jobs that run
+        self._sources: dict[str, tuple[int, ...]] = {}
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        self._interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs get a terminal's too
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wake)
+        self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake[1])
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._wake[0], selectors.EVENT_READ)
+        self._ready.register(requests, selectors.EVENT_READ)
 
     def serve(self) -> Request | None:
         """Return a request in the process forked for it, and nothing in the server at its end."""
-        while (requests := self._requests) or self._told:
-            sources = [self._ended, *([requests.fileno()] if requests else [])]
-            ready, _, _ = select.select(sources, [], [], None if self._told else _IDLE_SECONDS)
+        while self._requests or self._told:
+            ready = {key.fd for key, _ in self._ready.select(None if self._told else _IDLE_SECONDS)}
             if not ready:
                 return None
-            if self._ended in ready:
+            if self._wake[0] in ready:
                 self._reap()
-            if requests and requests.fileno() in ready and (request := self._receive(requests)):
-                return request
+            if self._requests and ready - {self._wake[0]}:
+                request = self._receive(self._requests)
+                if request:
+                    return request
         return None
 
     def _receive(self, requests: socket.socket) -> Request | None:
@@ -84,70 +88,96 @@ class _Server:
         if not message:
             self._refuse()  # nobody will ask any more
             return None
-        told = socket.socket(fileno=files.pop())
-        request = Request(**json.loads(message))
-        if changed_since(self._begun):  # another has to import it anew
-            told.close()
-            _close(files)
+        try:
+            if len(files) < _FILES:  # more are open than may be
+                return None
+            request = Request(**json.loads(message))
+            if self._prepared(request.module):
+                return self._forked(request, files)
             self._refuse()
             return None
-        with suppress(Exception), lasting():  # the job meets it again, and tells of it
-            load_plugins()
-            importlib.import_module(request.module)
-        if pid := os.fork():
-            self._told[pid] = told
-            told.send(str(pid).encode())
+        finally:
             _close(files)
+
+    def _prepared(self, module: str) -> bool:
+        """Import a module of this package; say whether a copy would be as good as a new process."""
+        if any(_state(file) != state for file, state in self._sources.items()):
+            return False
+        if module.partition(".")[0] != _PACKAGE:
+            return True
+        try:
+            with lasting():
+                importlib.import_module(module)
+        except Exception:  # a new process meets it too, and tells of it
+            return False
+        for name, loaded in list(sys.modules.items()):
+            file = getattr(loaded, "__file__", None)
+            if file and name.partition(".")[0] == _PACKAGE:
+                self._sources.setdefault(file, _state(file))
+        return threading.active_count() == 1
+
+    def _forked(self, request: Request, files: list[int]) -> Request | None:
+        told = socket.socket(fileno=files.pop())
+        try:
+            pid = os.fork()
+        except OSError:  # there are too many; a new process fails likewise, and tells of it
+            told.close()
             return None
-        self._leave()
-        for target, file in enumerate(files):
-            os.dup2(file, target)
-        _close(files)
-        told.close()
-        return request
+        if not pid:
+            told.close()
+            self._leave()
+            for target, file in enumerate(files):
+                os.dup2(file, target)
+            return request
+        self._told[pid] = told
+        try:
+            descriptor = os.pidfd_open(pid)
+            socket.send_fds(told, [str(pid).encode()], [descriptor])
+            os.close(descriptor)
+        except OSError:  # the caller has given up, or the kernel has no such descriptors
+            told.close()
+            os.kill(pid, signal.SIGKILL)
+        return None
 
     def _refuse(self) -> None:
         """Take no more requests."""
         if self._requests:
+            self._ready.unregister(self._requests)
             self._requests.close()
             self._requests = None
 
     def _reap(self) -> None:
         with suppress(BlockingIOError):
-            while os.read(self._ended, 4096):
+            while os.read(self._wake[0], 4096):
                 pass
         for pid in list(self._told):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
-                with self._told.pop(pid) as told, suppress(OSError):  # whoever asked has gone
+                with self._told.pop(pid) as told, suppress(OSError):  # the caller has gone
                     told.send(str(os.waitstatus_to_exitcode(status)).encode())
 
     def _leave(self) -> None:
-        """Let go, in the copy, of what is the server's."""
+        """Let go, in a copy, of what is the server's."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        self._ready.close()
+        _close(self._wake)
         for told in self._told.values():
             told.close()
-        self._refuse()
+        if self._requests:
+            self._requests.close()
+        if numpy := sys.modules.get("numpy"):  # Python's own generator does so by itself
+            numpy.random.seed()
 
 
-def changed_since(then: float) -> bool:
-    """Whether the source of a loaded module was changed since a time (s since 1970)."""
-    for module in list(sys.modules.values()):
-        if file := getattr(module, "__file__", None):
-            with suppress(OSError):  # of an archive, or removed
-                if Path(file).stat().st_mtime > then:
-                    return True
-    return False
-
-
-def share_cores() -> None:
-    """Let libraries that are loaded compute with as many threads as the environment says."""
-    threads = int(os.environ[THREADS[0]])
-    threadpool_limits(threads)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(threads)
+def _state(file: str) -> tuple[int, ...]:
+    """Return what changes with a file: nothing is equal to that of one that is gone."""
+    with suppress(OSError):
+        found = Path(file).stat()
+        return found.st_mtime_ns, found.st_size, found.st_ino
+    return ()
 
 
 def _close(files: Iterable[int]) -> None:
@@ -158,13 +188,9 @@ def _close(files: Iterable[int]) -> None:
 def main(descriptor: int) -> None:
     """Serve until nobody asks any more; in a copy, do what was asked for."""
     with socket.socket(fileno=descriptor) as requests:
-        request = _Server(requests).serve()
+        request = _Forks(requests).serve()
     if request:
         os.environ |= request.environment
-        os.chdir(request.folder)
-        if not sys.flags.safe_path:
-            sys.path[0] = request.folder
-        share_cores()
         run_job(request.spec)
 
 

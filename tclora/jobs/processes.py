@@ -3,28 +3,32 @@
 Importing torch and transformers takes seconds of a core, so that jobs of a small model would spend
 more on it than on their work. `tclora.jobs.fork_server` pays it once for all jobs of a process.
 CUDA cannot be used in a copy of a process that has looked for GPUs, which libraries do where they
-please; so jobs with a GPU start from nothing, and so do all where the system is not Linux.
+please; so jobs with a GPU start from nothing, and so do all where the system is not Linux, and any
+that the server refuses: one whose source has changed since, or cannot be imported.
 """
 
 import atexit
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, BinaryIO, Protocol, Self
+from typing import IO, BinaryIO, NamedTuple, Protocol, Self
 
 from tclora.jobs.devices import THREADS
 from tclora.jobs.fork_server import Request
 
+logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
-_OF_A_TEST_RUNNER = "PYTEST_CURRENT_TEST"  # another value with every test
+_OF_EVERY_TEST = "PYTEST_CURRENT_TEST"  # set anew within a process, and read by no library
 
 
 class Process(Protocol):
@@ -34,22 +38,35 @@ class Process(Protocol):
     ----------
     stdin, stdout : text files
         Its other ends.
-    returncode : int or None
-        Its exit code, or the signal that has ended it times -1; nothing until it was waited for.
     """
 
     stdin: IO[str] | None
     stdout: IO[str] | None
 
-    @property
-    def returncode(self) -> int | None:
-        """Its exit code once it was waited for."""
-
     def wait(self) -> int:
-        """Wait for its end and return the exit code."""
+        """Wait for its end; return its exit code, or the signal that has ended it times -1."""
 
     def kill(self) -> None:
         """Kill it, unless it has ended."""
+
+
+class Limits(NamedTuple):
+    """What ends a job before its own end.
+
+    Attributes
+    ----------
+    stopped : Event
+        Set when no job is wanted any more.
+    until : float or None
+        Point of time (s, of `time.monotonic`).
+    """
+
+    stopped: threading.Event
+    until: float | None = None
+
+    def reached(self) -> bool:
+        """Whether it must end."""
+        return self.stopped.is_set() or (self.until is not None and time.monotonic() > self.until)
 
 
 def start_process(
@@ -57,9 +74,9 @@ def start_process(
     module: str,
     environment: Mapping[str, str],
     errors: BinaryIO,
+    limits: Limits,
     *,
     gpus: bool,
-    stopped: threading.Event,
 ) -> Process:
     """Start the process of a job.
 
@@ -70,18 +87,23 @@ def start_process(
     module : str
         Of its function.
     environment : Mapping[str, str]
-        What differs from this process's, numbers of threads among it.
+        What differs from this process's.
     errors : binary file
         Its standard error.
+    limits : Limits
+        They end waiting for imports too; the process then starts from nothing, to be killed.
     gpus : bool
         Whether it has GPUs.
-    stopped : Event
-        Ends waiting for imports; then the process starts from nothing, which takes no time.
+
+    Returns
+    -------
+    Process
     """
     if sys.platform == "linux" and not gpus:
-        request = Request(str(spec), module, str(Path.cwd()), dict(environment))
-        if process := _SERVERS.fork(request, errors, stopped):
+        request = Request(str(spec), module, dict(environment))
+        if process := _SERVERS.fork(request, errors, limits):
             return process
+        logger.info("the job of %s starts from nothing: its fork server has refused it", spec)
     return subprocess.Popen(
         [sys.executable, "-m", "tclora.jobs.worker", str(spec)],
         stdin=subprocess.PIPE,
@@ -93,51 +115,56 @@ def start_process(
 
 
 class _Forked:
-    """A process that the server has forked.
+    """A process that a server has forked.
 
     Parameters
     ----------
-    pid : int
-        Its id.
+    descriptor : int
+        Of the process: unlike its id, it never becomes another one's.
     told : socket
-        Where the server says how it ended.
+        Where the server tells how it ended.
     stdin, stdout : text files
         Its other ends.
     """
 
-    def __init__(self, pid: int, told: socket.socket, stdin: IO[str], stdout: IO[str]) -> None:
-        self.pid, self._told = pid, told
+    def __init__(
+        self, descriptor: int, told: socket.socket, stdin: IO[str], stdout: IO[str]
+    ) -> None:
         self.stdin: IO[str] | None = stdin
         self.stdout: IO[str] | None = stdout
-        self.returncode: int | None = None
+        self._descriptor, self._told = descriptor, told
+        self._code: int | None = None
+        self._lock = threading.Lock()
 
     def wait(self) -> int:
-        """Wait for its end and return the exit code."""
-        if self.returncode is None:
-            with self._told as told:
-                code = told.recv(64)
-            # A server that was killed says nothing; the process has closed its output, or will be
-            # killed by who calls this.
-            self.returncode = int(code) if code else -signal.SIGKILL
-        return self.returncode
+        """Wait for its end; return its exit code, or the signal that has ended it times -1."""
+        if self._code is None:
+            told = self._told.recv(64)
+            with self._lock:
+                # A server that was killed tells nothing. The job has closed its output by now.
+                self._code = int(told) if told else -signal.SIGKILL
+                self._told.close()
+                os.close(self._descriptor)
+        return self._code
 
     def kill(self) -> None:
         """Kill it, unless it has ended."""
-        if self.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        with self._lock, suppress(ProcessLookupError):
+            if self._code is None:
+                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Server:
-    """A fork server, for processes whose environment is the one it was started with."""
+    """A fork server, for jobs with the environment and folder that it was started with."""
 
     environment: dict[str, str]
+    folder: Path
     requests: socket.socket
     process: subprocess.Popen[bytes]
 
     @classmethod
-    def start(cls, environment: dict[str, str]) -> Self:
+    def start(cls, environment: dict[str, str], folder: Path) -> Self:
         """Start a server."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -149,49 +176,54 @@ class _Server:
                 pass_fds=[theirs.fileno()],
                 env=environment | dict.fromkeys(THREADS, "1"),  # none that a copy would miss
             )
-        return cls(environment, ours, process)
+        return cls(environment, folder, ours, process)
 
 
 @dataclass
 class _Servers:
-    """The fork server of this process; another one is started where the environment is another."""
+    """The fork server of this process; where environment or folder change, another is started."""
 
     server: _Server | None = None
     retired: list[_Server] = field(default_factory=list)  # they end after their last job
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def fork(self, request: Request, errors: BinaryIO, stopped: threading.Event) -> _Forked | None:
+    def fork(self, request: Request, errors: BinaryIO, limits: Limits) -> _Forked | None:
         """Return the process of a job, or nothing where none could be had this way."""
-        told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stdin, to_stdin = os.pipe()
-        from_stdout, stdout = os.pipe()
-        ours = [os.fdopen(to_stdin, "w"), os.fdopen(from_stdout)]
-        files = [stdin, stdout, errors.fileno(), theirs.fileno()]
-        try:
-            self._send(json.dumps(asdict(request)).encode(), files)
-        finally:
-            theirs.close()
-            os.close(stdin)
-            os.close(stdout)
-        pid = _first(told, stopped)
-        if pid:
-            return _Forked(int(pid), told, *ours)
-        told.close()
-        for file in ours:
-            file.close()
+        with ExitStack() as held:
+            told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            held.enter_context(told)
+            stdin, to_stdin = os.pipe()
+            from_stdout, stdout = os.pipe()
+            stdin_end = held.enter_context(os.fdopen(to_stdin, "w"))
+            stdout_end = held.enter_context(os.fdopen(from_stdout))
+            try:
+                files = [stdin, stdout, errors.fileno(), theirs.fileno()]
+                server = self._sent(json.dumps(asdict(request)).encode(), files)
+            finally:
+                theirs.close()
+                os.close(stdin)
+                os.close(stdout)
+            if (descriptor := _told_first(told, limits)) is not None:
+                held.pop_all()
+                return _Forked(descriptor, told, stdin_end, stdout_end)
+            if limits.reached() and not limits.stopped.is_set():
+                server.process.kill()  # its imports hang
         return None
 
-    def _send(self, message: bytes, files: list[int]) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != _OF_A_TEST_RUNNER}
+    def _sent(self, message: bytes, files: list[int]) -> _Server:
+        environment = {k: v for k, v in os.environ.items() if k != _OF_EVERY_TEST}
+        folder = Path.cwd()
         with self.lock:
             self.retired = [server for server in self.retired if server.process.poll() is None]
-            if self.server and self.server.environment == environment:
+            known = self.server
+            if known and (known.environment, known.folder) == (environment, folder):
                 with suppress(OSError):  # it has ended
-                    socket.send_fds(self.server.requests, [message], files)
-                    return
+                    socket.send_fds(known.requests, [message], files)
+                    return known
             self._retire()
-            self.server = _Server.start(environment)
-            socket.send_fds(self.server.requests, [message], files)
+            self.server = started = _Server.start(environment, folder)
+            socket.send_fds(started.requests, [message], files)
+            return started
 
     def close(self) -> None:
         """End all servers, and with the end of this process all jobs."""
@@ -209,15 +241,15 @@ class _Servers:
             self.server = None
 
 
-def _first(told: socket.socket, stopped: threading.Event) -> bytes:
-    """Return what a server says first, or nothing if it has ended or the run was stopped."""
+def _told_first(told: socket.socket, limits: Limits) -> int | None:
+    """Return a process's descriptor; nothing if it was refused or is not wanted any more."""
     told.settimeout(_POLL_SECONDS)
-    while not stopped.is_set():
+    while not limits.reached():
         with suppress(TimeoutError):
-            answer = told.recv(64)
+            _, descriptors, _, _ = socket.recv_fds(told, 64, 1)
             told.settimeout(None)
-            return answer
-    return b""
+            return descriptors[0] if descriptors else None
+    return None
 
 
 _SERVERS = _Servers()

@@ -8,6 +8,7 @@ import json
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar
 from tclora.errors import JobError
 from tclora.jobs.call import EVENTS, Call, EventCallback, result_type
 from tclora.jobs.devices import job_environment, lease_gpus, parallel_jobs, visible_gpus
-from tclora.jobs.processes import Process, start_process
+from tclora.jobs.processes import Limits, Process, start_process
 from tclora.jobs.usage import Sample, sorted_out
 
 P = ParamSpec("P")
@@ -172,15 +173,12 @@ class LocalExecutor:
         self, call: Call, spec: Path, errors: BinaryIO, gpus: list[str]
     ) -> Iterator[Process]:
         """Start the job; whatever ends the block (time, an exception, a signal), it ends too."""
-        process = start_process(
-            spec,
-            call.module,
-            job_environment(self.parallel, gpus),
-            errors,
-            gpus=bool(gpus),
-            stopped=self._running.stopped,
-        )
-        timer = threading.Timer(self.timeout, process.kill) if self.timeout else None
+        until = time.monotonic() + self.timeout if self.timeout else None
+        limits = Limits(self._running.stopped, until)
+        environment = job_environment(self.parallel, gpus)
+        process = start_process(spec, call.module, environment, errors, limits, gpus=bool(gpus))
+        left = until and max(0.0, until - time.monotonic())
+        timer = threading.Timer(left, process.kill) if left is not None else None
         if timer:
             timer.daemon = True
             timer.start()

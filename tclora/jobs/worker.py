@@ -1,8 +1,8 @@
 """The process of one job: ``python -m tclora.jobs.worker FILE`` runs the call of a JSON file.
 
 It prints one JSON line per event, samples of what it uses among them, and ends with the result or
-the error. It dies with its parent (it
-watches standard input), so a killed run leaves nothing behind that could write.
+the error. It dies with its caller, whose end of standard input it watches, so that a killed run
+leaves nothing behind that could write.
 """
 
 import json
@@ -12,16 +12,19 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
+from threadpoolctl import threadpool_limits
+
 from tclora.errors import TcloraError
 from tclora.imports import lasting
 from tclora.jobs.call import Call, Event
+from tclora.jobs.devices import THREADS
 from tclora.jobs.usage import SAMPLE, Sampling
 from tclora.registry import load_plugins
 
 
 def main(path: str) -> None:
     """Run the call described by a JSON file."""
-    _die_with_parent()
+    _die_with_caller()
     stream, lock = _own_output(), threading.Lock()
 
     def send(message: dict[str, Any]) -> None:
@@ -37,6 +40,7 @@ def main(path: str) -> None:
         call = Call.model_validate_json(Path(path).read_text(encoding="utf-8"))
         with lasting():
             call.load()
+        _share_cores()
         with Sampling(lambda sample: on_event({SAMPLE: sample}), family=True):
             result = call.run(on_event)
         send({"result": result})
@@ -51,8 +55,19 @@ def _own_output() -> TextIO:
     return stream
 
 
-def _die_with_parent() -> None:
-    """End this process as soon as the parent closes its end of standard input."""
+def _share_cores() -> None:
+    """Let libraries compute with as many threads as the environment says.
+
+    Those that were imported before this process was forked have read another number there.
+    """
+    if threads := os.environ.get(THREADS[0]):
+        threadpool_limits(int(threads))
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(int(threads))
+
+
+def _die_with_caller() -> None:
+    """End this process as soon as the caller closes its end of standard input."""
 
     def watch() -> None:
         sys.stdin.read()

@@ -1,9 +1,7 @@
-"""A function for jobs whose module imports what trainings do."""
+"""A function for jobs about libraries that compute with threads."""
 
 import torch
 from threadpoolctl import threadpool_info
-
-import tclora.train.engines  # noqa: F401
 
 
 def thread_limits() -> list[int]:

@@ -118,7 +118,7 @@ def _table(items: pd.DataFrame, figures: pd.DataFrame, keys: Sequence[str], stor
         kept = store / "merges" / (key if "few-step" not in key else "few-step")
         record = _record(kept)
         rows.append({
-            "method": key.rpartition("@")[2].replace("_", " "),
+            "method": key.rpartition("@")[2].replace("_", " ") + _fewer(items, key),
             "setting": record.get("setting", ""),
             "recovery": _interval(f["mean"], f["low"], f["high"]),
             "minus best rival": "best rival" if key == best else _minus(items, key, best),
@@ -151,6 +151,14 @@ def _tasks_alike(
         )
         for method in (found[0] if found else ())
     }
+
+
+def _fewer(items: pd.DataFrame, key: str) -> str:
+    """Return on how many rows a method was measured where they are not those of the base."""
+    counts = items.groupby(["method", "split"]).size().unstack(fill_value=0)
+    if counts.loc[key].equals(counts.loc[BASE]):
+        return ""
+    return f" (on {', '.join(f'{n} {split}' for split, n in counts.loc[key].items())})"
 
 
 def _beyond(

@@ -1,7 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from merge_tables import _beyond, _tasks_alike
+from merge_tables import _beyond, _fewer, _tasks_alike
 
 
 def test_every_other_task_counts_alike_and_differences_are_paired():
@@ -21,3 +21,11 @@ def test_every_other_task_counts_alike_and_differences_are_paired():
     assert found["one"][0] == pytest.approx((sums["nll"] / sums["tokens"]).mean())
     assert _beyond(found, "other", "one") == "0.500 [0.500, 0.500]"
     assert _beyond(found, "third", "one") == ""
+
+
+def test_a_method_that_was_measured_on_fewer_rows_says_so():
+    splits = ["test"] * 3 + ["ood"] * 2
+    whole = pd.DataFrame({"id": range(5), "split": splits, "method": "base"})
+    items = pd.concat([whole, whole.assign(method="all"), whole[1:].assign(method="some")])
+    assert _fewer(items, "all") == ""
+    assert _fewer(items, "some") == " (on 2 ood, 2 test)"

@@ -60,7 +60,8 @@ def _share_cores() -> None:
 
     Those that were imported before this process was forked have read another number there.
     """
-    if threads := os.environ.get(THREADS[0]):
+    threads = os.environ.get(THREADS[0], "")
+    if threads.isdecimal():  # a user's own, of a job with a GPU, may be a list of numbers
         threadpool_limits(int(threads))
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(int(threads))

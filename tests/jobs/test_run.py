@@ -129,6 +129,13 @@ def test_a_job_alone_gets_all_cores_and_beside_others_its_share(monkeypatch):
     assert executor.shared_by(9).run_isolated(functions.variable, name=threads) == "2"
 
 
+def test_numbers_of_threads_by_level_are_left_to_openmp(executor, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # such a job's numbers are the user's
+    monkeypatch.setattr("tclora.jobs.devices._LEASES", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2,1")
+    assert executor.run_isolated(functions.variable, name="OMP_NUM_THREADS") == "2,1"
+
+
 def test_a_job_dies_with_its_parent(tmp_path):
     """A parent that is killed can only be noticed by its closed pipe."""
     spec = tmp_path / "call.json"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -76,6 +77,13 @@ def fall(team, on_event):
     time.sleep(60)
 
 
+def is_of_a_team(process):
+    """Whether a process runs that trains together with others: one that has ended does not."""
+    with suppress(psutil.NoSuchProcess):
+        return "spawn_main" in " ".join(process.cmdline())
+    return False
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
@@ -89,7 +97,7 @@ def test_the_end_of_one_is_the_end_of_all(function, error, message):
     with pytest.raises(error, match=message):
         run_team(2, function, lambda _: None)
     assert time.monotonic() - begin < 50
-    assert not [c for c in psutil.Process().children() if "spawn_main" in " ".join(c.cmdline())]
+    assert not any(map(is_of_a_team, psutil.Process().children()))
 
 
 def tell(team, on_event):

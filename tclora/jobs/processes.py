@@ -234,6 +234,14 @@ class _Servers:
                 server.process.wait()
             self.retired = []
 
+    def forget(self) -> None:
+        """Let go, in a copy of this process, of what is the original's."""
+        self.lock = threading.Lock()  # another thread may have held it
+        self._retire()
+        for server in self.retired:
+            server.process.returncode = 0  # no child of ours, to be waited for
+        self.retired = []
+
     def _retire(self) -> None:
         if self.server:
             self.server.requests.close()
@@ -255,4 +263,4 @@ def _told_first(told: socket.socket, limits: Limits) -> int | None:
 _SERVERS = _Servers()
 atexit.register(_SERVERS.close)
 if hasattr(os, "register_at_fork"):  # a copy of this process has a server of its own
-    os.register_at_fork(after_in_child=lambda: _SERVERS.__init__())  # type: ignore[misc]
+    os.register_at_fork(after_in_child=_SERVERS.forget)

@@ -29,6 +29,17 @@ from tests.jobs import functions
 LocalExecutor().run_isolated(functions.own_pid)
 LocalExecutor().run_isolated(functions.endless, on_event=lambda event: print(event, flush=True))
 """
+COPIED = """
+import os
+from tclora.jobs.run import LocalExecutor
+from tests.jobs import functions
+
+of_original = LocalExecutor().run_isolated(functions.parent_pid)
+copy = os.fork()
+print(LocalExecutor().run_isolated(functions.parent_pid) != of_original, flush=True)
+if copy:
+    os.waitpid(copy, 0)
+"""
 CHANGING = """
 import os, sys
 import tclora.changing
@@ -222,6 +233,13 @@ def test_a_job_with_a_gpu_starts_from_nothing(executor, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr("tclora.jobs.devices._LEASES", tmp_path)
     assert parent_of(executor) == os.getpid()
+
+
+def test_a_copy_of_a_process_has_a_server_of_its_own():
+    command = [sys.executable, "-W", "always::ResourceWarning", "-c", COPIED]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == ["False", "True"]
+    assert done.stderr == ""
 
 
 def test_a_killed_parent_leaves_neither_job_nor_server():

@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import flows
@@ -19,7 +19,7 @@ from tclora.errors import ConfigError, JobError
 from tclora.jobs.devices import exclusive
 from tclora_cli import logins
 from tclora_cli.prefect_api import end_lost_runs, ensure_pool
-from tclora_cli.processes import Ledger, flow_runs_here, last_lines, start, wait_until
+from tclora_cli.processes import Ledger, Started, flow_runs_here, last_lines, start, wait_until
 from tclora_cli.services import JOBS, POOLS, Machine, Service, worker_name
 
 _LIMIT = 180.0  # s that a service has to become healthy
@@ -48,14 +48,12 @@ def up(machine: Machine, say: Callable[[str], None]) -> None:
         for service in servers:
             _end_survivors(machine, service)
             _check_port(machine, service)
-        for service in servers:
-            _ensure(machine, service, say)
+        _ensure(machine, servers, say)
         logins.check_servers(machine.prefect, machine.mlflow)
         _remember(machine, logins.remembered())
         _prepare(machine, say)
         _end_lost_runs(machine, say)
-        for service in workers:
-            _ensure(machine, service, say)
+        _ensure(machine, workers, say)
 
 
 def down(machine: Machine, say: Callable[[str], None]) -> None:
@@ -82,19 +80,34 @@ def status(machine: Machine) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _ensure(machine: Machine, service: Service, say: Callable[[str], None]) -> None:
-    ledger, log = Ledger.read(machine.ledger), _log(machine, service)
+def _ensure(machine: Machine, services: Sequence[Service], say: Callable[[str], None]) -> None:
+    """Start services beside each other, and wait for each."""
+    for service in services:
+        _started(machine, service)
+    for service in services:
+        _await(machine, service)
+        say(f"{service.name:<20}healthy")
+
+
+def _started(machine: Machine, service: Service) -> Started:
+    """Return the process of a service: the one that runs, or a new one."""
+    ledger = Ledger.read(machine.ledger)
+    started = ledger.started.get(service.name)
+    if started is None or started.process is None:
+        started = start(service.command, service.environment, machine.root, _log(machine, service))
+        ledger.started[service.name] = started
+        ledger.settings |= _settings(machine)
+        ledger.write(machine.ledger)
+    return started
+
+
+def _await(machine: Machine, service: Service) -> None:
     for _ in range(2):  # one that hangs is started anew
-        started = ledger.started.get(service.name)
-        if started is None or started.process is None:
-            started = start(service.command, service.environment, machine.root, log)
-            ledger.started[service.name] = started
-            ledger.settings |= _settings(machine)
-            ledger.write(machine.ledger)
+        started = _started(machine, service)
         if wait_until(service.healthy, started, _LIMIT):
-            say(f"{service.name:<20}healthy")
             return
         started.end()
+    log = _log(machine, service)
     raise JobError(
         f"{service.name} must become healthy within {_LIMIT:.0f} s, but did not; see {log}, "
         f"which ends with:\n{last_lines(log)}"

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from tclora.errors import ConfigError
 from tclora_cli import machine as machines
+from tclora_cli import processes
 from tclora_cli.machine import down, status, up
 from tclora_cli.main import app
 from tclora_cli.prefect_api import ask
@@ -176,7 +177,8 @@ def test_a_number_that_another_process_has_by_now_is_not_ended(machine, bystande
     assert Ledger.read(machine.ledger).started == {}
 
 
-def test_what_was_started_is_ended_with_its_children(tmp_path):
+def test_what_was_started_is_ended_with_its_children(monkeypatch):
+    monkeypatch.setattr(processes, "_PATIENCE", 2.0)  # for the child, which is not asked to end
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     started = Started.of(process.pid)
@@ -204,6 +206,20 @@ def test_what_a_killed_process_leaves_behind_is_ended(tmp_path):
     assert not started.end()
 
 
+def test_services_start_beside_each_other(machine):
+    """Each is well when the other has begun."""
+    machine.root.mkdir()
+    began = {name: machine.root / name for name in ("one", "other")}
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
+    said = []
+    services = [
+        Service(name, [sys.executable, "-c", code, str(began[name])], {}, began[other].exists)
+        for name, other in (("one", "other"), ("other", "one"))
+    ]
+    machines._ensure(machine, services, said.append)
+    assert said == [f"{name:<20}healthy" for name in began]
+
+
 def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
     broken = Service(
         "mlflow", [sys.executable, "-c", "raise SystemExit('no such database')"], {}, lambda: False
@@ -213,7 +229,7 @@ def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):
     with pytest.raises(
         machines.JobError, match=r"(?s)mlflow must become healthy .*no such database"
     ):
-        machines._ensure(machine, broken, lambda _: None)
+        machines._ensure(machine, [broken], lambda _: None)
 
 
 def test_a_service_that_hangs_is_started_anew(machine, monkeypatch):
@@ -226,7 +242,7 @@ def test_a_service_that_hangs_is_started_anew(machine, monkeypatch):
     monkeypatch.setattr(machines, "_LIMIT", 5.0)
     machine.root.mkdir()
     said = []
-    machines._ensure(machine, Service("mlflow", command, {}, well.exists), said.append)
+    machines._ensure(machine, [Service("mlflow", command, {}, well.exists)], said.append)
     started = Ledger.read(machine.ledger).started["mlflow"]
     assert started.process
     assert said == [f"{'mlflow':<20}healthy"]

@@ -59,7 +59,7 @@ class Killer(threading.Thread):
         self.join()
 
     def run(self):
-        while not self.ended.wait(0.02):
+        while not self.ended.wait(0.1):
             for spec, process in running_jobs().items():
                 with suppress(psutil.Error, OSError, ValueError):
                     self.see(spec, process)

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -81,11 +82,12 @@ def status(machine: Machine) -> dict[str, tuple[str, str]]:
 
 
 def _ensure(machine: Machine, services: Sequence[Service], say: Callable[[str], None]) -> None:
-    """Start services beside each other, and wait for each."""
-    for service in services:
-        _started(machine, service)
-    for service in services:
-        _await(machine, service)
+    """Start services beside each other, and wait for each; one that hangs is started anew."""
+    until = time.monotonic() + _LIMIT
+    for service, started in [(service, _started(machine, service)) for service in services]:
+        if not wait_until(service.healthy, started, until):
+            started.end()
+            _start_anew(machine, service)
         say(f"{service.name:<20}healthy")
 
 
@@ -101,12 +103,11 @@ def _started(machine: Machine, service: Service) -> Started:
     return started
 
 
-def _await(machine: Machine, service: Service) -> None:
-    for _ in range(2):  # one that hangs is started anew
-        started = _started(machine, service)
-        if wait_until(service.healthy, started, _LIMIT):
-            return
-        started.end()
+def _start_anew(machine: Machine, service: Service) -> None:
+    started = _started(machine, service)
+    if wait_until(service.healthy, started, time.monotonic() + _LIMIT):
+        return
+    started.end()
     log = _log(machine, service)
     raise JobError(
         f"{service.name} must become healthy within {_LIMIT:.0f} s, but did not; see {log}, "

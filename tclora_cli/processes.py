@@ -119,14 +119,18 @@ def last_lines(log: Path, count: int = 10) -> str:
     return "\n".join(text.strip().splitlines()[-count:])
 
 
-def wait_until(healthy: Health, started: Started, limit: float) -> bool:
-    """Wait until a process is healthy; False if it ends or the time (s) is over first."""
-    end = time.monotonic() + limit
-    while not healthy():
-        if started.process is None or time.monotonic() > end:
+def wait_until(healthy: Health, started: Started, until: float) -> bool:
+    """Wait until a process is healthy; False if it ends or the time (`time.monotonic`) comes first.
+
+    What a process that has ended left behind may answer in its place, and does not count.
+    """
+    while started.process is not None:
+        if healthy():
+            return True
+        if time.monotonic() > until:
             return False
         time.sleep(_POLL)
-    return True
+    return False
 
 
 def _session(process: psutil.Process) -> int | None:

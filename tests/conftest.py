@@ -55,16 +55,17 @@ SPECIAL = ("<pad>", "</s>", "<user>", "<assistant>")
 
 
 def pytest_collection_modifyitems(items):
-    """Put files that may take longest first, then those of many tests, so that workers end at once.
+    """Put files first that may take long, then those of many tests, so that workers end at once.
 
     With xdist's `--no-loadscope-reorder`; by itself it begins with the files of most tests.
     """
     tests = Counter(item.path for item in items)
+    served = {item.path for item in items if "prefect_server" in item.fixturenames}
     limits = Counter()
     for item in items:
         marker = item.get_closest_marker("timeout")
         limits[item.path] = max(limits[item.path], marker.args[0] if marker else 0)
-    items.sort(key=lambda item: (-limits[item.path], -tests[item.path]))
+    items.sort(key=lambda i: (-limits[i.path], i.path not in served, -tests[i.path]))
 
 
 def pytest_collection_finish():

@@ -5,10 +5,19 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from tclora.config import Config, config_keys, load_config, parse_config
+from tclora.cluster.registry import clusterers
+from tclora.config import (
+    ClusterConfig,
+    Config,
+    RouterConfig,
+    config_keys,
+    load_config,
+    parse_config,
+)
 from tclora.config.execution import ExecutionConfig
 from tclora.config.loading import RENAMED
 from tclora.errors import ConfigError
+from tclora.route.router import routers
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -184,6 +193,17 @@ def test_every_key_is_documented():
             section = field.annotation
         is_section = "model_fields" in dir(section)
         assert is_section or field.description, dotted
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "variants"),
+    [(ClusterConfig, "method", clusterers), (RouterConfig, "router", routers)],
+)
+def test_built_in_variants_are_named_where_one_is_chosen(section, field, variants):
+    description = section.model_fields[field].description
+    names = [name for name in variants if variants.module(name).partition(".")[0] == "tclora"]
+    assert names
+    assert [name for name in names if name not in description] == []
 
 
 def test_library_dir_is_absolute(tmp_path, monkeypatch):

@@ -108,7 +108,9 @@ class RouterConfig(Section):
     """How prompts are routed."""
 
     router: str = Field(
-        "nearest", description="registered name of a router; `tclora methods` lists them"
+        "nearest",
+        description="registered name of a router: nearest, softmax, membership, per-token, or a "
+        "plugin's",
     )
     top_k: Positive | None = Field(None, description="mix at most this many clusters")
     coverage: Fraction = Field(

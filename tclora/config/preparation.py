@@ -80,7 +80,9 @@ class ClusterConfig(FeatureConfig):
     """How the training rows are divided among adapters."""
 
     method: str = Field(
-        "kmeans", description="registered name of a clusterer; `tclora methods` lists them"
+        "kmeans",
+        description="registered name of a clusterer: kmeans, hdbscan, hidden-states, gradients, "
+        "lora-parameters, task, random, or a plugin's",
     )
     k: Positive | Literal["auto"] = Field(
         10, description="number of clusters; auto: best silhouette in k_range (k-means only)"

@@ -185,24 +185,27 @@ class _Servers:
 
     server: _Server | None = None
     retired: list[_Server] = field(default_factory=list)  # they end after their last job
+    # Held while a job is asked for: a copy of this process that was made then would keep the job's
+    # ends of its pipes open.
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fork(self, request: Request, errors: BinaryIO, limits: Limits) -> _Forked | None:
         """Return the process of a job, or nothing where none could be had this way."""
         with ExitStack() as held:
-            told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            held.enter_context(told)
-            stdin, to_stdin = os.pipe()
-            from_stdout, stdout = os.pipe()
-            stdin_end = held.enter_context(os.fdopen(to_stdin, "w"))
-            stdout_end = held.enter_context(os.fdopen(from_stdout))
-            try:
-                files = [stdin, stdout, errors.fileno(), theirs.fileno()]
-                server = self._sent(json.dumps(asdict(request)).encode(), files)
-            finally:
-                theirs.close()
-                os.close(stdin)
-                os.close(stdout)
+            with self.lock:
+                told, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                held.enter_context(told)
+                stdin, to_stdin = os.pipe()
+                from_stdout, stdout = os.pipe()
+                stdin_end = held.enter_context(os.fdopen(to_stdin, "w"))
+                stdout_end = held.enter_context(os.fdopen(from_stdout))
+                try:
+                    files = [stdin, stdout, errors.fileno(), theirs.fileno()]
+                    server = self._sent(json.dumps(asdict(request)).encode(), files)
+                finally:
+                    theirs.close()
+                    os.close(stdin)
+                    os.close(stdout)
             if (descriptor := _told_first(told, limits)) is not None:
                 held.pop_all()
                 return _Forked(descriptor, told, stdin_end, stdout_end)
@@ -213,17 +216,16 @@ class _Servers:
     def _sent(self, message: bytes, files: list[int]) -> _Server:
         environment = {k: v for k, v in os.environ.items() if k != _OF_EVERY_TEST}
         folder = Path.cwd()
-        with self.lock:
-            self.retired = [server for server in self.retired if server.process.poll() is None]
-            known = self.server
-            if known and (known.environment, known.folder) == (environment, folder):
-                with suppress(OSError):  # it has ended
-                    socket.send_fds(known.requests, [message], files)
-                    return known
-            self._retire()
-            self.server = started = _Server.start(environment, folder)
-            socket.send_fds(started.requests, [message], files)
-            return started
+        self.retired = [server for server in self.retired if server.process.poll() is None]
+        known = self.server
+        if known and (known.environment, known.folder) == (environment, folder):
+            with suppress(OSError):  # it has ended
+                socket.send_fds(known.requests, [message], files)
+                return known
+        self._retire()
+        self.server = started = _Server.start(environment, folder)
+        socket.send_fds(started.requests, [message], files)
+        return started
 
     def close(self) -> None:
         """End all servers, and with the end of this process all jobs."""
@@ -235,12 +237,16 @@ class _Servers:
             self.retired = []
 
     def forget(self) -> None:
-        """Let go, in a copy of this process, of what is the original's."""
-        self.lock = threading.Lock()  # another thread may have held it
+        """Let go, in a copy of this process, of the original's servers.
+
+        It keeps its ends of the pipes of jobs that run: should the original be killed, they go on
+        until the copy ends.
+        """
         self._retire()
         for server in self.retired:
             server.process.returncode = 0  # no child of ours, to be waited for
         self.retired = []
+        self.lock.release()
 
     def _retire(self) -> None:
         if self.server:
@@ -263,4 +269,8 @@ def _told_first(told: socket.socket, limits: Limits) -> int | None:
 _SERVERS = _Servers()
 atexit.register(_SERVERS.close)
 if hasattr(os, "register_at_fork"):  # a copy of this process has a server of its own
-    os.register_at_fork(after_in_child=_SERVERS.forget)
+    os.register_at_fork(
+        before=_SERVERS.lock.acquire,
+        after_in_parent=_SERVERS.lock.release,
+        after_in_child=_SERVERS.forget,
+    )

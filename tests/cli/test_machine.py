@@ -19,6 +19,25 @@ from tclora_cli.prefect_api import ask
 from tclora_cli.processes import Ledger, Started
 from tclora_cli.services import Machine, Service
 
+SLOW = """
+import pathlib, sys, time
+time.sleep(3)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(600)
+"""
+DYING = """
+import os, pathlib, subprocess, sys, time
+well, starts = map(pathlib.Path, sys.argv[1:])
+again = starts.exists()
+with starts.open("a") as file:
+    print(os.getpid(), file=file)
+    if not again:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, file=file)
+well.touch()
+if again:
+    time.sleep(600)
+"""
 NAMES = ["prefect", "mlflow", "worker of run-pool", "worker of gpu-pool"]
 
 
@@ -66,6 +85,10 @@ def running_flow_runs(machine):
     flow = ask(f"{api}/flows/", {"name": "below"})["id"]
     below = ask(f"{api}/flow_runs/", {"flow_id": flow, "parent_task_run_id": task["id"], **state})
     return first, below["id"], second, elsewhere
+
+
+def running(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def idle_queues(process):
@@ -185,7 +208,7 @@ def test_what_was_started_is_ended_with_its_children(monkeypatch):
     while not (children := psutil.Process(process.pid).children()):
         pass
     assert started.end()
-    assert not any(child.is_running() for child in children)
+    assert psutil.wait_procs(children, timeout=30)[1] == []
     process.communicate()
     assert not started.end()
 
@@ -206,8 +229,9 @@ def test_what_a_killed_process_leaves_behind_is_ended(tmp_path):
     assert not started.end()
 
 
-def test_services_start_beside_each_other(machine):
+def test_services_start_beside_each_other(machine, monkeypatch):
     """Each is well when the other has begun."""
+    monkeypatch.setattr(machines, "_LIMIT", 30.0)
     machine.root.mkdir()
     began = {name: machine.root / name for name in ("one", "other")}
     code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
@@ -218,6 +242,23 @@ def test_services_start_beside_each_other(machine):
     ]
     machines._ensure(machine, services, said.append)
     assert said == [f"{name:<20}healthy" for name in began]
+
+
+def test_a_service_that_dies_while_another_is_awaited_leaves_nothing_behind(machine):
+    """Its child answers in its place, until both are ended and it is started anew."""
+    machine.root.mkdir()
+    slow, well, starts = (machine.root / name for name in ("slow", "well", "starts"))
+    services = [
+        Service(name, [sys.executable, "-c", code, *map(str, files)], {}, files[0].exists)
+        for name, code, files in (("slow", SLOW, [slow]), ("other", DYING, [well, starts]))
+    ]
+    machines._ensure(machine, services, lambda _: None)
+    while len(pids := [int(pid) for pid in starts.read_text().split()]) < 3:
+        time.sleep(0.1)
+    leader, child, again = pids
+    assert Ledger.read(machine.ledger).started["other"].pid == again
+    assert not any(running(pid) for pid in (leader, child))
+    assert running(again)
 
 
 def test_a_service_that_ends_at_once_shows_its_log(machine, monkeypatch):

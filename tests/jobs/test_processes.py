@@ -35,10 +35,38 @@ from tclora.jobs.run import LocalExecutor
 from tests.jobs import functions
 
 of_original = LocalExecutor().run_isolated(functions.parent_pid)
+assert of_original != os.getpid()
 copy = os.fork()
 print(LocalExecutor().run_isolated(functions.parent_pid) != of_original, flush=True)
 if copy:
     os.waitpid(copy, 0)
+"""
+COPIED_MEANWHILE = """
+import os, signal, threading, time
+from tclora.jobs import processes
+from tclora.jobs.run import LocalExecutor
+from tests.jobs import functions
+
+asked, ended, send = threading.Event(), threading.Event(), processes._SERVERS._sent
+
+def send_late(message, files):
+    asked.set()
+    time.sleep(1)
+    return send(message, files)
+
+def work():
+    LocalExecutor().run_isolated(functions.own_pid)
+    ended.set()
+
+processes._SERVERS._sent = send_late
+threading.Thread(target=work).start()
+asked.wait()
+copy = os.fork()
+if not copy:
+    time.sleep(200)
+    os._exit(0)
+print(ended.wait(60), flush=True)
+os.kill(copy, signal.SIGKILL)
 """
 CHANGING = """
 import os, sys
@@ -237,9 +265,20 @@ def test_a_job_with_a_gpu_starts_from_nothing(executor, monkeypatch, tmp_path):
 
 def test_a_copy_of_a_process_has_a_server_of_its_own():
     command = [sys.executable, "-W", "always::ResourceWarning", "-c", COPIED]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, check=True, capture_output=True,
+        text=True,
+    )  # fmt: skip
     assert sorted(done.stdout.split()) == ["False", "True"]
     assert done.stderr == ""
+
+
+def test_a_copy_that_is_made_while_a_job_is_asked_for_does_not_keep_it_from_ending():
+    done = subprocess.run(
+        [sys.executable, "-c", COPIED_MEANWHILE], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "True\n"
 
 
 def test_a_killed_parent_leaves_neither_job_nor_server():

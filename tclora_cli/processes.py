@@ -62,6 +62,7 @@ class Started(BaseModel):
         for part in alive:
             _signal(part, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=_PATIENCE)
+        _DETACHED[:] = [known for known in _DETACHED if known.poll() is None]
         return bool(family)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -48,15 +49,16 @@ def measured_rates(dtype: torch.dtype, seconds: float = 0.5) -> Rates:
 
 
 def _per_second(compute: Callable[[], torch.Tensor], seconds: float) -> float:
-    done, begin = 0, 0.0
-    for number in range(100_000_000):
-        value = compute()
-        if value.is_cuda:
+    """Return the rate of the median call: beside other processes some wait long for a thread."""
+
+    def duration() -> float:
+        begin = time.perf_counter()
+        if compute().is_cuda:
             torch.cuda.synchronize()
-        if number == 0:  # the first prepares
-            begin = time.perf_counter()
-        else:
-            done += 1
-            if time.perf_counter() - begin > seconds:
-                break
-    return done / (time.perf_counter() - begin)
+        return time.perf_counter() - begin
+
+    duration()  # the first prepares
+    end, durations = time.perf_counter() + seconds, [duration()]
+    while time.perf_counter() < end:
+        durations.append(duration())
+    return 1 / median(durations)

@@ -4,7 +4,7 @@ Symbols: K adapters, r the LoRA rank, R the rank of what is shared.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from merge_bench import Adapters, Bench
 from merge_scoring import Routed
@@ -36,6 +36,8 @@ def libraries(
     yield "library@r@SVD_of_each_adapter,_r_by_K_components", lambda: _each(bench)
     yield "library@r@JD-Diag_(CP_of_the_updates)", lambda: _diagonal(bench)
     yield "library@r@JD-Full_(Tucker-2_of_the_updates)", lambda: _full(bench)
+    within = "library@r@JD-Full_within_the_bytes_of_gates"
+    yield within, lambda: _full(bench, within_gates=True)
     yield "library@r@gates_on_tc-lora", lambda: _gated(bench, merged(_MERGE))
     yield "library@r@gates_on_tc-lora,_refitted", lambda: _gated(bench, merged(_REFITTED))
     elsewhere = "calibrated@r@tc-lora,_base_model's_activations,_its_fallback_alone"
@@ -54,18 +56,29 @@ def _diagonal(bench: Bench) -> Adapters:
     return {k: factors.reconstruct(a.name) for k, a in enumerate(bench.adapters)}
 
 
-def _full(bench: Bench) -> Adapters:
-    """Return U (Uᵀ Δ_k V) Vᵀ with the best common orthonormal U and V of rank r."""
+def _full(bench: Bench, within_gates: bool = False) -> Adapters:
+    """Return U (Uᵀ Δ_k V) Vᵀ with the best common orthonormal U and V of rank r.
+
+    Its K cores take r² numbers each where gates take r; so that both have as many in all, U and V
+    are of the largest rank that allows it.
+    """
     own: list[dict[str, LoraFactors]] = [{} for _ in bench.adapters]
     for module in module_names(bench.adapters):
         factors = module_factors(bench.adapters, module)
         core = compress([f.B for f in factors], [f.A for f in factors])
-        U, V = tucker2(core.core, bench.r)
+        rank = _rank_within_gates(factors, bench.r) if within_gates else bench.r
+        U, V = tucker2(core.core, rank)
         cores = U.mT @ core.core @ V  # (K, r, r)
         left, right = core.left @ U, (core.right @ V).mT
         for modules, middle in zip(own, cores, strict=True):
             modules[module] = LoraFactors((left @ middle).float(), right.float())
     return {k: Adapter(name, own[k]) for k, name in enumerate(bench.names)}
+
+
+def _rank_within_gates(factors: Sequence[LoraFactors], r: int) -> int:
+    """Return the largest R with R (d_out + d_in) + K R² ≤ r (d_out + d_in) + K r."""
+    K, sides = len(factors), sum(factors[0].shape)
+    return max(R for R in range(1, r + 1) if R * (sides + K * R) <= r * (sides + K))
 
 
 def _gated(bench: Bench, static: Adapter) -> Adapters:

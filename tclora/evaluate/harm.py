@@ -10,7 +10,6 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from tclora.evaluate.statistics import Array, Bootstrap, by_seed, difference
 from tclora.library.names import cluster_name, cluster_number
@@ -174,7 +173,7 @@ def _orders(K: int, rng: np.random.Generator) -> Iterator[NDArray[np.int_]]:
 def _spearman(H: Array, M: Array) -> tuple[float, int]:
     """Return Spearman's correlation of two tables where both are known, and how many cells."""
     known = ~(np.isnan(H) | np.isnan(M))
-    x, y = rankdata(H[known]), rankdata(M[known])
+    x, y = (pd.Series(table[known]).rank() for table in (H, M))
     if known.sum() < 3 or not np.ptp(x) or not np.ptp(y):
         return np.nan, int(known.sum())
     return float(np.corrcoef(x, y)[0, 1]), int(known.sum())

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 CHUNK = 200  # resamples at once, to bound memory
@@ -146,7 +146,7 @@ def difference(
         missed = bootstrap.extreme_share(0, n)[1] if np.isfinite(largest) else np.nan
         low, high = (point + missed * (end - point) for end in (-largest, largest))
         return Difference(point, low, high, min(1.0, 2 * 0.5**n))
-    return Difference(point, *bootstrap.interval(draws), float(2 * norm.sf(abs(point) / error)))
+    return Difference(point, *bootstrap.interval(draws), float(2 * ndtr(-abs(point) / error)))
 
 
 def holm(p: Sequence[float]) -> list[float]:

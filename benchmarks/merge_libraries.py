@@ -26,6 +26,7 @@ from tclora.tune.routing import ClusteredTexts, calibrate_routing
 
 _ROUTING_ROWS = 8  # per cluster, as a run's own default
 _MERGE = "calibrated@r@tc-lora,_base_model's_activations"
+_METRIC = "calibrated@r@tc-lora,_clusters'_own_metrics"
 _REFITTED = _MERGE.replace("calibrated", "refitted", 1)
 
 
@@ -40,6 +41,8 @@ def libraries(
     yield within, lambda: _full(bench, within_gates=True)
     yield "library@r@gates_on_tc-lora", lambda: _gated(bench, merged(_MERGE))
     yield "library@r@gates_on_tc-lora,_refitted", lambda: _gated(bench, merged(_REFITTED))
+    in_metrics = "library@r@gates_on_tc-lora,_clusters'_own_metrics"
+    yield in_metrics, lambda: _gated(bench, merged(_METRIC))
     elsewhere = "calibrated@r@tc-lora,_base_model's_activations,_its_fallback_alone"
     yield elsewhere, lambda: _with_fallback(bench, merged(_MERGE))[0].blended(1.0).adapter
     routed = "library@r@gates_on_tc-lora,_routed_by_text_towards_its_fallback"

@@ -97,6 +97,7 @@ METHODS = (
     Method("tc-lora-sum", "tc-lora-sum", own=""),
     Method("tc-lora, base model's activations", "tc-lora-activation", statistics="base", own=""),
     Method("tc-lora, own adapters' activations", "tc-lora-activation", statistics="own", own=""),
+    Method("tc-lora, clusters' own metrics", "tc-lora-metric", statistics="base", own=""),
     Method("tc-lora, layer by layer", "tc-lora-activation", statistics="layers", own=""),
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""The activation-aware merge: a joint CP in the metric of the clusters' own inputs.
+"""Activation-aware merges: a joint CP in the metrics of the clusters' own inputs.
 
 Symbols: K adapters, d_out × d_in a module, G_k (d_in, d_in) the Gram matrix of cluster k's inputs,
-M = Σ_k G_k, R the CP rank.
+M = Σ_k G_k, R the CP rank, q the rank of the subspace that the CP is fitted in.
 """
 
 import torch
@@ -10,12 +10,18 @@ from torch.nn.functional import pad
 
 from tclora.adapter import LoraFactors
 from tclora.merge.methods.cp import PAPER
-from tclora.merge.methods.leastsquares import truncate_in_metric
+from tclora.merge.methods.leastsquares import regmean, truncate_in_metric
 from tclora.merge.registry import register
 from tclora.merge.stack import ModuleStack
 from tclora.tensor.compress import Core, compress
 from tclora.tensor.cp import cp_als
 from tclora.tensor.lowrank import slice_svd
+from tclora.tensor.weighted import weighted_cp
+
+# The subspace of the regression mean that a CP of rank R is fitted in, in multiples of R.
+_ROOM = 2
+# Energies of updates below this share of the largest are rounding.
+_ROUNDING = 1e-12
 
 
 @register(
@@ -52,6 +58,68 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
         root, (core.right @ solution.V[0]).mT, upper=False, left=False
     )
     return LoraFactors((core.left @ solution.U[0]) * (solution.C[0, -1] / emphasis), V)
+
+
+@register(
+    "tc-lora-metric",
+    summary="joint CP of the updates, each in the metric of its own cluster's inputs, and their "
+    "regression mean",
+    paper=PAPER,
+    exact=False,
+    needs="statistics",
+    weighted=True,
+    truncation=truncate_in_metric,
+)
+def tc_lora_metric(stack: ModuleStack, *, emphasis: float = 3.0) -> LoraFactors:
+    """Return the regression mean's component of a CP model that fits the adapters as well.
+
+    The CP minimises Σ_k γ_k ‖(U g_k V − Δ_k) G_k^{1/2}‖² plus emphasis² ‖(U s V − Δ) M^{1/2}‖²,
+    where Δ is the regression mean (RegMean), g_k and s are diagonal, and γ_k lets every adapter
+    count the same, however large it is. U and V stay in the span of Δ's 2 R strongest singular
+    pairs in the metric M. The merge is U s V; the g_k are the gates of a routed library
+    (`tclora.route.fit_gates`). The larger `emphasis` (above 0), the closer the merge comes to
+    RegMean truncated to rank R, and the less U and V serve the single clusters.
+    """
+    if not emphasis > 0:
+        raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
+    grams, root = stack.metric.grams, stack.metric.root  # M = root rootᵀ
+    mean = regmean(stack)
+    left, S, right = slice_svd(mean.B, mean.A @ root)
+    largest = max(f.rank for f in stack.factors)
+    rank = min(stack.total_rank, largest if stack.rank is None else stack.rank)
+    q = min(_ROOM * rank, len(S))
+    left, S = left[:, :q], S[:q]
+    right = torch.linalg.solve_triangular(root, right[:, :q].mT, upper=False, left=False)
+    # In these bases M is the identity, and the metrics of the clusters add up to it.
+    cross = torch.stack(
+        [
+            (left.mT @ f.B) @ (f.A @ gram @ right.mT)
+            for f, gram in zip(stack.factors, grams, strict=True)
+        ]
+    )
+    metrics = right @ grams @ right.mT
+    equal = _equal_shares(stack)[:, None, None]
+    strength = emphasis**2
+    identity = torch.eye(q, dtype=S.dtype, device=S.device)
+    solution = weighted_cp(
+        torch.cat([equal * cross, strength * S.diag()[None]]),
+        torch.cat([equal * metrics, strength * identity[None]]),
+        identity[:, :rank],
+        identity[:, :rank],
+    )
+    return LoraFactors(left @ solution.U * solution.C[-1], solution.V.mT @ right)
+
+
+def _equal_shares(stack: ModuleStack) -> Tensor:
+    """Return γ (K,), in inverse proportion to ‖Δ_k G_k^{1/2}‖² but for the adapters' weights."""
+    pairs = zip(stack.factors, stack.metric.grams, strict=True)
+    weighted = torch.stack([((f.B.mT @ f.B) * (f.A @ gram @ f.A.mT)).sum() for f, gram in pairs])
+    there = (stack.weights > 0) & (weighted > 0)
+    energies = weighted / torch.where(there, stack.weights, 1)
+    least = _ROUNDING * energies.max()
+    return torch.where(
+        there, energies.sum() / there.sum().clamp_min(1) / energies.clamp_min(least), 0
+    )
 
 
 def _with_mean(core: Core, rank: int, emphasis: float) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,10 @@ def libraries(
     in_metrics = "library@r@gates_on_tc-lora,_clusters'_own_metrics"
     yield in_metrics, lambda: _gated(bench, merged(_METRIC))
     elsewhere = "calibrated@r@tc-lora,_base_model's_activations,_its_fallback_alone"
-    yield elsewhere, lambda: _with_fallback(bench, merged(_MERGE))[0].blended(1.0).adapter
+    yield elsewhere, lambda: _with_fallback(bench, _MERGE, merged)[0].blended(1.0).adapter
     routed = "library@r@gates_on_tc-lora,_routed_by_text_towards_its_fallback"
-    yield routed, lambda: _routed(bench, merged(_MERGE))
+    yield routed, lambda: _routed(bench, _MERGE, merged)
+    yield routed.replace(",", ",_clusters'_own_metrics,"), lambda: _routed(bench, _METRIC, merged)
 
 
 def _each(bench: Bench) -> Adapters:
@@ -89,9 +90,9 @@ def _gated(bench: Bench, static: Adapter) -> Adapters:
     return {k: gated.cluster(a.name) for k, a in enumerate(bench.adapters)}
 
 
-def _routed(bench: Bench, static: Adapter) -> Routed:
+def _routed(bench: Bench, key: str, merged: Callable[[str], Adapter]) -> Routed:
     """Route every row by its text, towards the fallback gate where it is far from all clusters."""
-    gated, abstention, texts = _with_fallback(bench, static)
+    gated, abstention, texts = _with_fallback(bench, key, merged)
     vectors, labels = texts.training()
     router = fit_router(vectors, labels, abstention=abstention, seed=bench.seed, coverage=0.99)
     embedder = load_embedder(texts.embedder.here)
@@ -99,10 +100,11 @@ def _routed(bench: Bench, static: Adapter) -> Routed:
 
 
 def _with_fallback(
-    bench: Bench, static: Adapter
+    bench: Bench, key: str, merged: Callable[[str], Adapter]
 ) -> tuple[GatedAdapter, Abstention, ClusteredTexts]:
     """Calibrate gates and router on sample rows by a run's own job, unless that has been done."""
-    target = bench.store / "routing.json"
+    static = merged(key)
+    target = bench.store / ("routing.json" if key == _MERGE else "routing-metric.json")
     location = locate_embedder(bench.manifest.embedding_model.id)
     texts = ClusteredTexts(
         embeddings=bench.layout.embeddings,
@@ -122,7 +124,7 @@ def _with_fallback(
                     adapters={name: bench.layout.adapter(name) for name in bench.names},
                     statistics=tuple(bench.statistics_files("base")),
                 ),
-                merged=bench.store / "merges" / _MERGE,
+                merged=bench.store / "merges" / key,
                 texts=texts,
                 configured=GateConfig(),
                 target=target,

@@ -49,8 +49,7 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
         for A, gram in zip(stack.As, grams, strict=True)
     ]  # A_k G_k M⁻¹ root, (r_k, d_in)
     core = compress(stack.Bs, shares)
-    largest = max(f.rank for f in stack.factors)
-    rank = min(stack.total_rank, largest if stack.rank is None else stack.rank)
+    rank = _rank(stack)
     B, A = _with_mean(core, rank, emphasis)
     # The start, an SVD of the mean, is next to the optimum: more sweeps change the merge by 2 %.
     solution = cp_als(B[None], A[None], rank, n_starts=1, n_iter=20)
@@ -58,6 +57,27 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
         root, (core.right @ solution.V[0]).mT, upper=False, left=False
     )
     return LoraFactors((core.left @ solution.U[0]) * (solution.C[0, -1] / emphasis), V)
+
+
+def _rank(stack: ModuleStack) -> int:
+    """Return the CP rank R: that asked for, else the largest LoRA rank among the adapters."""
+    largest = max(f.rank for f in stack.factors)
+    return min(stack.total_rank, largest if stack.rank is None else stack.rank)
+
+
+def _with_mean(core: Core, rank: int, emphasis: float) -> tuple[Tensor, Tensor]:
+    """Append the rank-R truncated sum of the slices: B (K + 1, m, q), A (K + 1, q, n)."""
+    U, S, V = slice_svd(core.B.transpose(0, 1).flatten(1), core.A.flatten(0, 1))
+    left, right = emphasis * (U * S)[:, :rank], V[:, :rank].mT
+    q = max(core.B.shape[2], left.shape[1])
+    B = torch.cat([_widen(core.B, q), _widen(left[None], q)])
+    A = torch.cat([_widen(core.A.mT, q), _widen(right.mT[None], q)]).mT
+    return B, A.contiguous()
+
+
+def _widen(blocks: Tensor, columns: int) -> Tensor:
+    """Append zero columns to blocks (K, d, q)."""
+    return pad(blocks, (0, columns - blocks.shape[2]))
 
 
 @register(
@@ -85,8 +105,7 @@ def tc_lora_metric(stack: ModuleStack, *, emphasis: float = 3.0) -> LoraFactors:
     grams, root = stack.metric.grams, stack.metric.root  # M = root rootᵀ
     mean = regmean(stack)
     left, S, right = slice_svd(mean.B, mean.A @ root)
-    largest = max(f.rank for f in stack.factors)
-    rank = min(stack.total_rank, largest if stack.rank is None else stack.rank)
+    rank = _rank(stack)
     q = min(_ROOM * rank, len(S))
     left, S = left[:, :q], S[:q]
     right = torch.linalg.solve_triangular(root, right[:, :q].mT, upper=False, left=False)
@@ -120,18 +139,3 @@ def _equal_shares(stack: ModuleStack) -> Tensor:
     return torch.where(
         there, energies.sum() / there.sum().clamp_min(1) / energies.clamp_min(least), 0
     )
-
-
-def _with_mean(core: Core, rank: int, emphasis: float) -> tuple[Tensor, Tensor]:
-    """Append the rank-R truncated sum of the slices: B (K + 1, m, q), A (K + 1, q, n)."""
-    U, S, V = slice_svd(core.B.transpose(0, 1).flatten(1), core.A.flatten(0, 1))
-    left, right = emphasis * (U * S)[:, :rank], V[:, :rank].mT
-    q = max(core.B.shape[2], left.shape[1])
-    B = torch.cat([_widen(core.B, q), _widen(left[None], q)])
-    A = torch.cat([_widen(core.A.mT, q), _widen(right.mT[None], q)]).mT
-    return B, A.contiguous()
-
-
-def _widen(blocks: Tensor, columns: int) -> Tensor:
-    """Append zero columns to blocks (K, d, q)."""
-    return pad(blocks, (0, columns - blocks.shape[2]))

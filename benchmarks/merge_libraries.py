@@ -47,7 +47,10 @@ def libraries(
     yield elsewhere, lambda: _with_fallback(bench, _MERGE, merged)[0].blended(1.0).adapter
     routed = "library@r@gates_on_tc-lora,_routed_by_text_towards_its_fallback"
     yield routed, lambda: _routed(bench, _MERGE, merged)
-    yield routed.replace(",", ",_clusters'_own_metrics,"), lambda: _routed(bench, _METRIC, merged)
+    yield (
+        f"{in_metrics},_routed_by_text_towards_its_fallback",
+        lambda: _routed(bench, _METRIC, merged),
+    )
 
 
 def _each(bench: Bench) -> Adapters:
@@ -63,8 +66,8 @@ def _diagonal(bench: Bench) -> Adapters:
 def _full(bench: Bench, within_gates: bool = False) -> Adapters:
     """Return U (Uᵀ Δ_k V) Vᵀ with the best common orthonormal U and V of rank r.
 
-    Its K cores take r² numbers each where gates take r; so that both have as many in all, U and V
-    are of the largest rank that allows it.
+    Its K cores take r² numbers each where gates take r; `within_gates` lowers the rank of U and V
+    until all of it takes no more than U and V of rank r with gates.
     """
     own: list[dict[str, LoraFactors]] = [{} for _ in bench.adapters]
     for module in module_names(bench.adapters):

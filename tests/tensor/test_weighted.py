@@ -77,7 +77,7 @@ def test_a_metric_says_what_counts(generator):
 
 
 def test_slices_of_zero_stay_finite():
-    zeros = torch.zeros(K, M, N, dtype=torch.float64)
+    cross, metrics = (torch.zeros(K, rows, N, dtype=torch.float64) for rows in (M, N))
     start = torch.eye(M, R, dtype=torch.float64), torch.eye(N, R, dtype=torch.float64)
-    model = weighted_cp(zeros, zeros[:, :N].new_zeros(K, N, N), *start)
+    model = weighted_cp(cross, metrics, *start)
     assert not (model.U * model.C[:, None] @ model.V.mT).any()

@@ -41,9 +41,7 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
     loadings are the merge. The larger `emphasis` (above 0), the closer the merge comes to that
     approximation, and the less U and V serve the single clusters.
     """
-    if not emphasis > 0:
-        raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
-    grams, root = stack.metric.grams, stack.metric.root  # M = root rootᵀ
+    grams, root = _metric(stack, emphasis)
     shares = [
         torch.linalg.solve_triangular(root.mT, A @ gram, upper=True, left=False)
         for A, gram in zip(stack.As, grams, strict=True)
@@ -57,6 +55,13 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
         root, (core.right @ solution.V[0]).mT, upper=False, left=False
     )
     return LoraFactors((core.left @ solution.U[0]) * (solution.C[0, -1] / emphasis), V)
+
+
+def _metric(stack: ModuleStack, emphasis: float) -> tuple[Tensor, Tensor]:
+    """Return all G_k (K, d_in, d_in) and a root of M = root rootᵀ; refuse a false emphasis."""
+    if not emphasis > 0:
+        raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
+    return stack.metric.grams, stack.metric.root
 
 
 def _rank(stack: ModuleStack) -> int:
@@ -100,9 +105,7 @@ def tc_lora_metric(stack: ModuleStack, *, emphasis: float = 3.0) -> LoraFactors:
     (`tclora.route.fit_gates`). The larger `emphasis` (above 0), the closer the merge comes to
     RegMean truncated to rank R, and the less U and V serve the single clusters.
     """
-    if not emphasis > 0:
-        raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
-    grams, root = stack.metric.grams, stack.metric.root  # M = root rootᵀ
+    grams, root = _metric(stack, emphasis)
     mean = regmean(stack)
     left, S, right = slice_svd(mean.B, mean.A @ root)
     rank = _rank(stack)

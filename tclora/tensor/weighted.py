@@ -15,7 +15,7 @@ _RIDGE = 1e-9
 
 
 class WeightedCP(NamedTuple):
-    """Factors of a weighted CP model; columns of U and V are of unit norm."""
+    """Factors of a weighted CP model; columns of U and V are of unit norm, or zero."""
 
     U: Tensor
     V: Tensor
@@ -30,7 +30,7 @@ def weighted_cp(
     Parameters
     ----------
     cross : Tensor, shape (K, m, n)
-        S_k H_k.
+        S_k H_k, float64.
     metrics : Tensor, shape (K, n, n)
         H_k, symmetric and positive semidefinite.
     U : Tensor, shape (m, R)
@@ -47,8 +47,8 @@ def weighted_cp(
     Notes
     -----
     The loadings and U have closed forms. With unequal metrics V has one only in R n unknowns at
-    once, so its columns are solved for one after the other. No step raises the error. A sweep costs
-    O(K R n² + R n³).
+    once, so its columns are solved for one after the other. No step raises the error, but for what
+    the ridge of every system adds. A sweep costs O(K R n (m + n) + R n³ + K R³).
     """
     U, V = _unit(U), _unit(V)
     C = _loadings(cross, metrics, U, V)

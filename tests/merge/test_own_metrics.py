@@ -55,3 +55,10 @@ def test_a_small_adapter_counts_like_the_others_in_the_clusters_own_metrics(adap
         shrunk, "tc-lora-activation", rank=4, emphasis=0.5, statistics=statistics
     ).adapter
     assert lost < 0.7 * gated_errors(shrunk, statistics, before)[0] / energies[0]
+
+
+@pytest.mark.parametrize("method", ["tc-lora-activation", "tc-lora-metric"])
+@pytest.mark.parametrize("emphasis", [0, -1, float("inf"), float("nan")])
+def test_a_false_emphasis_is_refused(adapters, statistics, method, emphasis):
+    with pytest.raises(ValueError, match="emphasis must be above 0 and finite"):
+        merge(adapters, method, rank=4, statistics=statistics, emphasis=emphasis)

@@ -4,6 +4,8 @@ Symbols: K adapters, d_out × d_in a module, G_k (d_in, d_in) the Gram matrix of
 M = Σ_k G_k, R the CP rank, q the rank of the subspace that the CP is fitted in.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -59,8 +61,8 @@ def tc_lora_activation(stack: ModuleStack, *, emphasis: float = 0.5) -> LoraFact
 
 def _metric(stack: ModuleStack, emphasis: float) -> tuple[Tensor, Tensor]:
     """Return all G_k (K, d_in, d_in) and a root of M = root rootᵀ; refuse a false emphasis."""
-    if not emphasis > 0:
-        raise ValueError(f"emphasis must be above 0, got {emphasis!r}")
+    if not 0 < emphasis < math.inf:
+        raise ValueError(f"emphasis must be above 0 and finite, got {emphasis!r}")
     return stack.metric.grams, stack.metric.root
 
 
@@ -99,11 +101,12 @@ def tc_lora_metric(stack: ModuleStack, *, emphasis: float = 3.0) -> LoraFactors:
     """Return the regression mean's component of a CP model that fits the adapters as well.
 
     The CP minimises Σ_k γ_k ‖(U g_k V − Δ_k) G_k^{1/2}‖² plus emphasis² ‖(U s V − Δ) M^{1/2}‖²,
-    where Δ is the regression mean (RegMean), g_k and s are diagonal, and γ_k lets every adapter
-    count the same, however large it is. U and V stay in the span of Δ's 2 R strongest singular
-    pairs in the metric M. The merge is U s V; the g_k are the gates of a routed library
-    (`tclora.route.fit_gates`). The larger `emphasis` (above 0), the closer the merge comes to
-    RegMean truncated to rank R, and the less U and V serve the single clusters.
+    where Δ is the regression mean (RegMean), g_k and s are diagonal, and γ_k lets adapters count
+    the same, whatever their norms, down to 1e-6 of the largest. U and V stay in the span of Δ's
+    2 R strongest singular pairs in the metric M, so that of an adapter that is small beside the
+    others they can hold what it shares with these pairs alone. The merge is U s V; a routed library
+    fits its gates to U and V anew (`tclora.route.fit_gates`). The larger `emphasis` (above 0), the
+    closer the merge comes to RegMean truncated to rank R, and the less U and V serve the clusters.
     """
     grams, root = _metric(stack, emphasis)
     mean = regmean(stack)
@@ -136,8 +139,9 @@ def _equal_shares(stack: ModuleStack) -> Tensor:
     """Return γ (K,), in inverse proportion to ‖Δ_k G_k^{1/2}‖² but for the adapters' weights."""
     pairs = zip(stack.factors, stack.metric.grams, strict=True)
     weighted = torch.stack([((f.B.mT @ f.B) * (f.A @ gram @ f.A.mT)).sum() for f, gram in pairs])
-    there = (stack.weights > 0) & (weighted > 0)
-    energies = weighted / torch.where(there, stack.weights, 1)
+    weights = stack.weights.to(weighted)
+    there = (weights > 0) & (weighted > 0)
+    energies = weighted / torch.where(there, weights, 1)
     least = _ROUNDING * energies.max()
     return torch.where(
         there, energies.sum() / there.sum().clamp_min(1) / energies.clamp_min(least), 0
